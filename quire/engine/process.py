@@ -1,0 +1,140 @@
+"""The engine process: `python -m quire.engine.process FD`.
+
+FD is one end of a Unix stream socket. The first message it gets is Start, the first it sends is
+Hello; quire/engine/wire.py has the rest. The process ends when the other end of the socket
+closes, so it never outlives its frontend.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+
+from quire.engine import wire
+from quire.engine.core import EngineCore
+from quire.errors import QuireError
+
+HEARTBEAT_SECONDS = 1.0
+EXIT_PARENT_GONE = 3
+
+log = logging.getLogger("quire.engine")
+
+
+class EngineProcess:
+    """Reads messages on a thread, runs the core on the main thread."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[wire.ToEngine] = queue.SimpleQueue()
+        self._ending = False
+
+    def run(self) -> int:
+        """Serve until told to end. Returns the exit code."""
+        self._send(wire.Hello(wire.WIRE_VERSION))
+        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
+        try:
+            start = self._inbox.get()
+            if not isinstance(start, wire.Start):
+                raise QuireError("protocol", "the first message must be Start")
+            core = self._start(start)
+            self._serve(core)
+        except QuireError as error:
+            self._fail(type(error).__name__, error)
+            return 1
+        except Exception as error:
+            log.error("the engine ends:\n%s", traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}"
+            self._fail("QuireError", QuireError("engine_failed", "the engine failed", why=reason))
+            return 1
+        return 0
+
+    def _start(self, start: wire.Start) -> EngineCore:
+        from quire.config.parse import build_options
+        from quire.engine.startup import start_engine
+
+        options = build_options(start.options)
+        engine = start_engine(options, lambda phase, done: self._send(wire.Progress(phase, done)))
+        self._send(wire.Ready(engine.info))
+        return engine.core
+
+    def _serve(self, core: EngineCore) -> None:
+        deltas: list[wire.Delta] = []
+        last_sent = 0.0
+        while not self._ending:
+            for message in self._messages(wait=core.idle):
+                refused = self._handle(core, message)
+                if refused is not None:
+                    deltas.append(refused)
+            deltas += core.step()
+            now = time.monotonic()
+            if deltas or now - last_sent >= HEARTBEAT_SECONDS:
+                self._send(wire.Outputs(deltas, core.scheduler.stats()))
+                deltas, last_sent = [], now
+            if core.idle:
+                core.check_when_idle()
+
+    def _messages(self, wait: bool) -> Iterable[wire.ToEngine]:
+        """All messages that are there; with `wait`, blocks up to a heartbeat for the first."""
+        try:
+            yield self._inbox.get(block=wait, timeout=HEARTBEAT_SECONDS if wait else None)
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _handle(self, core: EngineCore, message: wire.ToEngine) -> wire.Delta | None:
+        if isinstance(message, wire.Add):
+            return core.add(message)
+        if isinstance(message, wire.Abort):
+            core.abort(message)
+        elif isinstance(message, wire.ClearCache):
+            core.scheduler.kv.clear_cache()
+        elif isinstance(message, wire.Shutdown):
+            self._ending = True
+        return None
+
+    def _send(self, message: wire.FromEngine) -> None:
+        self._connection.sendall(wire.frame(message))
+
+    def _fail(self, kind: str, error: QuireError) -> None:
+        self._send(wire.Failed(kind, error.code, error.what, error.why, error.fix))
+
+    def _read(self) -> None:
+        """Runs on its own thread, so that a vanished parent is noticed during a long step."""
+        reader = wire.FrameReader(wire.to_engine_decoder)
+        try:
+            while data := self._connection.recv(2**18):
+                for message in reader.feed(data):
+                    self._inbox.put(message)  # type: ignore[arg-type]
+        except (OSError, wire.WireError) as error:
+            log.error("the frontend's connection failed: %s", error)
+        if not self._ending:
+            os._exit(EXIT_PARENT_GONE)
+
+
+def main() -> int:
+    """Entry point of the child process."""
+    # A terminal's Ctrl-C goes to the whole process group; the frontend decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        return EngineProcess(connection).run()
+    except BrokenPipeError:
+        return EXIT_PARENT_GONE
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # Daemon threads and native pools need no farewell.
+    os._exit(code)

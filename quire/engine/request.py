@@ -1,0 +1,81 @@
+"""A request (one choice of it) as the scheduler sees it, and the ledger of its tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from quire.engine.wire import Add
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence being continued.
+
+    The ledger: `tokens` are known (prompt, then committed output); KV of the first `computed` of
+    them is in place; `inflight` more are part of submitted steps that have not been committed,
+    and `inflight_samples` tokens beyond `tokens` are being sampled by those steps. Every step
+    moves tokens from known to in flight, and every commit from in flight to computed, so nothing
+    needs correcting afterwards. A preempted request is admitted again only when nothing of it is
+    in flight; what was in flight still gives tokens but no KV. `order`: smaller runs first and is
+    preempted last. `identities`: what KVManager.admit keeps between attempts.
+    """
+
+    add: Add
+    arrival: int
+    priority: int
+    end_tokens: frozenset[int]
+    max_tokens: int
+    state: State = State.WAITING
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    inflight: int = 0
+    inflight_samples: int = 0
+    inflight_steps: int = 0
+    slot: int = -1
+    cached_tokens: int | None = None
+    prompt_logprobs_sent: int = 0
+    blocks_sent: list[int] = field(default_factory=list)
+    identities: list[list[bytes]] = field(default_factory=list)
+    deadline: float = math.inf
+    order: tuple[int, int] = field(init=False)
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.add.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.order = (self.priority, self.arrival)
+
+    @property
+    def request_id(self) -> str:
+        return self.add.request_id
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def scheduled(self) -> int:
+        """Tokens computed or being computed."""
+        return self.computed + self.inflight
+
+    @property
+    def gap(self) -> int:
+        """Tokens that a next step could compute; 0 once all output allowed is on its way."""
+        known = len(self.tokens) + self.inflight_samples
+        if known >= self.num_prompt + self.max_tokens:
+            return 0
+        return known - self.computed - self.inflight
+
+    def check_integrity(self) -> None:
+        assert self.state is not State.RUNNING or self.slot >= 0
+        assert 0 <= self.computed <= self.scheduled <= len(self.tokens) + self.inflight_samples
+        assert self.num_output <= self.max_tokens
+        assert self.inflight_steps > 0 or (self.inflight == 0 and self.inflight_samples == 0)

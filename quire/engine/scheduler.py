@@ -1,0 +1,537 @@
+"""Who computes how many tokens in the next step.
+
+There are no prefill and decode phases: every request has tokens known and tokens computed, and a
+step closes part of the gap under one token budget. `schedule` makes a Batch, `commit` takes its
+Result; between the two the tokens are in flight, and another step may be scheduled on top.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quire.engine.api import EngineStats
+from quire.engine.request import Request, State
+from quire.engine.wire import Add, Delta
+from quire.errors import Overloaded, QuireError, UsageError
+from quire.kv.manager import KVManager
+from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the scheduler may do, from options and plan."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    priority: bool = False
+    max_queue: int = 256
+
+
+class Scheduler:
+    """Owns all requests and the KVManager. Only the engine thread calls it."""
+
+    def __init__(self, limits: Limits, kv: KVManager, clock: Callable[[], float] = time.monotonic):
+        self.limits = limits
+        self.kv = kv
+        self.requests: dict[str, Request] = {}
+        self._clock = clock
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._running: list[Request] = []  # by Request.order
+        self._suspects: set[Request] = set()
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._leaving: list[int] = []
+        self._inflight: dict[int, list[tuple[Request, Row]]] = {}
+        self._finished: list[Delta] = []
+        self._next_deadline = math.inf  # no request expires before
+        self._arrivals = 0
+        self._steps = 0
+        self._counts = dict.fromkeys(
+            ("preemptions", "prompt_tokens", "generated_tokens", "query", "hit", "done_steps"), 0
+        )
+
+    # -- requests come and go ----------------------------------------------------------------
+
+    def add(self, add: Add, bounded: bool = True) -> None:
+        """Queue a request. Raises UsageError where it can never run, Overloaded where the queue
+        is full (`bounded` False: the queue may grow)."""
+        self.check(add, bounded)
+        params = add.params
+        ends = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            ends |= set(self.limits.eos_token_ids)
+        self._arrivals += 1
+        request = Request(
+            add=add,
+            arrival=self._arrivals,
+            priority=add.priority if self.limits.priority else 0,
+            end_tokens=frozenset(ends),
+            max_tokens=self._max_tokens(add),
+        )
+        if add.timeout is not None:
+            request.deadline = self._clock() + add.timeout
+            self._next_deadline = min(self._next_deadline, request.deadline)
+        self.requests[add.request_id] = request
+        self._queue(request)
+
+    def check(self, add: Add, bounded: bool = True) -> None:
+        """The checks of `add`, without adding."""
+        if add.request_id in self.requests:
+            raise UsageError("duplicate_request", f"request id {add.request_id!r} is running")
+        length, longest = len(add.prompt_token_ids), self.limits.max_model_len
+        if length == 0:
+            raise UsageError("empty_prompt", "the prompt has no tokens", field="prompt")
+        if length >= longest:
+            raise UsageError(
+                "context_length_exceeded",
+                f"the prompt has {length} tokens; with at least one token of output it does not "
+                f"fit the context of {longest}",
+                fix="shorten the prompt, or start with a larger --max-model-len",
+                field="prompt",
+            )
+        self._check_tokens("prompt", add.prompt_token_ids)
+        for word in add.bad_words:
+            self._check_tokens("bad_words", word)
+        add.params.check_vocabulary(self.limits.vocab_size)
+        output = self._max_tokens(add)
+        # The last token's KV is never computed.
+        if not self.kv.fits_ever(length + output - 1, self.limits.max_num_batched_tokens):
+            _, total = self.kv.usage()
+            raise UsageError(
+                "prompt_too_large",
+                f"a prompt of {length} tokens with {output} tokens of output can never fit the "
+                f"KV cache of {total} blocks",
+                fix="shorten the prompt, lower max_tokens, or start with a larger "
+                "--kv-cache-memory",
+                field="prompt",
+            )
+        if bounded and len(self._waiting) >= self.limits.max_queue + len(self._free_slots):
+            raise Overloaded(
+                "queue_full",
+                f"{len(self._waiting)} requests are waiting already",
+                fix="try again later, or raise --max-queue",
+            )
+
+    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+        vocab_size = self.limits.vocab_size
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+            bad = next(t for t in tokens if not 0 <= t < vocab_size)
+            raise UsageError(
+                "invalid_token",
+                f"{name}: token id {bad} is outside the vocabulary",
+                why=f"ids of this model run from 0 to {vocab_size - 1}",
+                field=name,
+            )
+
+    def _max_tokens(self, add: Add) -> int:
+        room = self.limits.max_model_len - len(add.prompt_token_ids)
+        return room if add.params.max_tokens is None else min(add.params.max_tokens, room)
+
+    def abort(self, request_id: str, reason: str = "abort", length: int = -1) -> None:
+        """Finish a request from outside; the first `length` output tokens count (-1: all).
+
+        Unknown and finished ids are ignored, so a late or doubled abort is harmless.
+        """
+        request = self.requests.get(request_id)
+        if request is None:
+            return
+        if length >= 0:
+            dropped = max(0, request.num_output - length)
+            self._counts["generated_tokens"] -= dropped
+            del request.tokens[request.num_prompt + length :]
+        self._finish(request, confirmed=length >= 0)
+        cached = request.cached_tokens or 0
+        self._finished.append(Delta(request_id, [], finish_reason=reason, cached_tokens=cached))
+
+    def fail(self, request_id: str, error: QuireError) -> None:
+        """Finish one request with an error; none of its blocks can be found afterwards."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, discard=True)
+            self._finished.append(_error_delta(request_id, error))
+
+    def expire(self) -> None:
+        """Abort the requests whose deadline has passed."""
+        now = self._clock()
+        if now < self._next_deadline:
+            return
+        for request in [r for r in self.requests.values() if r.deadline <= now]:
+            self.abort(request.request_id)
+        self._next_deadline = min((r.deadline for r in self.requests.values()), default=math.inf)
+
+    def take_finished(self) -> list[Delta]:
+        """Deltas of requests that ended outside a step (aborts, failures)."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, waits, or is in flight."""
+        return not self.requests and not self._inflight
+
+    @property
+    def has_work(self) -> bool:
+        """A call of `schedule` might give a Batch."""
+        return bool(self._waiting) or any(r.gap > 0 for r in self._running)
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None where nothing can be computed now."""
+        self._steps += 1
+        batch = Batch(step=self._steps, leave=[], enter=[], rows=[])
+        parts: list[tuple[Request, Row]] = []
+        budget = self.limits.max_num_batched_tokens
+        suspect = min(self._suspects, key=_order, default=None)
+        if suspect is None:
+            budget = self._schedule_running(parts, budget, self._running)
+            self._schedule_waiting(batch, parts, budget, None)
+        elif suspect.state is State.RUNNING:
+            self._schedule_running(parts, budget, [suspect])
+        else:
+            for request in list(self._running):
+                self._preempt(request)
+            self._schedule_waiting(batch, parts, budget, suspect)
+        if not parts:
+            return None
+        batch.leave, self._leaving = self._leaving, []
+        batch.rows = [row for _, row in parts]
+        self._inflight[batch.step] = parts
+        return batch
+
+    def _schedule_running(
+        self, parts: list[tuple[Request, Row]], budget: int, running: list[Request]
+    ) -> int:
+        """Give rows to `running`. Returns the budget left for admissions: none where blocks are
+        short."""
+        # Decoding rows first, so that a long prompt never delays tokens that others wait for.
+        decoding, prefilling = [], []
+        for request in running:
+            gap = request.gap
+            if gap == 1:
+                decoding.append(request)
+            elif gap > 1:
+                prefilling.append(request)
+        short = False
+        for request in decoding + prefilling:
+            if budget == 0:
+                break
+            if request.state is not State.RUNNING:
+                continue
+            count = min(request.gap, budget)
+            if self._grow(request, request.scheduled + count, parts):
+                parts.append((request, self._row(request, count)))
+                budget -= count
+            else:
+                short = True
+        return 0 if short else budget
+
+    def _grow(self, request: Request, num_tokens: int, parts: list[tuple[Request, Row]]) -> bool:
+        """Give a running request blocks for `num_tokens`, taken from later ones where needed.
+
+        False where it must wait: for its own steps in flight, or for requests before it or with
+        a row in this step. One of those always moves on: the first of all running requests
+        can take the blocks of all others, and alone it fits.
+        """
+        while not self.kv.grow(request.request_id, num_tokens):
+            planned = {r for r, _ in parts}
+            victim = next(r for r in reversed(self._running) if r not in planned)
+            if victim is request or request.inflight_steps:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _schedule_waiting(
+        self,
+        batch: Batch,
+        parts: list[tuple[Request, Row]],
+        budget: int,
+        only: Request | None,
+    ) -> None:
+        skipped: list[tuple[tuple[int, int], Request]] = []
+        while self._waiting and budget > 0 and self._free_slots:
+            entry = heapq.heappop(self._waiting)
+            request = entry[1]
+            if (
+                only not in (None, request)
+                or request.inflight_steps
+                or (only is None and self._waits_for_leader(request))
+            ):
+                skipped.append(entry)
+                continue
+            hit = self.kv.admit(
+                request.request_id,
+                request.tokens,
+                self.limits.max_num_batched_tokens,
+                tenant=request.add.tenant,
+                salt=request.add.cache_salt,
+                use_cache=request.add.params.prompt_logprobs is None,
+                identities=request.identities,
+            )
+            if hit is None:
+                skipped.append(entry)
+                break
+            self._start(request, hit)
+            count = min(request.gap, budget)
+            grown = self.kv.grow(request.request_id, request.scheduled + count)
+            assert grown, "admission looked at less than the first step needs"
+            batch.enter.append(self._enter(request))
+            parts.append((request, self._row(request, count)))
+            budget -= count
+        for entry in skipped:
+            heapq.heappush(self._waiting, entry)
+
+    def _start(self, request: Request, hit: int) -> None:
+        request.state = State.RUNNING
+        request.slot = self._free_slots.pop()
+        request.computed = hit
+        request.blocks_sent = [0] * len(self.kv.groups)
+        if request.cached_tokens is None:
+            request.cached_tokens = hit
+            if request.add.params.prompt_logprobs is None:
+                self._counts["query"] += request.num_prompt
+                self._counts["hit"] += hit
+        insort(self._running, request, key=_order)
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        leader = self.requests.get(request.add.leader)
+        if leader is None or leader.arrival >= request.arrival or not self.kv.enable_caching:
+            return False
+        return leader.computed < leader.num_prompt and leader.num_output == 0
+
+    def _row(self, request: Request, count: int) -> Row:
+        start = request.scheduled
+        tokens = request.tokens[start : start + count]
+        tokens += [DEVICE_TOKEN] * (count - len(tokens))
+        new_blocks = []
+        for g, table in enumerate(self.kv.table(request.request_id)):
+            new_blocks.append(table[request.blocks_sent[g] :])
+            request.blocks_sent[g] = len(table)
+        sample = start + count == len(request.tokens) + request.inflight_samples
+        wants_prompt = request.add.params.prompt_logprobs is not None
+        row = Row(
+            slot=request.slot,
+            start=start,
+            tokens=tokens,
+            new_blocks=new_blocks,
+            sample=sample,
+            prompt_logprobs=wants_prompt and request.prompt_logprobs_sent < request.num_prompt - 1,
+        )
+        request.inflight += count
+        request.inflight_steps += 1
+        request.inflight_samples += sample
+        return row
+
+    def _enter(self, request: Request) -> Enter:
+        tables = self.kv.table(request.request_id)
+        request.blocks_sent = [len(table) for table in tables]
+        return Enter(
+            slot=request.slot,
+            params=request.add.params,
+            tokens=list(request.tokens),
+            num_prompt=request.num_prompt,
+            seed=request.add.seed,
+            choice=request.add.choice,
+            blocks=[list(table) for table in tables],
+            end_tokens=sorted(request.end_tokens),
+            bad_words=request.add.bad_words,
+        )
+
+    # -- its result --------------------------------------------------------------------------
+
+    def commit(self, result: Result) -> list[Delta]:
+        """Take a step's result: append tokens, publish blocks, finish requests.
+
+        Returns what to tell the frontends. Rows of requests that have finished meanwhile are
+        dropped: nothing computed past an end is ever seen.
+        """
+        self._counts["done_steps"] += 1
+        deltas = []
+        parts = self._inflight.pop(result.step)
+        for (request, row), got in zip(parts, result.rows, strict=True):
+            request.inflight_steps -= 1
+            if request.state is State.RUNNING:
+                request.inflight -= len(row.tokens)
+                request.computed += len(row.tokens)
+            request.inflight_samples -= row.sample
+            if request.state is not State.FINISHED:
+                delta = self._commit_row(request, row, got)
+                if delta is not None:
+                    deltas.append(delta)
+        return deltas
+
+    def quarantine(self, steps: list[int], error: QuireError) -> None:
+        """The first of these steps raised, the others came after it: none gave anything, and the
+        runner has dropped all its slots.
+
+        A step of one request is that request's fault: it fails with `error`. The requests of a
+        larger step become suspects, which are recomputed one at a time until each has sampled a
+        token or failed on its own. All others are recomputed as after a preemption.
+        """
+        blamed = {request for request, _ in self._inflight[steps[0]]}
+        for step in steps:
+            for request, row in self._inflight.pop(step):
+                request.inflight_steps -= 1
+                request.inflight_samples -= row.sample
+        alone = len(blamed) == 1
+        for request in blamed:
+            if request.state is not State.FINISHED:
+                self._suspects.add(request)
+                if alone:
+                    self.fail(request.request_id, error)
+        for request in list(self._running):
+            self._preempt(request)
+        self._leaving = []
+
+    def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
+        if got.error is not None:
+            error = QuireError("numerical_error", got.error, why="the model gave NaN logits")
+            self._finish(request, discard=True)
+            return _error_delta(request.request_id, error)
+        reason, stop_token, accepted = self._accept(request, got.tokens)
+        prompt_logprobs = None
+        if got.prompt_logprobs:
+            # A request preempted in its prompt computes positions again that were sent already.
+            known = max(0, request.prompt_logprobs_sent - row.start)
+            prompt_logprobs = got.prompt_logprobs[known:]
+            request.prompt_logprobs_sent += len(prompt_logprobs)
+        if row.sample:
+            self._suspects.discard(request)
+        if request.state is State.RUNNING:
+            self._publish(request, confirmed=False)
+        if reason is not None:
+            self._finish(request)
+        if not accepted and not prompt_logprobs:
+            return None
+        return Delta(
+            request_id=request.request_id,
+            token_ids=accepted,
+            logprobs=got.logprobs[: len(accepted)] if got.logprobs else None,
+            prompt_logprobs=prompt_logprobs or None,
+            finish_reason=reason,
+            stop_reason=stop_token,
+            cached_tokens=request.cached_tokens or 0,
+        )
+
+    def _accept(
+        self, request: Request, tokens: list[int]
+    ) -> tuple[str | None, int | None, list[int]]:
+        """Append sampled tokens up to an end: (finish reason, stop token, tokens that count)."""
+        if tokens and request.num_output == 0:
+            self._counts["prompt_tokens"] += request.num_prompt
+        accepted: list[int] = []
+        for token in tokens:
+            request.tokens.append(token)
+            accepted.append(token)
+            self._counts["generated_tokens"] += 1
+            if token in request.end_tokens and request.num_output >= request.add.params.min_tokens:
+                named = token in (request.add.params.stop_token_ids or ())
+                return "stop", token if named else None, accepted
+            if request.num_output >= request.max_tokens:
+                return "length", None, accepted
+        return None, None, accepted
+
+    def _publish(self, request: Request, confirmed: bool) -> None:
+        """Offer computed blocks to the prefix index.
+
+        Output of a request with stop strings counts only once the frontend has confirmed its
+        length: a stop string may have ended it earlier.
+        """
+        valid = len(request.tokens)
+        if request.add.params.stop_strings and not confirmed:
+            valid = request.num_prompt
+        self.kv.commit(request.request_id, request.tokens, request.computed, valid)
+
+    def _finish(self, request: Request, confirmed: bool = False, discard: bool = False) -> None:
+        if request.state is State.RUNNING:
+            if discard:
+                self.kv.discard(request.request_id)
+            else:
+                self._publish(request, confirmed)
+                self.kv.free(request.request_id)
+            self._release_slot(request)
+        elif request.state is State.WAITING:
+            self._waiting = [e for e in self._waiting if e[1] is not request]
+            heapq.heapify(self._waiting)
+        request.state = State.FINISHED
+        request.computed = request.inflight = 0
+        self._suspects.discard(request)
+        del self.requests[request.request_id]
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks and slot; it will be recomputed, its tokens stay."""
+        self._counts["preemptions"] += 1
+        self.kv.free(request.request_id)
+        self._release_slot(request)
+        request.state = State.WAITING
+        request.computed = request.inflight = 0
+        self._queue(request)
+
+    def _release_slot(self, request: Request) -> None:
+        self._running.remove(request)
+        self._leaving.append(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    def _queue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.order, request))
+
+    # -- what others see ---------------------------------------------------------------------
+
+    def stats(self, step_age: float = 0.0) -> EngineStats:
+        used, total = self.kv.usage()
+        counts = self._counts
+        return EngineStats(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            kv_blocks_used=used,
+            kv_blocks_total=total,
+            prefix_query_tokens=counts["query"],
+            prefix_hit_tokens=counts["hit"],
+            preemptions=counts["preemptions"],
+            steps=counts["done_steps"],
+            prompt_tokens=counts["prompt_tokens"],
+            generated_tokens=counts["generated_tokens"],
+            step_age=step_age,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where requests, slots and blocks contradict each other."""
+        self.kv.check_integrity()
+        slots = [r.slot for r in self._running]
+        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
+        assert self._running == sorted(self._running, key=_order)
+        assert all(self.requests.get(r.request_id) is r for r in self._suspects)
+        waiting = [r for _, r in self._waiting]
+        assert all(r.state is State.WAITING for r in waiting)
+        assert all(r.state is State.RUNNING for r in self._running)
+        assert {r.request_id for r in waiting + self._running} == set(self.requests)
+        assert len(waiting) + len(self._running) == len(self.requests)
+        flying: dict[int, int] = {}
+        for parts in self._inflight.values():
+            for request, row in parts:
+                if request.state is State.RUNNING:
+                    flying[id(request)] = flying.get(id(request), 0) + len(row.tokens)
+        for request in self.requests.values():
+            request.check_integrity()
+            assert request.inflight == flying.get(id(request), 0)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _error_delta(request_id: str, error: QuireError) -> Delta:
+    return Delta(
+        request_id=request_id,
+        token_ids=[],
+        finish_reason="error",
+        error=[error.code, error.what, error.why, error.fix],
+    )

@@ -1,0 +1,21 @@
+// The kernels compiled for the compiler's default target.
+#include <initializer_list>
+
+#include "formats.h"
+#include "kernels.h"
+#include "pool.h"
+
+#include "lanes_portable.h"
+#include "vector_math.h"
+#include "linear.h"
+#include "rows.h"
+#include "attention.h"
+
+namespace quire {
+
+const Kernels* portable_kernels() {
+    static const Kernels table{kName, linear, norm, rotary_cache, attention, gated_activation, argmax, logsumexp};
+    return &table;
+}
+
+}  // namespace quire

@@ -1,0 +1,184 @@
+// Sixteen fp32 lanes in two AVX2 registers; int8 dot products through 16-bit sums that cannot
+// overflow. Same names and roundings as lanes_avx512.h.
+#pragma once
+
+#include "formats.h"
+
+#define QUIRE_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+constexpr const char* kName = "avx2";
+constexpr int kMaxRows = 4;
+constexpr int kMaxDenseRows = 6;
+constexpr int kDensePanels = 1;
+
+struct F {
+    __m256 a, b;
+};
+struct I {
+    __m256i a, b;
+};
+
+inline F splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256i first_eight(Index n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F load_part(const float* p, Index n) {
+    return {_mm256_maskload_ps(p, first_eight(n)), _mm256_maskload_ps(p + 8, first_eight(n - 8))};
+}
+inline F load_f16(const void* p) {
+    const __m128i* q = (const __m128i*)p;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+inline __m256 widen_bf16(__m128i halves) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline F load_bf16(const uint16_t* p) {
+    const __m128i* q = (const __m128i*)p;
+    return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
+}
+inline F load_bf16_part(const uint16_t* p, Index n) {
+    alignas(32) uint16_t copy[16] = {};
+    std::memcpy(copy, p, size_t(n) * 2);
+    return load_bf16(copy);
+}
+inline F load_u8(const uint8_t* p) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};
+}
+inline F load_s8(const uint8_t* p) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
+}
+inline void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline void store_part(float* p, F x, Index n) {
+    _mm256_maskstore_ps(p, first_eight(n), x.a);
+    _mm256_maskstore_ps(p + 8, first_eight(n - 8), x.b);
+}
+
+inline F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F fnma(F x, F y, F z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F absolute(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline F round_even(F x) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+}
+// In two exact halves but for the last rounding, which is then the only one.
+inline __m256 times_power_of_two(__m256 x, __m256 n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    const __m256i bias = _mm256_set1_epi32(127);
+    const auto power = [&](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23)); };
+    return _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(whole, half)));
+}
+inline F times_power_of_two(F x, F n) { return {times_power_of_two(x.a, n.a), times_power_of_two(x.b, n.b)}; }
+
+inline bool any_greater(F x, F y) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)));
+}
+inline bool any_nan(F x) { return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q)); }
+inline F keep_lanes(F x, int begin, int end, float other) {
+    const __m256 o = _mm256_set1_ps(other);
+    const auto keep = [&](__m256 v, int shift) {
+        const __m256i mask = _mm256_andnot_si256(first_eight(begin - shift), first_eight(end - shift));
+        return _mm256_blendv_ps(o, v, _mm256_castsi256_ps(mask));
+    };
+    return {keep(x.a, 0), keep(x.b, 8)};
+}
+
+inline float sum_lanes(F x) {
+    const __m256 e = _mm256_add_ps(x.a, x.b);
+    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+    const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+inline float max_lanes(F x) {
+    const __m256 e = _mm256_max_ps(x.a, x.b);
+    const __m128 q = _mm_max_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+    const __m128 d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
+
+inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline int store_int8(int8_t* p, F x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+    return int(sum_lanes(x));  // exact: integers far below 2^24
+}
+
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+inline __m256i broadcast_four(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+template <class Format, int R, class Consume>
+inline void block_dots(const uint8_t* codes, const int8_t* a, const int32_t* initial, Consume&& consume) {
+    // A pair of products is at most 2 * 127 * max_code, so this many pairs fit 16 bits. Codes up to
+    // 255 do not fit even once: less 128 they are signed, and |code| * (sign * a) stays below 2^15.
+    constexpr bool kSigned = Format::max_code > 127;
+    constexpr int kCode = kSigned ? 128 : Format::max_code;
+    constexpr int kFit = 32767 / (2 * 127 * kCode);
+    constexpr int kFlush = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    static_assert(kFlush * 2 * 127 * kCode <= 32767 && (!kSigned || Format::zero == 128), "16-bit sums would overflow");
+    const __m256i ones = _mm256_set1_epi16(1);
+    I total[R][2];
+    QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
+        const __m256i start = Format::zero && !kSigned ? _mm256_set1_epi32(initial[h * R + r]) : _mm256_setzero_si256();
+        total[r][h] = {start, start};
+    }
+    I part[R];
+    QUIRE_UNROLL for (int g = 0; g < 8; ++g) {
+        __m256i wa, wb;
+        if constexpr (Format::bits == 4) {
+            const __m256i low = _mm256_set1_epi8(15);
+            wa = _mm256_load_si256((const __m256i*)(codes + g % 4 * 64));
+            wb = _mm256_load_si256((const __m256i*)(codes + g % 4 * 64 + 32));
+            if (g >= 4) wa = _mm256_srli_epi16(wa, 4), wb = _mm256_srli_epi16(wb, 4);
+            wa = _mm256_and_si256(wa, low), wb = _mm256_and_si256(wb, low);
+        } else {
+            wa = _mm256_load_si256((const __m256i*)(codes + g * 64));
+            wb = _mm256_load_si256((const __m256i*)(codes + g * 64 + 32));
+        }
+        if constexpr (kSigned) {
+            const __m256i excess = _mm256_set1_epi8(-128);
+            wa = _mm256_xor_si256(wa, excess), wb = _mm256_xor_si256(wb, excess);
+        }
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+            const __m256i four = broadcast_four(a + r * kBlock + 4 * g);
+            __m256i pa, pb;
+            if constexpr (kSigned) {
+                pa = _mm256_maddubs_epi16(_mm256_abs_epi8(wa), _mm256_sign_epi8(four, wa));
+                pb = _mm256_maddubs_epi16(_mm256_abs_epi8(wb), _mm256_sign_epi8(four, wb));
+            } else {
+                pa = _mm256_maddubs_epi16(wa, four);
+                pb = _mm256_maddubs_epi16(wb, four);
+            }
+            part[r] = g % kFlush ? I{_mm256_add_epi16(part[r].a, pa), _mm256_add_epi16(part[r].b, pb)} : I{pa, pb};
+            if (g % kFlush == kFlush - 1) {
+                I& sum = total[r][Format::scales == 2 ? g / 4 : 0];
+                sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(part[r].a, ones));
+                sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(part[r].b, ones));
+            }
+        }
+    }
+    QUIRE_UNROLL for (int r = 0; r < R; ++r) consume(r, total[r][0], total[r][Format::scales - 1]);
+}
+
+}  // namespace

@@ -1,0 +1,285 @@
+// x * W^T for every weight format. One tile is one panel of 16 outputs times R rows; how many rows
+// share a tile changes with M, the sequence of roundings behind one output never does.
+#pragma once
+
+namespace {
+
+// Calls run(integral constant R) for the smallest tile height that holds `rows`.
+template <int R>
+struct Height {
+    static constexpr int value = R;
+};
+template <int Max, class Run>
+inline void with_height(int rows, Run&& run) {
+    if constexpr (Max > 12) {
+        if (rows > 12) return run(Height<16>{});
+    }
+    if constexpr (Max > 8) {
+        if (rows > 8) return run(Height<12>{});
+    }
+    if constexpr (Max > 6) {
+        if (rows > 6) return run(Height<8>{});
+    }
+    if constexpr (Max > 4) {
+        if (rows > 4) return run(Height<6>{});
+    }
+    switch (rows) {
+        case 4: return run(Height<4>{});
+        case 3: return run(Height<3>{});
+        case 2: return run(Height<2>{});
+        default: return run(Height<1>{});
+    }
+}
+
+inline int padded_height(int max, int rows) {
+    for (int height : {1, 2, 3, 4, 6, 8, 12})
+        if (rows <= height && height <= max) return height;
+    return max;
+}
+
+inline void store_outputs(const quire::LinearArgs& a, Index row, Index panel, F value) {
+    const Index column = panel * kLanes, left = a.n - column;
+    float* out = a.out + row * a.out_stride + column;
+    if (left >= kLanes) {
+        if (a.bias) value = add(value, load(a.bias + column));
+        store(out, value);
+    } else {
+        if (a.bias) value = add(value, load_part(a.bias + column, left));
+        store_part(out, value, left);
+    }
+}
+
+// How rows and panels are cut into chunks of work. Results do not depend on it.
+struct Plan {
+    int max_height;
+    Index tiles, tiles_per_group, groups;    // rows
+    Index panels, panels_per_part, parts;    // outputs
+    Index tile_bytes;
+
+    Plan(const quire::LinearArgs& a, int max, Index bytes_per_row, int panel_multiple) : max_height(max) {
+        constexpr Index kGroupBytes = 384 << 10;  // activations of one group stay in the second-level cache
+        constexpr Index kPartBytes = 128 << 10;   // weights per chunk: long enough to stream
+        tile_bytes = (max * bytes_per_row + 63) / 64 * 64;
+        tiles = ceil_div(a.rows, max);
+        tiles_per_group = kGroupBytes / tile_bytes > 0 ? kGroupBytes / tile_bytes : 1;
+        if (tiles_per_group > tiles) tiles_per_group = tiles;
+        groups = ceil_div(tiles, tiles_per_group);
+        panels = ceil_div(a.n, kLanes);
+        const Index bytes = panel_bytes(int(a.format), a.k);
+        const Index wanted = ceil_div(Index(6) * quire::thread_count(), groups), streamed = panels * bytes / kPartBytes;
+        parts = wanted > streamed ? wanted : streamed;
+        // A part of fewer bytes than this (times rows) is not worth another thread's attention.
+        const Index floor = a.rows >= 16 ? 2 << 10 : 16 << 10;
+        const Index most = panels * bytes / floor + 1;
+        if (parts > most) parts = most;
+        panels_per_part = ceil_div(ceil_div(panels, parts), panel_multiple) * panel_multiple;
+        parts = ceil_div(panels, panels_per_part);
+    }
+
+    int rows_of(const quire::LinearArgs& a, Index tile) const {
+        const Index left = a.rows - tile * max_height;
+        return int(left < max_height ? left : max_height);
+    }
+
+    // run(tile, first panel, last panel), in an order that keeps a few panels and a group in cache.
+    template <class Run>
+    void execute(Index panels_together, Run&& run) const {
+        parallel_for(groups * parts, [&](Index chunk) {
+            const Index group = chunk / parts, first = chunk % parts * panels_per_part;
+            const Index last = first + panels_per_part < panels ? first + panels_per_part : panels;
+            const Index first_tile = group * tiles_per_group;
+            const Index last_tile = first_tile + tiles_per_group < tiles ? first_tile + tiles_per_group : tiles;
+            for (Index panel = first; panel < last; panel += panels_together) {
+                const Index stop = panel + panels_together < last ? panel + panels_together : last;
+                for (Index tile = first_tile; tile < last_tile; ++tile) run(tile, panel, stop);
+            }
+        });
+    }
+};
+
+// ---- block formats: activations as int8 with one fp32 scale per 32 ----
+
+// One block of a tile of R rows: codes[R][32], scale[R], scaled_sum[R], initial[2][R].
+constexpr Index kBytesPerRowBlock = kBlock + 16;
+
+struct QuantisedBlock {
+    int8_t* codes;
+    float *scale, *scaled_sum;
+    int32_t* initial;
+    QuantisedBlock(uint8_t* tile, Index block, int rows) {
+        uint8_t* p = tile + block * rows * kBytesPerRowBlock;
+        codes = reinterpret_cast<int8_t*>(p);
+        scale = reinterpret_cast<float*>(p + rows * kBlock);
+        scaled_sum = scale + rows;
+        initial = reinterpret_cast<int32_t*>(scaled_sum + rows);
+    }
+};
+
+template <class Format>
+void quantise_tile(const quire::LinearArgs& a, Index first_row, int rows, int height, uint8_t* tile) {
+    for (Index block = 0; block < a.k / kBlock; ++block) {
+        const QuantisedBlock q(tile, block, height);
+        for (int r = 0; r < height; ++r) {
+            const float* x = a.x + (first_row + (r < rows ? r : 0)) * a.x_stride + block * kBlock;
+            const F x0 = load(x), x1 = load(x + 16);
+            const float largest = max_lanes(max(absolute(x0), absolute(x1)));
+            // x * 0 is a NaN exactly for infinities and NaNs. Such a block has the scale NaN, which
+            // makes every output of the row a NaN; its codes are zeros.
+            const bool finite = !any_nan(fma(x1, zero(), mul(x0, zero())));
+            // Below 1e-36 the inverse would overflow: such a block counts as zeros.
+            const float inverse = finite && largest > 1e-36f ? 127.0f / largest : 0.0f;
+            const float scale = !finite ? bits_to_float(0x7fc00000u) : inverse > 0 ? largest / 127.0f : 0.0f;
+            const F keep = splat(inverse);
+            const F q0 = finite ? round_even(mul(x0, keep)) : zero(), q1 = finite ? round_even(mul(x1, keep)) : zero();
+            const int sum0 = store_int8(q.codes + r * kBlock, q0), sum1 = store_int8(q.codes + r * kBlock + 16, q1);
+            q.scale[r] = scale;
+            q.scaled_sum[r] = scale * float(sum0 + sum1);
+            q.initial[r] = -Format::zero * (Format::scales == 2 ? sum0 : sum0 + sum1);
+            q.initial[height + r] = -Format::zero * sum1;
+        }
+    }
+}
+
+template <class Format, int R>
+void block_tile(const uint8_t* panel, const uint8_t* tile, Index k, F (&acc)[R]) {
+    const uint8_t *header = panel, *codes = panel + Format::headers_bytes(k);
+    for (int r = 0; r < R; ++r) acc[r] = zero();
+    for (Index block = 0; block < k / kBlock; header += Format::header_bytes) {
+        const F base = load_f16(header);
+        F base_minimum = zero();
+        if constexpr (Format::has_minimum) base_minimum = load_f16(header + kLanes * 2);
+        const uint8_t* sub = header + Format::base_bytes;
+        for (int i = 0; i < Format::blocks; ++i, ++block, codes += Format::code_bytes, sub += Format::sub_bytes) {
+            F scale[2] = {base, base}, minimum = base_minimum;
+            if constexpr (Format::super && Format::scales == 1) scale[0] = mul(base, load_u8(sub));
+            if constexpr (Format::scales == 2) {
+                scale[0] = mul(base, load_s8(sub));
+                scale[1] = mul(base, load_s8(sub + kLanes));
+            }
+            if constexpr (Format::super && Format::has_minimum) minimum = mul(base_minimum, load_u8(sub + Format::scales * kLanes));
+            if constexpr (R <= 4) {  // memory-bound: stay ahead of the hardware, across pages too
+                prefetch(codes + 2048);
+                prefetch(codes + 2048 + 64);
+                prefetch(codes + 2048 + 128);
+                prefetch(codes + 2048 + 192);
+                if constexpr (Format::code_bytes > 256) {
+                    prefetch(codes + 2048 + 256);
+                    prefetch(codes + 2048 + 320);
+                    prefetch(codes + 2048 + 384);
+                    prefetch(codes + 2048 + 448);
+                }
+            }
+            const QuantisedBlock q(const_cast<uint8_t*>(tile), block, R);
+            block_dots<Format, R>(codes, q.codes, q.initial, [&](int r, I first, I second) {
+                const F x_scale = splat(q.scale[r]);
+                F sum = fma(to_float(first), mul(scale[0], x_scale), acc[r]);
+                if constexpr (Format::scales == 2) sum = fma(to_float(second), mul(scale[1], x_scale), sum);
+                if constexpr (Format::minimum_sign > 0) sum = fma(minimum, splat(q.scaled_sum[r]), sum);
+                if constexpr (Format::minimum_sign < 0) sum = fnma(minimum, splat(q.scaled_sum[r]), sum);
+                acc[r] = sum;
+            });
+        }
+    }
+}
+
+template <class Format>
+void block_linear(const quire::LinearArgs& a) {
+    const Plan plan(a, padded_height(kMaxRows, a.rows < kMaxRows ? int(a.rows) : kMaxRows), a.k / kBlock * kBytesPerRowBlock, 1);
+    uint8_t* tiles = static_cast<uint8_t*>(quire::thread_scratch(0, plan.tiles * plan.tile_bytes));
+    parallel_rows(plan.tiles, plan.max_height * a.k, [&](Index first, Index last) {
+        for (Index tile = first; tile < last; ++tile) {
+            const int rows = plan.rows_of(a, tile);
+            quantise_tile<Format>(a, tile * plan.max_height, rows, padded_height(kMaxRows, rows), tiles + tile * plan.tile_bytes);
+        }
+    });
+    const Index bytes = Format::panel_bytes(a.k);
+    plan.execute(1, [&](Index tile, Index panel, Index) {
+        const int rows = plan.rows_of(a, tile);
+        with_height<kMaxRows>(rows, [&](auto height) {
+            constexpr int R = decltype(height)::value;
+            F acc[R];
+            block_tile<Format, R>(a.weight + panel * bytes, tiles + tile * plan.tile_bytes, a.k, acc);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r)
+                if (r < rows) store_outputs(a, tile * plan.max_height + r, panel, acc[r]);
+        });
+    });
+}
+
+// ---- dense weights: one chain of fused multiply-adds over k, in order ----
+
+struct DenseF32 {
+    using Stored = float;
+    static F load_weights(const float* p) { return load(p); }
+};
+struct DenseF16 {
+    using Stored = uint16_t;
+    static F load_weights(const uint16_t* p) { return load_f16(p); }
+};
+struct DenseBF16 {
+    using Stored = uint16_t;
+    static F load_weights(const uint16_t* p) { return load_bf16(p); }
+};
+
+// x: [k][R]
+template <class Dense, int P, int R>
+void dense_tile(const typename Dense::Stored* panels, const float* x, Index k, F (&acc)[P][R]) {
+    QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r) acc[p][r] = zero();
+    for (Index i = 0; i < k; ++i) {
+        F w[P];
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) {
+            const auto* at = panels + p * k * kLanes + i * kLanes;
+            if constexpr (R <= 2) prefetch(at + 512);
+            w[p] = Dense::load_weights(at);
+        }
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+            const F xi = splat(x[i * R + r]);
+            QUIRE_UNROLL for (int p = 0; p < P; ++p) acc[p][r] = fma(xi, w[p], acc[p][r]);
+        }
+    }
+}
+
+template <class Dense>
+void dense_linear(const quire::LinearArgs& a) {
+    const int max = padded_height(kMaxDenseRows, a.rows < kMaxDenseRows ? int(a.rows) : kMaxDenseRows);
+    const Plan plan(a, max, a.k * 4, 4);
+    float* tiles = static_cast<float*>(quire::thread_scratch(0, plan.tiles * plan.tile_bytes));
+    parallel_rows(plan.tiles, plan.max_height * a.k, [&](Index first, Index last) {
+        for (Index tile = first; tile < last; ++tile) {
+            const int rows = plan.rows_of(a, tile), height = padded_height(kMaxDenseRows, rows);
+            float* to = tiles + tile * plan.tile_bytes / 4;
+            for (int r = 0; r < height; ++r) {
+                const float* x = a.x + (tile * plan.max_height + (r < rows ? r : 0)) * a.x_stride;
+                for (Index i = 0; i < a.k; ++i) to[i * height + r] = x[i];
+            }
+        }
+    });
+    const auto* weight = reinterpret_cast<const typename Dense::Stored*>(a.weight);
+    // One row alone has few chains to hide the latency of the additions: take four panels at once.
+    plan.execute(a.rows <= 2 ? 4 : kDensePanels, [&](Index tile, Index panel, Index last) {
+        const float* x = tiles + tile * plan.tile_bytes / 4;
+        const int rows = plan.rows_of(a, tile);
+        with_height<kMaxDenseRows>(rows, [&](auto height) {
+            constexpr int R = decltype(height)::value;
+            const auto compute = [&](auto count, Index first) {
+                constexpr int P = decltype(count)::value;
+                F acc[P][R];
+                dense_tile<Dense, P, R>(weight + first * a.k * kLanes, x, a.k, acc);
+                QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
+                    if (r < rows) store_outputs(a, tile * plan.max_height + r, first + p, acc[p][r]);
+            };
+            constexpr int P = R <= 2 ? 4 : kDensePanels;
+            Index first = panel;
+            for (; first + P <= last; first += P) compute(Height<P>{}, first);
+            for (; first < last; ++first) compute(Height<1>{}, first);
+        });
+    });
+}
+
+void linear(const quire::LinearArgs& a) {
+    if (a.format == F32) return dense_linear<DenseF32>(a);
+    if (a.format == F16) return dense_linear<DenseF16>(a);
+    if (a.format == BF16) return dense_linear<DenseBF16>(a);
+    with_block_format(int(a.format), [&](auto format) { block_linear<decltype(format)>(a); });
+}
+
+}  // namespace

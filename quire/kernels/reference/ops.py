@@ -1,0 +1,220 @@
+"""The kernels of `quire.kernels.native.ops` in plain torch: same names, shapes and signatures.
+
+Slow and readable. They differ in rounding: weights are dense here, and nothing rounds activations.
+"""
+
+import math
+
+import numpy
+import torch
+from torch.nn import functional
+
+from quire.kernels.reference.packed import (
+    BLOCK,
+    DENSE_TYPES,
+    GgufWeight,
+    PackedWeight,
+    check_format,
+    weight_source,
+)
+
+__all__ = [
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding", "gated_activation", "gumbel", "isa",
+    "linear", "logsumexp", "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "set_isa",
+    "set_num_threads", "unpack_rows",
+]  # fmt: skip
+
+
+def set_num_threads(threads: int) -> None:
+    if threads < 1:
+        raise ValueError("threads: must be at least 1")
+    torch.set_num_threads(threads)
+
+
+def num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def isa() -> str:
+    return "torch"
+
+
+def set_isa(name: str) -> None:
+    if name != "torch":
+        raise ValueError(f"isa: the references only have torch, not {name}")
+
+
+def pack(weight: torch.Tensor | GgufWeight) -> PackedWeight:
+    """A dense weight as it is; a quantised one as fp32."""
+    format, data, n, k = weight_source(weight)
+    if format in DENSE_TYPES:
+        data = data.view(DENSE_TYPES[format]).view(n, k)
+    else:
+        from quire.formats.gguf import dequantize
+
+        data = dequantize(format, data, (n, k))
+    return PackedWeight(data, format, n, k)
+
+
+def packed_nbytes(format: str, n: int, k: int) -> int:
+    check_format(format, n, k)
+    return n * k * DENSE_TYPES.get(format, torch.float32).itemsize
+
+
+def unpack_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
+    return embedding(ids, weight)
+
+
+def embedding(ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0) -> torch.Tensor:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.n:
+        raise ValueError("ids: outside the table")
+    return weight.data[ids].float() * scale
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    if x.dim() != 2 or x.shape[1] != weight.k:
+        raise ValueError(f"x: expected [T, {weight.k}], not {list(x.shape)}")
+    return _into(out, functional.linear(x, weight.data.float(), bias))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    return _into(out, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight)
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def rotary_cache(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    blocks, kv_heads, head_size, _ = k_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, head_size)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps)
+    if cos_sin is not None:
+        cosine, sine = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+        q, k = _rotate(q, cosine, sine), _rotate(k, cosine, sine)
+    if slots.numel() and int(slots.max()) >= blocks * BLOCK:
+        raise ValueError("slots: beyond the cache")
+    written = slots >= 0
+    block, offset = slots[written] // BLOCK, slots[written] % BLOCK
+    k_cache[block, :, :, offset] = k[written].to(k_cache.dtype)
+    v_cache[block, :, offset, :] = v[written].to(v_cache.dtype)
+    return _into(out, q.flatten(1))
+
+
+def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    half = cosine.shape[-1]
+    a, b, rest = heads.split([half, half, heads.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], dim=-1)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_len: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _, kv_heads, head_size, _ = k_cache.shape
+    result = torch.empty_like(q)
+    for b in range(block_tables.shape[0]):
+        first, last, context = int(query_start[b]), int(query_start[b + 1]), int(context_len[b])
+        if first == last:
+            continue
+        oldest = max(0, context - (last - first) + 1 - window) if window else 0
+        start = oldest // BLOCK * BLOCK
+        table = block_tables[b, oldest // BLOCK : -(-context // BLOCK)].long()
+        k = k_cache[table].float().permute(1, 0, 3, 2).flatten(1, 2)[:, : context - start]  # [Hkv, keys, D]
+        v = v_cache[table].float().permute(1, 0, 2, 3).flatten(1, 2)[:, : context - start]
+        heads = q[first:last].view(last - first, kv_heads, -1, head_size).permute(1, 2, 0, 3)  # [Hkv, G, T, D]
+        scores = torch.einsum("hgtd,hsd->hgts", heads, k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(context - (last - first), context).unsqueeze(1)
+        key = torch.arange(start, context)
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        scores = scores.masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            extra = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        # The window's first block may hold keys that no query sees; they must not count as 0 * NaN.
+        v = v.masked_fill(hidden.all(0).view(1, -1, 1), 0.0)
+        mixed = torch.einsum("hgts,hsd->thgd", weights, v)
+        result[first:last] = mixed.reshape(last - first, -1)
+    return _into(out, result)
+
+
+def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    if kind == "silu":
+        return _into(out, functional.silu(gate) * up)
+    if kind == "gelu_tanh":
+        return _into(out, functional.gelu(gate, approximate="tanh") * up)
+    raise ValueError(f"kind: {kind!r} is not one of silu, gelu_tanh")
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    if not logits.shape[1]:
+        raise ValueError("logits: the vocabulary is empty")
+    index = torch.full(logits.shape[:1], -1, dtype=torch.int64)
+    for row, values in enumerate(logits):
+        if not values.isnan().any():
+            index[row] = (values == values.max()).nonzero()[0, 0]
+    return index
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(logits.double(), dim=-1).float()
+
+
+def gumbel(seed: int, choice: int, position: int, size: int) -> torch.Tensor:
+    words = _philox(seed, choice, position, -(-size // 4))[:size]
+    uniform = ((words >> numpy.uint64(8)).astype(numpy.float64) + 0.5) * 2.0**-24
+    return torch.from_numpy((-numpy.log(-numpy.log(uniform))).astype(numpy.float32))
+
+
+def _philox(seed: int, choice: int, position: int, groups: int) -> numpy.ndarray:
+    """The words of Philox-4x32-10 (Salmon et al., SC 2011) at counters (0..groups-1, position, choice, 0)."""
+    low, shift = numpy.uint64(0xFFFF_FFFF), numpy.uint64(32)
+    counter = numpy.zeros((4, groups), dtype=numpy.uint64)
+    counter[0] = numpy.arange(groups)
+    counter[1], counter[2] = position & 0xFFFF_FFFF, choice & 0xFFFF_FFFF
+    key = [seed & 0xFFFF_FFFF, seed >> 32 & 0xFFFF_FFFF]
+    for _ in range(10):
+        a, b = counter[0] * numpy.uint64(0xD2511F53), counter[2] * numpy.uint64(0xCD9E8D57)
+        counter = numpy.stack(
+            [(b >> shift) ^ counter[1] ^ numpy.uint64(key[0]), b & low, (a >> shift) ^ counter[3] ^ numpy.uint64(key[1]), a & low]
+        )
+        key = [(key[0] + 0x9E3779B9) & 0xFFFF_FFFF, (key[1] + 0xBB67AE85) & 0xFFFF_FFFF]
+    return counter.T.reshape(-1)
+
+
+def _into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    return result if out is None else out.copy_(result)

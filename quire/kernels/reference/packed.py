@@ -1,0 +1,60 @@
+"""What both kernel sets share: the packed weight, the input forms of pack, and format facts."""
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 16  # tokens in one block of the KV cache
+
+# Weights in one block of a format, and bytes of that block in a GGUF file (ggml's layouts).
+GGUF_BLOCKS = {
+    "f32": (1, 4), "f16": (1, 2), "bf16": (1, 2),
+    "q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34),
+    "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+}  # fmt: skip
+DENSE_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+DENSE_TYPES = {name: dtype for dtype, name in DENSE_FORMATS.items()}
+
+GgufWeight = tuple[str, torch.Tensor, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [n, k] as a kernel set wants it; only the set that packed it may read `data`."""
+
+    data: torch.Tensor
+    format: str
+    n: int
+    k: int
+
+
+def check_format(format: str, n: int, k: int) -> None:
+    """Raises ValueError unless a weight [n, k] can have this format."""
+    if format not in GGUF_BLOCKS:
+        raise ValueError(f"weight format {format!r} is not supported; supported: {', '.join(GGUF_BLOCKS)}")
+    block = GGUF_BLOCKS[format][0]
+    if n < 0 or k <= 0 or k % block:
+        raise ValueError(f"a {format} weight needs n >= 0 and k a positive multiple of {block}, not [{n}, {k}]")
+
+
+def weight_source(weight: torch.Tensor | GgufWeight) -> GgufWeight:
+    """The (format, data, n, k) of either form that pack accepts; data is contiguous on the CPU.
+
+    A dense weight keeps its type and shape; a GGUF weight is uint8 of n rows, in any shape.
+    """
+    if isinstance(weight, torch.Tensor):
+        if weight.dim() != 2 or weight.dtype not in DENSE_FORMATS:
+            raise ValueError(f"weight: expected [n, k] of f32, f16 or bf16, not {weight.dtype} {list(weight.shape)}")
+        format, data, (n, k) = DENSE_FORMATS[weight.dtype], weight, weight.shape
+        check_format(format, n, k)
+    else:
+        format, data, n, k = weight
+        check_format(format, n, k)
+        elements, size = GGUF_BLOCKS[format]
+        if data.dtype != torch.uint8 or data.numel() != n * k // elements * size:
+            raise ValueError(
+                f"weight: {format} [{n}, {k}] is {n * k // elements * size} bytes of uint8, not {data.numel()} of {data.dtype}"
+            )
+    if data.device.type != "cpu":
+        raise ValueError(f"weight: expected a CPU tensor, not {data.device}")
+    return format, data.contiguous(), n, k

@@ -1,0 +1,248 @@
+"""Blocks of all requests over all groups: admission, growth, publishing, windows, release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.kv import BLOCK_SIZE, NULL_BLOCK
+from quire.kv.groups import KVGroup
+from quire.kv.identity import BlockIdentity
+from quire.kv.pool import BlockPool
+
+
+@dataclass
+class RequestBlocks:
+    """The blocks of one running request.
+
+    `tables[g]` covers the sequence from its start; entries the window has passed are NULL_BLOCK.
+    `identities[g]`: identities of the sequence's full blocks, as far as they were computed.
+    `published`: full blocks offered to the prefix index. `passed[g]`: blocks given back.
+    """
+
+    tables: list[list[int]]
+    identities: list[list[bytes]]
+    roots: list[bytes]
+    published: int = 0
+    passed: list[int] = field(default_factory=list)
+
+
+class KVManager:
+    """Owns the pools. Only the scheduler calls it, on the engine thread.
+
+    `enable_caching` False: no block is ever published or looked up.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        pool_blocks: Sequence[int],
+        identity: BlockIdentity,
+        enable_caching: bool = True,
+    ):
+        self.groups = tuple(groups)
+        self.pools = tuple(BlockPool(n) for n in pool_blocks)
+        self.identity = identity
+        self.enable_caching = enable_caching
+        self._running: dict[str, RequestBlocks] = {}
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def fits_ever(self, tokens: int, step_tokens: int) -> bool:
+        """Whether a request of `tokens` could run alone."""
+        need = [0] * len(self.pools)
+        for group in self.groups:
+            need[group.pool] += group.peak_blocks(tokens, step_tokens)
+        return all(n < p.num_blocks for n, p in zip(need, self.pools, strict=True))
+
+    def table(self, request_id: str) -> list[list[int]]:
+        """Block tables by group."""
+        return self._running[request_id].tables
+
+    def usage(self) -> tuple[int, int]:
+        """Blocks held and blocks in all, over all pools."""
+        return sum(p.held for p in self.pools), sum(p.num_blocks - 1 for p in self.pools)
+
+    # -- a request's life --------------------------------------------------------------------
+
+    def admit(
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        step_tokens: int,
+        tenant: str = "",
+        salt: str = "",
+        use_cache: bool = True,
+        identities: list[list[bytes]] | None = None,
+    ) -> int | None:
+        """Start a request if its whole prompt fits now: hit prefix blocks, take the others.
+
+        Returns the number of tokens whose KV is already there (a multiple of BLOCK_SIZE, below
+        len(tokens)), or None where the pools are too full; then nothing has changed.
+        `identities` is a list of the caller's that keeps block identities from one attempt (or
+        one admission) of this sequence to the next; it starts empty.
+        """
+        if identities is None:
+            identities = []
+        if not identities:
+            identities.extend([] for _ in self.groups)
+        blocks = RequestBlocks(
+            tables=[[] for _ in self.groups],
+            identities=identities,
+            roots=[self.identity.root(g.index, tenant, salt) for g in self.groups],
+            passed=[0] * len(self.groups),
+        )
+        hit = 0
+        if self.enable_caching:
+            self._extend_identities(blocks, tokens, len(tokens) // BLOCK_SIZE)
+            if use_cache:
+                hit = self._longest_hit(blocks, (len(tokens) - 1) // BLOCK_SIZE)
+        if not self._room_for(blocks, hit, len(tokens), step_tokens):
+            return None
+        for group in self.groups:
+            pool, table = self.pools[group.pool], blocks.tables[group.index]
+            first = group.first_needed(hit * BLOCK_SIZE)
+            table.extend([NULL_BLOCK] * min(first, hit))
+            blocks.passed[group.index] = min(first, hit)
+            for i in range(first, hit):
+                block = pool.find(blocks.identities[group.index][i])
+                assert block is not None
+                pool.acquire(block)
+                table.append(block)
+        for group in self.groups:
+            if group.window is None:
+                whole = -(-len(tokens) // BLOCK_SIZE)
+                table = blocks.tables[group.index]
+                table.extend(self.pools[group.pool].allocate(whole - len(table)))
+        blocks.published = hit
+        self._running[request_id] = blocks
+        return hit * BLOCK_SIZE
+
+    def grow(self, request_id: str, num_tokens: int) -> bool:
+        """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""
+        blocks = self._running[request_id]
+        whole = -(-num_tokens // BLOCK_SIZE)
+        if all(len(table) >= whole for table in blocks.tables):
+            return True
+        need = [0] * len(self.pools)
+        for group in self.groups:
+            need[group.pool] += max(0, whole - len(blocks.tables[group.index]))
+        if any(n > pool.available for n, pool in zip(need, self.pools, strict=True)):
+            return False
+        for group in self.groups:
+            table = blocks.tables[group.index]
+            if whole > len(table):
+                table.extend(self.pools[group.pool].allocate(whole - len(table)))
+        return True
+
+    def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> None:
+        """KV of the first `computed` tokens is in place.
+
+        Publishes full blocks among the first min(computed, valid) tokens, and gives back blocks
+        that no query at or after position `computed` can read.
+        """
+        blocks = self._running[request_id]
+        full = min(computed, valid) // BLOCK_SIZE
+        if self.enable_caching and full > blocks.published:
+            self._extend_identities(blocks, tokens, full)
+            for group in self.groups:
+                table, pool = blocks.tables[group.index], self.pools[group.pool]
+                for i in range(blocks.published, full):
+                    if table[i] != NULL_BLOCK:
+                        pool.publish(table[i], blocks.identities[group.index][i])
+            blocks.published = full
+        for group in self.groups:
+            if group.window is not None:
+                self._pass_window(blocks, group, group.first_needed(computed))
+
+    def free(self, request_id: str) -> None:
+        """Give back all blocks of a request, the last first, so that beginnings stay longest."""
+        blocks = self._running.pop(request_id)
+        for group in self.groups:
+            for block in reversed(blocks.tables[group.index]):
+                self.pools[group.pool].release(block)
+
+    def discard(self, request_id: str) -> None:
+        """Like free, but nothing this request published and still holds alone can be found."""
+        blocks = self._running[request_id]
+        for group in self.groups:
+            pool = self.pools[group.pool]
+            for block in blocks.tables[group.index]:
+                if block != NULL_BLOCK and pool.counts()[block] == 1:
+                    pool.discard(block)
+        self.free(request_id)
+
+    def clear_cache(self) -> None:
+        for pool in self.pools:
+            pool.clear_cache()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _extend_identities(self, blocks: RequestBlocks, tokens: Sequence[int], full: int) -> None:
+        """Know the identities of the first `full` blocks."""
+        for group in self.groups:
+            chain = blocks.identities[group.index]
+            parent = chain[-1] if chain else blocks.roots[group.index]
+            for i in range(len(chain), full):
+                parent = self.identity.block(parent, tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+                chain.append(parent)
+
+    def _longest_hit(self, blocks: RequestBlocks, limit: int) -> int:
+        """The largest boundary (in blocks) where every group finds what it would read.
+
+        Each group lowers the boundary until it is content; repeated until none lowers it.
+        """
+        boundary, settled = limit, False
+        while not settled:
+            settled = True
+            for group in self.groups:
+                lowered = self._lower(group, blocks.identities[group.index], boundary)
+                if lowered < boundary:
+                    boundary, settled = lowered, False
+        return boundary
+
+    def _lower(self, group: KVGroup, chain: list[bytes], boundary: int) -> int:
+        pool = self.pools[group.pool]
+        if group.window is None:
+            for i in range(boundary):
+                if pool.find(chain[i]) is None:
+                    return i
+            return boundary
+        i = boundary
+        while boundary > 0 and i > group.first_needed(boundary * BLOCK_SIZE):
+            i -= 1
+            if pool.find(chain[i]) is None:
+                boundary = i
+        return boundary
+
+    def _room_for(self, blocks: RequestBlocks, hit: int, tokens: int, step_tokens: int) -> bool:
+        need = [0] * len(self.pools)
+        for group in self.groups:
+            pool, chain = self.pools[group.pool], blocks.identities[group.index]
+            first = group.first_needed(hit * BLOCK_SIZE)
+            for i in range(first, hit):
+                block = pool.find(chain[i])
+                assert block is not None
+                need[group.pool] += pool.is_cached(block)
+            need[group.pool] += group.peak_blocks(tokens, step_tokens)
+            need[group.pool] -= max(0, hit - first)
+        return all(n <= pool.available for n, pool in zip(need, self.pools, strict=True))
+
+    def _pass_window(self, blocks: RequestBlocks, group: KVGroup, first: int) -> None:
+        table, pool = blocks.tables[group.index], self.pools[group.pool]
+        for i in range(blocks.passed[group.index], min(first, len(table))):
+            pool.release(table[i])
+            table[i] = NULL_BLOCK
+        blocks.passed[group.index] = max(blocks.passed[group.index], min(first, len(table)))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where pools and tables disagree."""
+        expected = [[0] * pool.num_blocks for pool in self.pools]
+        for blocks in self._running.values():
+            for group in self.groups:
+                for block in blocks.tables[group.index]:
+                    if block != NULL_BLOCK:
+                        expected[group.pool][block] += 1
+        for pool, counts in zip(self.pools, expected, strict=True):
+            pool.check_integrity()
+            assert pool.counts() == counts, "reference counts differ from block tables"

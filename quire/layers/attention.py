@@ -1,0 +1,90 @@
+"""Self-attention over the paged KV cache, as one object per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quire.layers.build import Build
+from quire.layers.inputs import StepInputs
+from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import RotaryTable
+
+
+class Attention:
+    """Query, key, value projections, rotary, cache, attention, output projection.
+
+    `window`: sliding window in tokens. `qk_norm`: RMS norm of every query and key head before
+    rotary, with `norm_offset` as in RMSNorm. `scale` defaults to head_size ** -0.5. Query heads
+    and KV heads are shared over ranks.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        name: str,
+        *,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rope: dict[str, Any],
+        window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ):
+        self.kernels = build.kernels
+        self.scale = head_size**-0.5 if scale is None else scale
+        self.softcap, self.window, self.eps = softcap, window, norm_eps
+        width, kv_width = heads * head_size, kv_heads * head_size
+        names = [f"{name}.{p}_proj" for p in "qkv"]
+        self.qkv = Linear(
+            build, names, hidden, [width, kv_width, kv_width], bias=qkv_bias, shard="outputs"
+        )
+        self.out = Linear(build, [f"{name}.o_proj"], width, [hidden], bias=out_bias, shard="inputs")
+        self.norms: tuple[RMSNorm, RMSNorm] | None = None
+        if qk_norm:
+            self.norms = (
+                RMSNorm(build, f"{name}.q_norm", head_size, norm_eps, norm_offset),
+                RMSNorm(build, f"{name}.k_norm", head_size, norm_eps, norm_offset),
+            )
+        share = build.group.shard(kv_heads, f"KV heads of {name}")
+        self.cache = build.add_cache(share.stop - share.start, head_size, window)
+        self.rope = RotaryTable(build, head_size, rope)
+
+    def __call__(
+        self, x_TH: torch.Tensor, positions_T: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor:
+        group, cache = step.groups[self.cache.group], self.cache
+        q_norm, k_norm = (n.weight for n in self.norms) if self.norms else (None, None)
+        q_TD = self.kernels.rotary_cache(
+            self.qkv(x_TH),
+            positions_T,
+            self.rope(),
+            q_norm,
+            k_norm,
+            self.eps,
+            cache.keys,
+            cache.values,
+            group.slots,
+        )
+        out_TD = self.kernels.attention(
+            q_TD,
+            cache.keys,
+            cache.values,
+            group.block_tables,
+            step.query_start,
+            step.context_len,
+            self.scale,
+            self.window,
+            self.softcap,
+            None,
+        )
+        return self.out(out_TD)

@@ -1,0 +1,87 @@
+"""What layers are built with, and the registry of what they need: weights and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from quire.comm.group import Group
+from quire.weights.source import TensorInfo, WeightSource
+
+
+class Kernels(Protocol):
+    """The operations layers call: quire.kernels.reference.ops or a faster equal of it.
+
+    Signatures and shapes: quire/kernels/reference/ops.py.
+    """
+
+    pack: Callable[..., Any]
+    packed_nbytes: Callable[..., int]
+    linear: Callable[..., torch.Tensor]
+    embedding: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., torch.Tensor]
+    rotary_cache: Callable[..., torch.Tensor]
+    attention: Callable[..., torch.Tensor]
+    gated_activation: Callable[..., torch.Tensor]
+    argmax: Callable[..., torch.Tensor]
+    logsumexp: Callable[..., torch.Tensor]
+    gumbel: Callable[..., torch.Tensor]
+
+
+class Weight(Protocol):
+    """A part of a model that holds weights.
+
+    `tensors` lists what it needs by checkpoint name, with whole (unsharded) shapes; `load` reads
+    this rank's share; `nbytes` is the memory it will hold on this rank, given each tensor's
+    format.
+    """
+
+    def tensors(self) -> list[TensorInfo]: ...
+    def load(self, source: WeightSource) -> None: ...
+    def nbytes(self, formats: Callable[[str], str]) -> int: ...
+
+
+@dataclass
+class CacheLayer:
+    """One attention layer's KV cache. The runner sets `keys` and `values` once planned.
+
+    `group` is the index of the KV group the layer belongs to.
+    """
+
+    layer: int
+    kv_heads: int
+    head_size: int
+    window: int | None
+    group: int = -1
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class Build:
+    """Context of building one model: kernels, dense dtype (None keeps the checkpoint's), ranks,
+    and the longest context in tokens (the size of rotary tables).
+
+    Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
+    can be made of a model that does not fit.
+    """
+
+    kernels: Kernels
+    dtype: torch.dtype | None = None
+    group: Group = field(default_factory=Group)
+    max_len: int = 0
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: list[Weight] = field(default_factory=list)
+    caches: list[CacheLayer] = field(default_factory=list)
+
+    def add_weight(self, weight: Weight) -> None:
+        self.weights.append(weight)
+
+    def add_cache(self, kv_heads: int, head_size: int, window: int | None) -> CacheLayer:
+        cache = CacheLayer(len(self.caches), kv_heads, head_size, window)
+        self.caches.append(cache)
+        return cache

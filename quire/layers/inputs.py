@@ -1,0 +1,28 @@
+"""Everything of one step that layers need, in one argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class GroupInputs:
+    """`block_tables` int32 [B, max blocks]; `slots` int64 [T]: block * 16 + offset to write to."""
+
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass
+class StepInputs:
+    """One step over B requests and T tokens.
+
+    `query_start` int32 [B + 1]: where each request's tokens begin; `context_len` int32 [B]:
+    its tokens in all after this step. `groups[g]` belongs to KV group g.
+    """
+
+    query_start: torch.Tensor
+    context_len: torch.Tensor
+    groups: list[GroupInputs]

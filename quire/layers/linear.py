@@ -1,0 +1,133 @@
+"""Linear layers: y = x W^T + b, several checkpoint tensors merged into one product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from quire.formats.blocks import BlockTensor
+from quire.layers.build import Build, Kernels
+from quire.weights.source import TensorInfo, WeightSource
+
+
+def to_dense(tensor: torch.Tensor | BlockTensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A dense tensor in `dtype`; None keeps a dense tensor's own."""
+    if isinstance(tensor, BlockTensor):
+        tensor = tensor.dequantize()
+    return tensor.to(dtype) if dtype is not None else tensor
+
+
+def pack(kernels: Kernels, tensor: torch.Tensor | BlockTensor) -> Any:
+    """The kernels' own form of a weight [N, K]."""
+    if isinstance(tensor, BlockTensor):
+        return kernels.pack((tensor.format, tensor.data, *tensor.shape))
+    return kernels.pack(tensor)
+
+
+def read_vector(source: WeightSource, name: str, rows: slice | None = None) -> torch.Tensor:
+    """A 1-D tensor in float32."""
+    return to_dense(source.read(name, rows=rows), torch.float32).contiguous()
+
+
+class Linear:
+    """Rows of one or more weights [N_i, in] applied together: x [T, in] -> [T, sum N_i].
+
+    `shard` "outputs": each rank holds a share of every N_i and gives its columns; "inputs": each
+    holds a share of the input features and the results are summed over ranks; None: replicated.
+    Parts that share a format are packed into one weight; others follow each other.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        names: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        bias: bool = False,
+        shard: str | None = None,
+    ):
+        self.kernels, self.group, self.dtype = build.kernels, build.group, build.dtype
+        self.names, self.bias_wanted, self.shard = tuple(names), bias, shard
+        self.in_features, self.out_features = in_features, tuple(out_features)
+        self._whole = slice(0, in_features)
+        self._columns = self.group.shard(in_features, names[0]) if shard == "inputs" else None
+        self._rows = [
+            self.group.shard(n, name) if shard == "outputs" else slice(0, n)
+            for name, n in zip(names, out_features, strict=True)
+        ]
+        self.local_out = sum(r.stop - r.start for r in self._rows)
+        self._parts: list[tuple[Any, int]] = []
+        self._bias: torch.Tensor | None = None
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        infos = []
+        for name, n in zip(self.names, self.out_features, strict=True):
+            infos.append(TensorInfo(f"{name}.weight", (n, self.in_features), "bf16"))
+            if self.bias_wanted:
+                infos.append(TensorInfo(f"{name}.bias", (n,), "bf16"))
+        return infos
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        columns = self._columns or self._whole
+        total = 0
+        for name, rows in zip(self.names, self._rows, strict=True):
+            n = rows.stop - rows.start
+            total += self.kernels.packed_nbytes(
+                formats(f"{name}.weight"), n, columns.stop - columns.start
+            )
+            total += 4 * n if self.bias_wanted else 0
+        return total
+
+    def load(self, source: WeightSource) -> None:
+        tensors = [
+            source.read(f"{name}.weight", rows=rows, columns=self._columns)
+            for name, rows in zip(self.names, self._rows, strict=True)
+        ]
+        self._parts = [(pack(self.kernels, t), n) for t, n in merge(tensors, self.dtype)]
+        if self.bias_wanted:
+            biases = [
+                read_vector(source, f"{name}.bias", rows)
+                for name, rows in zip(self.names, self._rows, strict=True)
+            ]
+            self._bias = torch.cat(biases)
+            if self.shard == "inputs" and self.group.rank > 0:
+                self._bias.zero_()
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        if len(self._parts) == 1:
+            y_TN = self.kernels.linear(x_TH, self._parts[0][0], self._bias)
+        else:
+            y_TN = torch.empty(x_TH.shape[0], self.local_out)
+            start = 0
+            for packed, n in self._parts:
+                bias = None if self._bias is None else self._bias[start : start + n]
+                self.kernels.linear(x_TH, packed, bias, out=y_TN[:, start : start + n])
+                start += n
+        return self.group.all_reduce(y_TN) if self.shard == "inputs" else y_TN
+
+
+def merge(
+    tensors: list[torch.Tensor | BlockTensor], dtype: torch.dtype | None
+) -> list[tuple[torch.Tensor | BlockTensor, int]]:
+    """Neighbours of one format concatenated along rows, each with its number of rows."""
+    merged: list[tuple[torch.Tensor | BlockTensor, int]] = []
+    for tensor in tensors:
+        item = tensor if isinstance(tensor, BlockTensor) else to_dense(tensor, dtype)
+        rows = int(item.shape[0])
+        if merged:
+            last, n = merged[-1]
+            if isinstance(last, BlockTensor) and isinstance(item, BlockTensor):
+                if last.format == item.format:
+                    data = torch.cat([last.data, item.data])
+                    joined = BlockTensor(item.format, (n + rows, item.shape[1]), data)
+                    merged[-1] = (joined, n + rows)
+                    continue
+            elif isinstance(last, torch.Tensor) and isinstance(item, torch.Tensor):
+                if last.dtype == item.dtype:
+                    merged[-1] = (torch.cat([last, item]), n + rows)
+                    continue
+        merged.append((item, rows))
+    return merged

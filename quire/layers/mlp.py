@@ -1,0 +1,28 @@
+"""Gated feed-forward layer: down(act(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.layers.build import Build
+from quire.layers.linear import Linear
+
+
+class GatedMLP:
+    """`activation` is "silu" or "gelu_tanh". The intermediate size is shared over ranks."""
+
+    def __init__(
+        self, build: Build, name: str, hidden: int, intermediate: int, activation: str = "silu"
+    ):
+        self.kernels, self.activation = build.kernels, activation
+        self.gate_up = Linear(
+            build,
+            [f"{name}.gate_proj", f"{name}.up_proj"],
+            hidden,
+            [intermediate, intermediate],
+            shard="outputs",
+        )
+        self.down = Linear(build, [f"{name}.down_proj"], intermediate, [hidden], shard="inputs")
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return self.down(self.kernels.gated_activation(self.gate_up(x_TH), self.activation))

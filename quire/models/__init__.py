@@ -1,0 +1,1 @@
+"""Model families, one flat file each: config, module, weight names."""

@@ -1,0 +1,62 @@
+"""Reading config.json: typed values with errors that name the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.errors import ModelError
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer. Raises ModelError where it is missing or something else."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ModelError(
+            "bad_config",
+            f"config.json: {key} is {value!r}",
+            why="a positive whole number is needed",
+            fix="check that the model's files are complete and of one version",
+        )
+    return value
+
+
+def number(config: dict[str, Any], key: str, default: float) -> float:
+    """A finite number."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or value - value != 0:
+        raise ModelError("bad_config", f"config.json: {key} is {value!r}", why="not a number")
+    return float(value)
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """`head_dim`, or the hidden size over the number of heads."""
+    return whole(
+        config,
+        "head_dim",
+        whole(config, "hidden_size") // whole(config, "num_attention_heads"),
+    )
+
+
+def layer_windows(config: dict[str, Any], layers: int, sliding: bool) -> list[int | None]:
+    """Each layer's sliding window: by `layer_types` where given, else all layers alike."""
+    window = config.get("sliding_window") if sliding else None
+    size = whole(config, "sliding_window") if window is not None else None
+    types = config.get("layer_types")
+    if not isinstance(types, list):
+        return [size] * layers
+    if len(types) != layers:
+        raise ModelError(
+            "bad_config",
+            f"config.json: layer_types has {len(types)} entries for {layers} layers",
+        )
+    return [size if kind == "sliding_attention" else None for kind in types]

@@ -1,0 +1,155 @@
+"""Gemma 3 (text): sliding and global layers mixed, each with its own rotary base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quire.layers.attention import Attention
+from quire.layers.build import Build
+from quire.layers.embedding import Embedding, Head, TiedHead
+from quire.layers.inputs import StepInputs
+from quire.layers.mlp import GatedMLP
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import rope_parameters
+from quire.models.config import head_size, number, text_config, whole
+from quire.models.llama import common
+
+
+@dataclass(frozen=True)
+class Config:
+    """`windows[i]` None marks a global layer, which uses `rope`; the others use `local_rope`."""
+
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    max_len: int
+    eps: float
+    rope: dict[str, Any]
+    tied: bool
+    windows: tuple[int | None, ...]
+    local_rope: dict[str, Any]
+    scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Config:
+        """Gemma 3's config.json, of the text model or with a `text_config`."""
+        hf = text_config(hf)
+        hf = {"tie_word_embeddings": True, "head_dim": 256, **hf}
+        layers = whole(hf, "num_hidden_layers")
+        if not isinstance(hf.get("layer_types"), list):
+            every = whole(hf, "sliding_window_pattern", 6)
+            kinds = ("full_attention", "sliding_attention")
+            hf["layer_types"] = [kinds[bool((i + 1) % every)] for i in range(layers)]
+        both = hf.get("rope_parameters") or {}
+        if "full_attention" in both:
+            rope = rope_parameters({"rope_parameters": both["full_attention"]})
+            local = rope_parameters({"rope_parameters": both["sliding_attention"]})
+        else:
+            rope = rope_parameters({"rope_theta": 1e6, **hf})
+            local = {
+                "rope_type": "default",
+                "rope_theta": number(hf, "rope_local_base_freq", 1e4),
+            }
+        return cls(
+            **{**common({**hf, "rope_parameters": None}, sliding=True), "rope": rope},
+            local_rope=local,
+            scale=number(hf, "query_pre_attn_scalar", head_size(hf)) ** -0.5,
+            attention_softcap=_cap(hf, "attn_logit_softcapping"),
+            final_softcap=_cap(hf, "final_logit_softcapping"),
+        )
+
+
+def _cap(hf: dict[str, Any], key: str) -> float | None:
+    return number(hf, key, 0.0) or None
+
+
+class Layer:
+    """Norms before and after both attention and feed-forward; all stored as weight - 1."""
+
+    def __init__(self, config: Config, build: Build, index: int):
+        name = f"model.layers.{index}"
+
+        def norm(part: str) -> RMSNorm:
+            return RMSNorm(build, f"{name}.{part}_layernorm", config.hidden, config.eps, 1.0)
+
+        window = config.windows[index]
+        self.input_norm = norm("input")
+        self.attention = Attention(
+            build,
+            f"{name}.self_attn",
+            hidden=config.hidden,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            rope=config.rope if window is None else config.local_rope,
+            window=window,
+            qk_norm=True,
+            norm_eps=config.eps,
+            norm_offset=1.0,
+            scale=config.scale,
+            softcap=config.attention_softcap,
+        )
+        self.attention_norm = norm("post_attention")
+        self.mlp_input_norm = norm("pre_feedforward")
+        self.mlp = GatedMLP(
+            build, f"{name}.mlp", config.hidden, config.intermediate, "gelu_tanh"
+        )
+        self.mlp_norm = norm("post_feedforward")
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor:
+        x = self.attention(self.input_norm.add(x, residual), positions, step)
+        x = self.mlp(self.mlp_input_norm.add(self.attention_norm(x), residual))
+        return self.mlp_norm(x)
+
+
+class Model:
+    """`forward` gives hidden states [T, H] before the head, `logits` the head's [T, V]."""
+
+    def __init__(self, config: Config, build: Build):
+        self.config = config
+        # Hugging Face rounds this factor to the embedding's dtype, bfloat16 in the published
+        # checkpoints; in float32 it is exact.
+        self.embed = Embedding(
+            build,
+            "model.embed_tokens",
+            config.vocab_size,
+            config.hidden,
+            scale=_embedding_scale(config.hidden, build.dtype),
+        )
+        self.layers = [Layer(config, build, i) for i in range(config.layers)]
+        self.norm = RMSNorm(build, "model.norm", config.hidden, config.eps, 1.0)
+        self.head = (
+            TiedHead(self.embed)
+            if config.tied
+            else Head(build, "lm_head", config.vocab_size, config.hidden)
+        )
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor:
+        """tokens int64 [T], positions int64 [T] -> [T, H]."""
+        x = self.embed(tokens)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x = layer(x, residual, positions, step)
+        return self.norm.add(x, residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.head(hidden)
+        cap = self.config.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _embedding_scale(hidden: int, dtype: torch.dtype | None) -> float:
+    return float(torch.tensor(hidden**0.5, dtype=dtype or torch.bfloat16))

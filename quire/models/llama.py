@@ -1,0 +1,129 @@
+"""Llama (SmolLM2, Llama 3.x), and the decoder that Mistral, Qwen2 and Qwen3 vary in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quire.layers.attention import Attention
+from quire.layers.build import Build
+from quire.layers.embedding import Embedding, Head, TiedHead
+from quire.layers.inputs import StepInputs
+from quire.layers.mlp import GatedMLP
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import rope_parameters
+from quire.models.config import head_size, layer_windows, number, whole
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a Llama-like decoder. `windows[i]` is layer i's sliding window, None for full."""
+
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    max_len: int
+    eps: float
+    rope: dict[str, Any]
+    tied: bool
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Config:
+        """Llama's config.json."""
+        bias = bool(hf.get("attention_bias", False))
+        return cls(**common(hf), qkv_bias=bias, out_bias=bias)
+
+
+def common(hf: dict[str, Any], sliding: bool = False) -> dict[str, Any]:
+    """The values that all families of this decoder name alike."""
+    layers, heads = whole(hf, "num_hidden_layers"), whole(hf, "num_attention_heads")
+    return {
+        "vocab_size": whole(hf, "vocab_size"),
+        "hidden": whole(hf, "hidden_size"),
+        "intermediate": whole(hf, "intermediate_size"),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": whole(hf, "num_key_value_heads", heads),
+        "head_size": head_size(hf),
+        "max_len": whole(hf, "max_position_embeddings", 2048),
+        "eps": number(hf, "rms_norm_eps", 1e-6),
+        "rope": rope_parameters(hf),
+        "tied": bool(hf.get("tie_word_embeddings", False)),
+        "windows": tuple(layer_windows(hf, layers, sliding)),
+    }
+
+
+class Layer:
+    """Attention and feed-forward, each after a norm and added to the residual."""
+
+    def __init__(self, config: Config, build: Build, index: int):
+        name = f"model.layers.{index}"
+        self.input_norm = RMSNorm(build, f"{name}.input_layernorm", config.hidden, config.eps)
+        self.attention = Attention(
+            build,
+            f"{name}.self_attn",
+            hidden=config.hidden,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            rope=config.rope,
+            window=config.windows[index],
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.eps,
+        )
+        self.post_norm = RMSNorm(
+            build, f"{name}.post_attention_layernorm", config.hidden, config.eps
+        )
+        self.mlp = self.make_mlp(config, build, f"{name}.mlp")
+
+    def make_mlp(self, config: Any, build: Build, name: str) -> Any:
+        return GatedMLP(build, name, config.hidden, config.intermediate)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor:
+        x = self.attention(self.input_norm.add(x, residual), positions, step)
+        x = self.mlp(self.post_norm.add(x, residual))
+        return x
+
+
+class Model:
+    """`forward` gives hidden states [T, H] before the head, `logits` the head's [T, V]."""
+
+    layer_class: type[Layer] = Layer
+
+    def __init__(self, config: Config, build: Build):
+        self.config = config
+        self.embed = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden)
+        self.layers = [self.layer_class(config, build, i) for i in range(config.layers)]
+        self.norm = RMSNorm(build, "model.norm", config.hidden, config.eps)
+        self.head = (
+            TiedHead(self.embed)
+            if config.tied
+            else Head(build, "lm_head", config.vocab_size, config.hidden)
+        )
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor:
+        """tokens int64 [T], positions int64 [T] -> [T, H]."""
+        x = self.embed(tokens)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x = layer(x, residual, positions, step)
+        return self.norm.add(x, residual)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)

@@ -1,0 +1,19 @@
+"""Qwen3: Llama's decoder with RMS norms on every query and key head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.models import llama
+from quire.models.llama import Model, common
+
+__all__ = ["Config", "Model"]
+
+
+class Config(llama.Config):
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> Config:
+        """Qwen3's config.json."""
+        bias = bool(hf.get("attention_bias", False))
+        sliding = bool(hf.get("use_sliding_window", False))
+        return cls(**common(hf, sliding), qkv_bias=bias, out_bias=bias, qk_norm=True)

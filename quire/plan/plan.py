@@ -1,0 +1,116 @@
+"""The frozen result of planning."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from quire.kv import BLOCK_SIZE
+from quire.kv.groups import KVGroup
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves an operation or decides a setting, and why. `downgrade`: less than was asked
+    or could be had on such a machine; --strict refuses it."""
+
+    what: str
+    chosen: str
+    reason: str
+    downgrade: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided before loading. All sizes are bytes.
+
+    `activation_bytes` is the largest working memory of a step, `reserve_bytes` what the process
+    needs besides (interpreter, libraries, tokenizer). `context_tokens` is how many tokens all
+    requests together can hold in the KV cache.
+    """
+
+    model: str
+    model_fingerprint: str
+    architecture: str
+    device: str
+    device_name: str
+    threads: int
+    dtype: str
+    kv_dtype: str
+    weight_formats: str
+    kernels: str
+    isa: str
+    deterministic: bool
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    graph_bytes: int
+    reserve_bytes: int
+    max_model_len: int
+    context_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    groups: tuple[KVGroup, ...]
+    pool_blocks: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    numerics_version: int
+
+    @property
+    def total_bytes(self) -> int:
+        parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
+        return sum(parts) + self.graph_bytes + self.reserve_bytes
+
+    @property
+    def cache_fingerprint(self) -> bytes:
+        """Changes with anything that can change the KV of a token sequence."""
+        fields = [
+            self.model_fingerprint,
+            self.architecture,
+            self.dtype,
+            self.kv_dtype,
+            self.weight_formats,
+            self.kernels,
+            self.isa,
+            self.device,
+            self.deterministic,
+            self.numerics_version,
+            BLOCK_SIZE,
+            [(g.window, g.layers, g.page_bytes) for g in self.groups],
+        ]
+        return hashlib.blake2b(msgspec.json.encode(fields), digest_size=32).digest()
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of the API: equal for engines whose answers should be equal."""
+        return "fp_" + self.cache_fingerprint.hex()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and for the wire."""
+        return {
+            **asdict(self),
+            "total_bytes": self.total_bytes,
+            "fingerprint": self.fingerprint,
+        }
+
+    def summary(self) -> dict[str, str]:
+        """The five numbers of the ready block."""
+        return {
+            "weights": format_bytes(self.weight_bytes),
+            "kv cache": f"{format_bytes(self.kv_bytes)} ({self.context_tokens} tokens)",
+            "activations": format_bytes(self.activation_bytes),
+            "reserve": format_bytes(self.reserve_bytes + self.graph_bytes),
+            "context": f"{self.max_model_len} tokens",
+        }
+
+
+def format_bytes(size: int) -> str:
+    """A size for people: 98.4 MiB."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,1 @@
+"""Runners turn a Batch into device work and its Result."""

@@ -1,0 +1,139 @@
+"""The eager runner: a Batch is computed at once, on the CPU. The reference for other runners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quire.kv import BLOCK_SIZE
+from quire.kv.groups import KVGroup
+from quire.layers.build import Build, Kernels
+from quire.layers.inputs import GroupInputs, StepInputs
+from quire.models.registry import Model
+from quire.runner.sampler import Sampler
+from quire.runner.slots import Slots, flatten
+from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
+
+# Prompt log-probabilities take logits of this many tokens at a time, to bound memory.
+LOGIT_ROWS = 64
+
+
+@dataclass
+class Done:
+    """A Pending that is finished already."""
+
+    _result: Result
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Result:
+        return self._result
+
+
+def allocate_caches(
+    build: Build, groups: Sequence[KVGroup], pool_blocks: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Memory for every attention layer: keys [blocks, heads, D, 16], values [.., 16, D].
+
+    Pages are touched when first written, so a large cache costs nothing until it is used.
+    """
+    for group in groups:
+        blocks = pool_blocks[group.pool]
+        for layer in group.layers:
+            cache = build.caches[layer]
+            heads, size = cache.kv_heads, cache.head_size
+            cache.group = group.index
+            cache.keys = torch.empty(blocks, heads, size, BLOCK_SIZE, dtype=dtype)
+            cache.values = torch.empty(blocks, heads, BLOCK_SIZE, size, dtype=dtype)
+
+
+class EagerRunner:
+    """Owns the slots; the model and its caches are given built, loaded and allocated.
+
+    `submit` raises whatever the computation raises; the caller then calls `reset`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kernels: Kernels,
+        num_groups: int,
+        num_slots: int,
+        max_model_len: int,
+    ):
+        self.model = model
+        self.sampler = Sampler(kernels)
+        self.slots = Slots(num_slots, -(-max_model_len // BLOCK_SIZE) + 1, num_groups)
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> Done:
+        """Compute a step."""
+        self.slots.apply(batch)
+        hidden_TH = self._forward(batch.rows)
+        results = [RowResult(tokens=[]) for _ in batch.rows]
+        self._prompt_logprobs(batch.rows, hidden_TH, results)
+        self._sample(batch.rows, hidden_TH, results)
+        return Done(Result(batch.step, results))
+
+    def reset(self) -> None:
+        """Forget all requests, after a step that raised."""
+        self.slots.reset()
+
+    def _forward(self, rows: list[Row]) -> torch.Tensor:
+        flat = flatten(rows, self.slots)
+        groups = [
+            GroupInputs(torch.from_numpy(table), torch.from_numpy(slots))
+            for table, slots in zip(flat.block_tables, flat.slots, strict=True)
+        ]
+        step = StepInputs(
+            torch.from_numpy(flat.query_start), torch.from_numpy(flat.context_len), groups
+        )
+        return self.model.forward(
+            torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
+        )
+
+    def _sample(
+        self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]
+    ) -> None:
+        ends, sampling, end = [], [], 0
+        for i, row in enumerate(rows):
+            end += len(row.tokens)
+            if row.sample:
+                ends.append(end - 1)
+                sampling.append(i)
+        if not sampling:
+            return
+        logits_BV = self.model.logits(hidden_TH[ends])
+        slots = [self.slots[rows[i].slot] for i in sampling]
+        for i, slot, got in zip(sampling, slots, self.sampler.sample(logits_BV, slots), strict=True):
+            results[i].tokens, results[i].logprobs = got.tokens, got.logprobs
+            results[i].error = got.error
+            for token in got.tokens:
+                slot.append(token)
+
+    def _prompt_logprobs(
+        self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]
+    ) -> None:
+        end = 0
+        for i, row in enumerate(rows):
+            begin, end = end, end + len(row.tokens)
+            if not row.prompt_logprobs:
+                continue
+            slot = self.slots[row.slot]
+            targets = slot.tokens[row.start + 1 : min(row.start + len(row.tokens) + 1, slot.num_prompt)]
+            results[i].prompt_logprobs = self._of_targets(
+                hidden_TH[begin : begin + len(targets)], targets, slot.params.prompt_logprobs or 0
+            )
+
+    def _of_targets(
+        self, hidden_TH: torch.Tensor, targets: list[int], count: int
+    ) -> list[TokenLogprobs]:
+        found = []
+        for start in range(0, len(targets), LOGIT_ROWS):
+            logits = self.model.logits(hidden_TH[start : start + LOGIT_ROWS])
+            for row, token in zip(logits, targets[start : start + LOGIT_ROWS], strict=True):
+                found.append(self.sampler.logprobs(row, token, count))
+        return found

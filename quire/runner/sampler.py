@@ -1,0 +1,135 @@
+"""From logits to tokens, one request at a time.
+
+Every row is sampled by itself, so a request's tokens do not depend on the batch. The order of
+operations is vLLM's: reported log-probabilities come from the raw logits; then allowed tokens,
+bad words, min_tokens, logit bias, penalties; temperature; min-p; top-k; top-p; and the choice by
+Gumbel-max with noise keyed by (seed, choice, position).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from quire.layers.build import Kernels
+from quire.runner.slots import Slot
+from quire.step import RowResult, TokenLogprobs
+
+NAN_ERROR = "the model's logits for this request are not numbers (NaN)"
+
+
+class Sampler:
+    """Samples rows of logits float32 [B, V]."""
+
+    def __init__(self, kernels: Kernels):
+        self.kernels = kernels
+
+    def sample(self, logits_BV: torch.Tensor, slots: list[Slot]) -> list[RowResult]:
+        """One token per row, for the slots' next positions. A row with NaN gets an error."""
+        greedy = self.kernels.argmax(logits_BV).tolist()
+        results = []
+        for i, slot in enumerate(slots):
+            if greedy[i] < 0:
+                results.append(RowResult(tokens=[], error=NAN_ERROR))
+                continue
+            token = greedy[i]
+            if not _plain_greedy(slot):
+                token = self._choose(logits_BV[i].clone(), slot)
+            logprobs = None
+            if slot.params.logprobs is not None:
+                logprobs = [self.logprobs(logits_BV[i], token, slot.params.logprobs)]
+            results.append(RowResult(tokens=[token], logprobs=logprobs))
+        return results
+
+    def logprobs(self, logits_V: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+        """Log-probabilities of `token` and of the `count` most likely tokens, with ranks."""
+        logprobs_V = logits_V - self.kernels.logsumexp(logits_V[None])
+        chosen = logprobs_V[token]
+        rank = int((logprobs_V > chosen).sum()) + 1
+        top = torch.topk(logprobs_V, count) if count else None
+        return TokenLogprobs(
+            tokens=[token, *(top.indices.tolist() if top else [])],
+            logprobs=[float(chosen), *(top.values.tolist() if top else [])],
+            ranks=[rank, *range(1, count + 1)],
+        )
+
+    def _choose(self, logits_V: torch.Tensor, slot: Slot) -> int:
+        params = slot.params
+        _constrain(logits_V, slot)
+        _penalise(logits_V, slot)
+        if params.greedy:
+            return int(self.kernels.argmax(logits_V[None])[0])
+        logits_V /= params.temperature
+        logits_V = _keep_likely(logits_V, params.min_p, params.top_k, params.top_p)
+        noise_V = self.kernels.gumbel(
+            slot.seed, slot.choice, len(slot.tokens), logits_V.shape[0]
+        )
+        return int(self.kernels.argmax((logits_V + noise_V)[None])[0])
+
+
+def _plain_greedy(slot: Slot) -> bool:
+    """Nothing but the largest logit decides."""
+    params = slot.params
+    return (
+        params.greedy
+        and slot.output_counts is None
+        and params.allowed_token_ids is None
+        and not params.logit_bias
+        and not slot.bad_words
+        and slot.num_output >= params.min_tokens
+    )
+
+
+def _constrain(logits_V: torch.Tensor, slot: Slot) -> None:
+    """Allowed tokens, bad words, min_tokens and bias, in place."""
+    params = slot.params
+    if params.allowed_token_ids is not None:
+        allowed = torch.zeros_like(logits_V, dtype=torch.bool)
+        allowed[params.allowed_token_ids] = True
+        logits_V.masked_fill_(~allowed, -torch.inf)
+    for words in slot.bad_words:
+        prefix = len(words) - 1
+        if prefix <= slot.num_output and slot.tokens[len(slot.tokens) - prefix :] == words[:-1]:
+            logits_V[words[-1]] = -torch.inf
+    if slot.num_output < params.min_tokens and slot.end_tokens:
+        logits_V[slot.end_tokens] = -torch.inf
+    if params.logit_bias:
+        ids = list(params.logit_bias)
+        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+
+
+def _penalise(logits_V: torch.Tensor, slot: Slot) -> None:
+    """Repetition (prompt and output), frequency and presence (output) penalties, in place."""
+    if slot.output_counts is None or slot.prompt_tokens is None:
+        return
+    params = slot.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*slot.prompt_tokens, *slot.output_counts}))
+        values = logits_V[seen]
+        factor = params.repetition_penalty
+        logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
+    if slot.output_counts:
+        ids = torch.tensor(list(slot.output_counts))
+        counts = torch.tensor(list(slot.output_counts.values()), dtype=torch.float32)
+        logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _keep_likely(
+    logits_V: torch.Tensor, min_p: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """-inf for tokens outside min-p, top-k or top-p. The most likely token always stays."""
+    if min_p > 0.0:
+        logits_V = logits_V.masked_fill(logits_V < logits_V.max() + np.log(min_p), -torch.inf)
+    size = logits_V.shape[0]
+    if 0 < top_k < size:
+        smallest = torch.topk(logits_V, top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, ids = logits_V.sort(descending=True, stable=True)
+        probabilities = torch.softmax(ordered.double(), dim=0)
+        # A token stays while the probability of those before it is below top_p.
+        before = probabilities.cumsum(0) - probabilities
+        drop = before >= top_p
+        drop[0] = False
+        logits_V = logits_V.index_fill(0, ids[drop], -torch.inf)
+    return logits_V

@@ -1,0 +1,126 @@
+"""From chat messages to prompt text, through the model's template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.errors import UsageError
+from quire.server.fields import invalid
+from quire.server.schemas import ChatMessage
+from quire.server.state import MessageRenderer, ServerState
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_TEMPLATE_KWARGS = 32
+
+# What the server itself gives to a template: not for clients to replace.
+RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "bos_token",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "eos_token",
+        "messages",
+        "pad_token",
+        "raise_exception",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "strftime_now",
+        "timeout",
+        "tokenize",
+        "tokenizer",
+        "tools",
+        "unk_token",
+    }
+)
+
+
+async def render_chat(state: ServerState, fields: dict[str, Any]) -> str:
+    """The prompt text of `messages` and the template fields. Raises UsageError."""
+    renderer, template = _renderer(state)
+    given: list[ChatMessage] = fields["messages"]
+    messages = [_plain(index, message, template) for index, message in enumerate(given)]
+    kwargs = _checked_kwargs(fields.get("chat_template_kwargs") or {})
+    resume = bool(fields.get("continue_final_message"))
+    generate = fields.get("add_generation_prompt")
+    if resume and generate:
+        raise invalid(
+            "continue_final_message", "given with add_generation_prompt", "only one of the two"
+        )
+    kwargs["add_generation_prompt"] = not resume if generate is None else generate
+    text = await state.rendering.run(lambda: renderer.render(messages, **kwargs))
+    return _cut_after(text, messages[-1]["content"]) if resume else text
+
+
+def _renderer(state: ServerState) -> tuple[MessageRenderer, str]:
+    """The renderer and the template's source."""
+    renderer = state.ready_service().renderer
+    template = state.tokenizer().chat_template
+    if renderer is None or template is None:
+        raise UsageError(
+            "no_chat_template",
+            "this model has no chat template",
+            fix="use /v1/completions with a prompt in the model's own format",
+        )
+    return renderer, template
+
+
+def _plain(index: int, message: ChatMessage, template: str) -> dict[str, Any]:
+    """A message as templates know it: content is text, absent fields are left out."""
+    if message.role not in ROLES:
+        detail = f"unknown role {message.role[:40]!r}"
+        raise invalid("messages", detail, f"in roles {', '.join(ROLES)}", f"[{index}].role")
+    if message.tool_calls:
+        raise UsageError(
+            "not_supported",
+            f"messages[{index}].tool_calls is not supported yet",
+            why="it would change the answer, so it is refused rather than ignored",
+            field="messages",
+        )
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    if content is None:
+        if message.role != "assistant":
+            raise invalid("messages", "no content", "given content", f"[{index}].content")
+        content = ""
+    role = message.role
+    if role == "developer" and "developer" not in template:
+        role = "system"  # OpenAI's newer name of the same role
+    plain = {"role": role, "content": content}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            plain[name] = value
+    if message.reasoning is not None:
+        plain.setdefault("reasoning_content", message.reasoning)
+    return plain
+
+
+def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    allowed = f"at most {MAX_TEMPLATE_KWARGS} names that the template knows, none of them reserved"
+    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+        raise invalid("chat_template_kwargs", f"{len(kwargs)} names", allowed)
+    for name in kwargs:
+        if name in RESERVED_KWARGS or not name.isidentifier() or name.startswith("_"):
+            detail = f"the name {name[:40]!r} is reserved"
+            raise invalid("chat_template_kwargs", detail, allowed)
+    return dict(kwargs)
+
+
+def _cut_after(text: str, final: str) -> str:
+    """`text` up to the end of the final message's content, for the model to continue it.
+
+    Templates may strip a message; then its stripped form is the end.
+    """
+    for candidate in (final, final.strip()):
+        at = text.rfind(candidate) if candidate else -1
+        if at >= 0:
+            return text[: at + len(candidate)]
+    raise UsageError(
+        "template_error",
+        "continue_final_message: the final message is empty or the template changes it",
+        field="continue_final_message",
+    )

@@ -1,0 +1,89 @@
+"""What the scheduler tells the runner about one step, and what comes back: plain data.
+
+A Batch carries everything a step needs and the runner never reads the scheduler's objects, so the
+same bytes can be sent to other ranks. Requests live in numbered slots; a Batch holds only what
+changed: requests that enter or leave slots, and new blocks.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from quire.params import SamplingParams
+
+DEVICE_TOKEN = -1  # in Row.tokens: the token the slot sampled in the step before, still on device
+
+
+class Enter(msgspec.Struct, array_like=True):
+    """A request takes a slot.
+
+    `tokens` holds prompt and already committed output tokens; the first `num_prompt` are the
+    prompt (penalties tell them apart). `seed` and `choice` key the sampling noise. `blocks[g]` is
+    the block table of KV group g so far; a block that the window has left behind is 0, the null
+    block. `bad_words` are token sequences. `end_tokens` are suppressed below min_tokens.
+    """
+
+    slot: int
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    seed: int
+    choice: int
+    blocks: list[list[int]]
+    end_tokens: list[int]
+    bad_words: list[list[int]]
+
+
+class Row(msgspec.Struct, array_like=True):
+    """One request's share of a step.
+
+    `tokens` are computed at positions start, start+1, ...; DEVICE_TOKEN stands for the token
+    sampled by the slot's previous step. `new_blocks[g]` extends the block table of group g.
+    `sample`: the last token's logits choose the next token. `position` of the sampled token is
+    start + len(tokens). `prompt_logprobs`: report log-probabilities of the prompt tokens that
+    follow the tokens of this chunk.
+    """
+
+    slot: int
+    start: int
+    tokens: list[int]
+    new_blocks: list[list[int]]
+    sample: bool
+    prompt_logprobs: bool = False
+
+
+class Batch(msgspec.Struct, array_like=True):
+    """One step. Order of effects: `leave`, then `enter`, then `rows`."""
+
+    step: int
+    leave: list[int]
+    enter: list[Enter]
+    rows: list[Row]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position: the chosen token first, then the most likely ones."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+class RowResult(msgspec.Struct, array_like=True):
+    """What one row gave: sampled tokens (none where Row.sample is false), or an error."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+class Result(msgspec.Struct, array_like=True):
+    """Results of a Batch, in the order of its rows."""
+
+    step: int
+    rows: list[RowResult]

@@ -1,0 +1,148 @@
+"""Weights in a GGUF file, mapped into memory and read as views."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from pathlib import Path
+
+import torch
+
+from quire.errors import ModelError
+from quire.formats.blocks import BlockTensor, row_bytes
+from quire.weights.gguf_header import GgufHeader, StoredTensor, corrupt, read_header
+from quire.weights.gguf_names import Mapped, map_names
+from quire.weights.source import (
+    DENSE_DTYPES,
+    TensorInfo,
+    WeightSource,
+    bounds,
+    sample_places,
+    source_closed,
+    tensor_missing,
+)
+
+
+class GgufSource(WeightSource):
+    """The tensors of one GGUF file under their Hugging Face names.
+
+    Packed tensors come as BlockTensor. Everything is a view of the mapped file, except where the
+    converter's change of values has to be undone (rotary rows of Llama, norms of Gemma) and
+    column slices of dense tensors are strided views. ModelError if the file is corrupt.
+    """
+
+    def __init__(self, file: GgufHeader | Path | str):
+        self._header = file if isinstance(file, GgufHeader) else read_header(file)
+        self._mapped = map_names(self._header)
+        self._names = sorted(self._mapped)
+        self._data: torch.Tensor | None = _map_file(self._header.path)
+        ends = [t.start + t.info.nbytes for t in self._header.tensors.values()]
+        if ends and max(ends) > self._data.numel():
+            raise corrupt(self._header.path, "the file was cut off after its header was read")
+
+    @property
+    def header(self) -> GgufHeader:
+        return self._header
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._find(name).info
+
+    def read(
+        self, name: str, rows: slice | None = None, columns: slice | None = None
+    ) -> torch.Tensor | BlockTensor:
+        entry = self._find(name)
+        shape = entry.info.shape
+        first, last = bounds(rows, shape[0])
+        stored = self._header.tensors[entry.stored]
+        if len(shape) == 1:
+            if columns is not None:
+                raise ValueError(f"{name} of shape {shape} has no columns to slice")
+            return self._read_vector(entry, stored, first, last)
+        left, right = bounds(columns, shape[1])
+        width = row_bytes(entry.info.format, shape[1]) if entry.info.packed else None
+        itemsize = 1 if width else DENSE_DTYPES[stored.info.format].itemsize
+        raw = self._bytes(stored).view(-1, width or shape[1] * itemsize)
+        raw = _take_rows(raw[entry.first_row : entry.first_row + shape[0]], entry, first, last)
+        if width:
+            packed = BlockTensor(entry.info.format, (last - first, shape[1]), raw)
+            return packed if columns is None else packed.columns(slice(left, right))
+        values = raw.view(DENSE_DTYPES[stored.info.format])
+        return values if columns is None else values[:, left:right]
+
+    def _read_vector(
+        self, entry: Mapped, stored: StoredTensor, first: int, last: int
+    ) -> torch.Tensor:
+        values = self._bytes(stored).view(DENSE_DTYPES[stored.info.format])
+        values = _take_rows(values, entry, first, last)
+        return values.float() - entry.added if entry.added else values
+
+    def sample(self, name: str) -> bytes:
+        entry = self._find(name)
+        stored = self._header.tensors[entry.stored]
+        whole = self._bytes(stored)
+        size = whole.numel() * entry.info.shape[0] // _row_count(stored)
+        start = whole.numel() * entry.first_row // _row_count(stored)
+        pieces = [whole[start + a : start + b] for a, b in sample_places(size)]
+        return b"".join(piece.numpy().tobytes() for piece in pieces)
+
+    def read_raw(self, name: str) -> torch.Tensor:
+        """A dense tensor under its GGUF name, as stored. ModelError if missing or packed."""
+        stored = self._header.tensors.get(name)
+        if stored is None or stored.info.packed:
+            raise tensor_missing(name, f"{self._header.path} as a dense tensor")
+        values = self._bytes(stored).view(DENSE_DTYPES[stored.info.format])
+        return values.view(stored.info.shape)
+
+    def close(self) -> None:
+        self._data = None
+
+    def _bytes(self, stored: StoredTensor) -> torch.Tensor:
+        if self._data is None:
+            raise source_closed(str(self._header.path))
+        return self._data[stored.start : stored.start + stored.info.nbytes]
+
+    def _find(self, name: str) -> Mapped:
+        if name not in self._mapped:
+            raise tensor_missing(name, str(self._header.path))
+        return self._mapped[name]
+
+
+def _row_count(stored: StoredTensor) -> int:
+    """Rows of a tensor, all but the last dimension (experts are stacked rows); vectors: items."""
+    shape = stored.info.shape
+    rows = 1
+    for size in shape[:-1] or shape:
+        rows *= size
+    return rows
+
+
+def _take_rows(values: torch.Tensor, entry: Mapped, first: int, last: int) -> torch.Tensor:
+    """Rows first to last in Hugging Face's order: a view, or a copy where heads are interleaved.
+
+    The converter stores row 2 * j + s of a head where Hugging Face has row s * half + j, so that
+    rotary pairs lie next to each other.
+    """
+    if not entry.interleaved:
+        return values[first:last]
+    half = entry.info.shape[0] // (2 * entry.interleaved)
+    row = torch.arange(first, last)
+    head, within = row // (2 * half), row % (2 * half)
+    return values[head * 2 * half + 2 * (within % half) + within // half]
+
+
+def _map_file(path: Path) -> torch.Tensor:
+    """The whole file as one read-only uint8 tensor; pages are read when touched."""
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            code="weights_missing", what=f"{path} cannot be mapped", why=str(error)
+        ) from error
+    with warnings.catch_warnings():
+        # Torch warns that the buffer is read-only; so is what a source promises.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=torch.uint8)

@@ -1,0 +1,264 @@
+"""A runner whose model is a hash, which proves KV bookkeeping by content.
+
+Every cell of the cache (pool, block, offset) holds what was last written there. Computing a token
+writes a value determined by the whole prefix, and then reads back, through the slot's block table,
+every position that attention would read: all of them in a full group, the window in a window
+group. A block that is stale, evicted, never written, shared wrongly or given to two owners holds
+another value, and the step raises AssertionError. The order of step.py is followed literally:
+leave, enter, rows; all rows of a step write before any of them reads, as on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from quire.kv import BLOCK_SIZE, NULL_BLOCK
+from quire.kv.groups import KVGroup
+from quire.params import SamplingParams
+from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult, TokenLogprobs
+
+VOCAB = 12
+EOS = (0, 1)
+POISON = -1  # what a new owner of a block may have written anywhere in it
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Batch)
+
+
+class StepFailed(Exception):
+    """The step gave nothing, and what it should have written is poison."""
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+def prefix_hashes(label: int, tokens: Sequence[int]) -> list[int]:
+    """The hash of each prefix. `label` stands for what must not be shared: tenant and salt."""
+    hashes, value = [], label
+    for token in tokens:
+        value = hash((value, token))  # ints only, so equal in every process
+        hashes.append(value)
+    return hashes
+
+
+def choose(prefix: int, seed: int, choice: int, position: int, banned: frozenset[int]) -> int:
+    """The token sampled at `position` after the prefix with this hash."""
+    attempt = 0
+    while True:
+        token = hash((prefix, seed, choice, position, attempt)) % VOCAB
+        if token not in banned:
+            return token
+        attempt += 1
+
+
+def logprobs_of(prefix: int, token: int) -> TokenLogprobs:
+    return TokenLogprobs([token], [-float(hash((prefix, token)) % 1000)], [1])
+
+
+def label_of(tenant: int, salt: int) -> int:
+    return 1000 + 10 * tenant + salt
+
+
+@dataclass
+class Reference:
+    """What a request must give, computed without an engine."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: str
+    stop_reason: int | None
+    prompt_logprobs: list[TokenLogprobs]
+    beyond: list[int]  # what would be sampled after the end
+
+
+def reference(
+    prompt: list[int],
+    params: SamplingParams,
+    seed: int,
+    choice: int,
+    label: int,
+    max_model_len: int,
+    beyond: int = 40,
+) -> Reference:
+    room = max_model_len - len(prompt)
+    limit = room if params.max_tokens is None else min(params.max_tokens, room)
+    stops = frozenset(params.stop_token_ids or ())
+    ends = stops if params.ignore_eos else stops | frozenset(EOS)
+    hashes = prefix_hashes(label, prompt)
+    ref = Reference([], [], "", None, [], [])
+    ref.prompt_logprobs = [
+        logprobs_of(hashes[i - 1], prompt[i]) for i in range(1, len(prompt))
+    ]
+    value, output = hashes[-1], ref.tokens
+    while len(ref.beyond) < beyond:
+        done = len(ref.tokens) + len(ref.beyond)
+        banned = ends if done < params.min_tokens else frozenset()
+        token = choose(value, seed, choice, len(prompt) + done, banned)
+        output.append(token)
+        if not ref.finish_reason:
+            ref.logprobs.append(logprobs_of(value, token))
+            if token in ends and len(output) >= params.min_tokens:
+                ref.finish_reason = "stop"
+                ref.stop_reason = token if token in stops else None
+            elif len(output) == limit:
+                ref.finish_reason = "length"
+            if ref.finish_reason:
+                output = ref.beyond
+        value = hash((value, token))
+    return ref
+
+
+# -- the runner --------------------------------------------------------------------------------
+
+
+@dataclass
+class Slot:
+    enter: Enter
+    tokens: list[int]
+    hashes: list[int]
+    tables: list[list[int]]
+    next_start: int | None = None
+    last_sampled: int | None = None
+    broken: bool = False
+
+    @property
+    def label(self) -> int:
+        return label_of(*self.enter.bad_words[0])
+
+
+class MockRunner:
+    """`fails(batch)` true makes that step raise; `nan(label, row)` true makes a row an error.
+
+    What makes a request's label travels as its first bad word, which the scheduler must pass on.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        pool_blocks: Sequence[int],
+        num_slots: int,
+        fails: Callable[[Batch, list[Slot]], bool] = lambda batch, slots: False,
+        nan: Callable[[Slot, Row], bool] = lambda slot, row: False,
+    ):
+        self.groups = groups
+        self.pages: list[list[list[object]]] = [
+            [[None] * BLOCK_SIZE for _ in range(n)] for n in pool_blocks
+        ]
+        self.num_slots = num_slots
+        self.slots: dict[int, Slot] = {}
+        self.fails, self.nan = fails, nan
+        self.last_step = 0
+        self.tokens_computed = 0
+        self.rows_run = 0
+
+    def reset(self) -> None:
+        """Drop all slots, as after a step that raised."""
+        self.slots.clear()
+
+    def submit(self, batch: Batch) -> Result:
+        """Compute a step. Raises StepFailed on request, AssertionError for wrong bookkeeping."""
+        batch = _decoder.decode(_encoder.encode(batch))
+        assert batch.step > self.last_step, "steps run in order"
+        self.last_step = batch.step
+        assert batch.rows, "an empty step"
+        for slot in batch.leave:
+            assert slot in self.slots, f"slot {slot} left but nobody is in it"
+            del self.slots[slot]
+        for enter in batch.enter:
+            self._enter(enter)
+        slots = [self.slots[row.slot] for row in batch.rows]
+        assert len({row.slot for row in batch.rows}) == len(batch.rows), "two rows of one slot"
+        failed = self.fails(batch, slots)
+        for slot, row in zip(slots, batch.rows, strict=True):
+            self._write(slot, row, poison=failed or self.nan(slot, row))
+        if failed:
+            raise StepFailed(f"step {batch.step}")
+        for slot, row in zip(slots, batch.rows, strict=True):
+            if not slot.broken:
+                self._read(slot, row)
+        return Result(
+            batch.step, [self._result(s, r) for s, r in zip(slots, batch.rows, strict=True)]
+        )
+
+    def _enter(self, enter: Enter) -> None:
+        assert 0 <= enter.slot < self.num_slots
+        assert enter.slot not in self.slots, f"slot {enter.slot} entered twice"
+        assert 0 < enter.num_prompt <= len(enter.tokens)
+        assert len(enter.blocks) == len(self.groups)
+        slot = Slot(enter, list(enter.tokens), [], [list(b) for b in enter.blocks])
+        slot.hashes = prefix_hashes(slot.label, slot.tokens)
+        self.slots[enter.slot] = slot
+
+    def _write(self, slot: Slot, row: Row, poison: bool) -> None:
+        start, end = row.start, row.start + len(row.tokens)
+        assert row.tokens, "an empty row"
+        fresh: list[tuple[int, int]] = []
+        if slot.next_start is None:
+            # Blocks from `start` on are new to this request; those before were found.
+            assert start % BLOCK_SIZE == 0, "a hit ends at a block boundary"
+            assert start < len(slot.tokens), "a hit must leave a token to compute"
+            for g, table in enumerate(slot.tables):
+                fresh += [(g, block) for block in table[start // BLOCK_SIZE :]]
+        else:
+            assert start == slot.next_start, "tokens computed twice or left out"
+        for g, new in enumerate(row.new_blocks):
+            slot.tables[g] += new
+            fresh += [(g, block) for block in new]
+        for g, block in fresh:
+            assert block != NULL_BLOCK, "the null block given out"
+            self.pages[self.groups[g].pool][block] = [POISON] * BLOCK_SIZE
+        for position, token in enumerate(row.tokens if not slot.broken else (), start):
+            if token == DEVICE_TOKEN:
+                assert slot.last_sampled is not None, "no token was sampled in this slot"
+                assert position == len(slot.tokens) - 1, "the device token is not the last"
+                token = slot.last_sampled
+            assert token == slot.tokens[position], "the host sent another token"
+        slot.next_start = end
+        slot.broken |= poison
+        for g, group in enumerate(self.groups):
+            table = slot.tables[g]
+            assert len(table) * BLOCK_SIZE >= end, "tokens without a block"
+            for position in range(start, end):
+                block = table[position // BLOCK_SIZE]
+                assert block != NULL_BLOCK, "a write to the null block"
+                value = POISON if slot.broken else (g, slot.hashes[position])
+                self.pages[group.pool][block][position % BLOCK_SIZE] = value
+        self.tokens_computed += len(row.tokens)
+        self.rows_run += 1
+
+    def _read(self, slot: Slot, row: Row) -> None:
+        for g, group in enumerate(self.groups):
+            first = 0 if group.window is None else max(0, row.start - group.window + 1)
+            for position in range(first, row.start + len(row.tokens)):
+                block = slot.tables[g][position // BLOCK_SIZE]
+                found = self.pages[group.pool][block][position % BLOCK_SIZE]
+                assert found == (g, slot.hashes[position]), (
+                    f"slot {row.slot} group {g} position {position} block {block}: {found}"
+                )
+
+    def _result(self, slot: Slot, row: Row) -> RowResult:
+        if slot.broken:
+            return RowResult([], error="NaN")
+        result = RowResult([])
+        end = row.start + len(row.tokens)
+        if row.prompt_logprobs:
+            result.prompt_logprobs = [
+                logprobs_of(slot.hashes[p - 1], slot.tokens[p])
+                for p in range(row.start + 1, min(end, slot.enter.num_prompt - 1) + 1)
+            ]
+        if row.sample:
+            assert end == len(slot.tokens), "sampling from a token that is not the last"
+            params, done = slot.enter.params, len(slot.tokens) - slot.enter.num_prompt
+            banned = frozenset(slot.enter.end_tokens if done < params.min_tokens else ())
+            prefix = slot.hashes[-1]
+            token = choose(prefix, slot.enter.seed, slot.enter.choice, end, banned)
+            slot.last_sampled = token
+            slot.tokens.append(token)
+            slot.hashes.append(hash((prefix, token)))
+            result.tokens = [token]
+            if params.logprobs is not None:
+                result.logprobs = [logprobs_of(prefix, token)]
+        return result

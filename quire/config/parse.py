@@ -6,13 +6,14 @@ Precedence: keyword or flag, then environment, then config file, then default.
 from __future__ import annotations
 
 import math
+import os
 import re
-import tomllib
+from collections.abc import Mapping
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any
 
-from quire.config.options import Options, all_options
+from quire.config.options import SECTIONS, Options, all_options
 from quire.errors import UsageError, suggest
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -23,10 +24,11 @@ _FALSE = ("0", "false", "no", "off")
 
 def parse_size(text: str) -> int:
     """Bytes from "4GiB", "500MB" or "1024". Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d{1,20})(\.\d{1,20})?\s*([a-zA-Z]*)\s*", text, re.ASCII)
+    if not match or match[3].lower() not in _UNITS:
         raise ValueError("a size like 4GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    unit = _UNITS[match[3].lower()]
+    return int(match[1]) * unit + int(float(match[2] or 0) * unit)
 
 
 def base_type(item: Field[Any]) -> str:
@@ -34,47 +36,47 @@ def base_type(item: Field[Any]) -> str:
     return str(item.type).split("|")[0].strip()
 
 
-def convert(name: str, item: Field[Any], value: Any) -> Any:
+def convert(name: str, item: Field[Any], value: Any, where: str = "") -> Any:
     """`value` (of a flag, variable, file key or keyword) as the option's type, checked.
 
-    Raises UsageError that names the option and what is allowed.
+    Raises UsageError that names the option, what is allowed and `where` the value came from.
     """
-    kind, meta = base_type(item), item.metadata
     if value is None and "None" in str(item.type):
         return None
     try:
-        if kind == "bool":
-            result: Any = _to_bool(value)
-        elif kind == "int":
-            result = _to_int(value, meta["size"])
-        elif kind == "float":
-            if isinstance(value, bool):
-                raise ValueError("a number")
-            result = float(value)
-            if not math.isfinite(result):
-                raise ValueError("a finite number")
-        elif isinstance(value, str):
-            result = value
-        else:
-            raise ValueError("a string")
-        if meta["choices"] and result not in meta["choices"]:
-            raise ValueError("one of " + ", ".join(meta["choices"]))
-        if meta["low"] is not None and result < meta["low"]:
-            raise ValueError(f"at least {meta['low']}")
-        if meta["high"] is not None and result > meta["high"]:
-            raise ValueError(f"at most {meta['high']}")
+        return _in_range(_to_type(base_type(item), value, item.metadata["size"]), item.metadata)
     except ValueError as error:
-        allowed = str(error)
-        if "could not convert" in allowed or "invalid literal" in allowed:
-            allowed = "a number"
-        shown = "..." if meta["secret"] else repr(value)
+        shown = "..." if item.metadata["secret"] else repr(value)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
         raise UsageError(
             code="invalid_option",
-            what=f"--{name.replace('_', '-')}: {shown} is not allowed",
-            why=f"it must be {allowed}",
+            what=f"--{name.replace('_', '-')}: {shown} is not allowed" + (where and f" ({where})"),
+            why=f"it must be {error}",
             field=name,
         ) from None
-    return result
+
+
+def _to_type(kind: str, value: Any, size: bool) -> Any:
+    """Raises ValueError whose text says what is allowed."""
+    if kind == "bool":
+        return _to_bool(value)
+    if kind == "int":
+        return _to_int(value, size)
+    if kind == "float":
+        return _to_float(value)
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    raise ValueError("a string")
+
+
+def _in_range(value: Any, meta: Mapping[str, Any]) -> Any:
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError("one of " + ", ".join(meta["choices"]))
+    if meta["low"] is not None and value < meta["low"]:
+        raise ValueError(f"at least {meta['low']}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ValueError(f"at most {meta['high']}")
+    return value
 
 
 def _to_bool(value: Any) -> bool:
@@ -86,11 +88,24 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any, size: bool) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError("a whole number")
     if isinstance(value, str) and size:
         return parse_size(value)
-    return int(value)
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("a whole number")
+    try:
+        return int(value)
+    except (ValueError, TypeError):
+        raise ValueError("a whole number") from None
+
+
+def _to_float(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("a finite number")
+    return number
 
 
 def build_options(
@@ -107,7 +122,7 @@ def build_options(
     values.update(_checked(given, "the arguments"))
     options = Options()
     known = all_options()
-    for section in ("model", "engine", "server"):
+    for section in SECTIONS:
         changes = {name: v for name, v in values.items() if known[name][0] == section}
         options = replace(options, **{section: replace(getattr(options, section), **changes)})
     return options
@@ -115,7 +130,7 @@ def build_options(
 
 def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
     known = all_options()
-    result = {}
+    result: dict[str, Any] = {}
     for raw, value in values.items():
         name = raw.replace("-", "_")
         if name not in known:
@@ -125,24 +140,36 @@ def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
                 fix=suggest(name, list(known)),
                 field=raw,
             )
-        result[name] = convert(name, known[name][1], value)
+        if name in result:
+            raise UsageError(
+                code="option_twice",
+                what=f"{name} is given twice in {where}",
+                why="`-` and `_` in a name mean the same",
+                field=name,
+            )
+        result[name] = convert(name, known[name][1], value, f"in {where}")
     return result
 
 
 def read_config_file(path: str) -> dict[str, Any]:
     """Keys of a TOML file; tables named after the sections may group them."""
+    import tomllib
+
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError("config_file", f"cannot read {path}", why=str(error)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError("config_file", f"{path} is not valid TOML", why=str(error)) from None
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict) and key in ("model", "engine", "server"):
-            flat.update(value)
-        else:
-            flat[key] = value
+        entries = value if isinstance(value, dict) and key in SECTIONS else {key: value}
+        for name, entry in entries.items():
+            if name in flat:
+                raise UsageError(
+                    "option_twice", f"{name} is given twice in config file {path}", field=name
+                )
+            flat[name] = entry
     return flat
 
 
@@ -151,19 +178,40 @@ def options_markdown() -> str:
     lines = [
         "# Options",
         "",
-        "Generated from `quire/config/options.py` (`make docs`). A flag `--some-option` is also the",
-        "environment variable `QUIRE_SOME_OPTION`, the key `some-option` of a TOML file given with",
-        "`--config`, and the keyword `some_option` of `quire.LLM`. Flags win over the environment,",
-        "the environment over the file. Booleans have a `--no-...` form.",
+        "Generated from `quire/config/options.py` by `python -m quire.config.parse`. A flag",
+        "`--some-option` is also the environment variable `QUIRE_SOME_OPTION`, the key",
+        "`some-option` of a TOML file given with `--config`, and the keyword `some_option` of",
+        "`quire.LLM`. Flags win over the environment, the environment over the file. Booleans have",
+        "a `--no-...` form. `model` is the first argument of a command instead of a flag.",
     ]
-    for section in ("model", "engine", "server"):
+    for section in SECTIONS:
         lines += ["", f"## {section}", "", "| flag | default | meaning |", "|---|---|---|"]
         for name, (_, item) in all_options(section).items():
-            meta = item.metadata
-            text = meta["help"]
-            if meta["choices"]:
-                text += " (" + ", ".join(meta["choices"]) + ")"
-            if meta["live"]:
-                text += "; can change while running"
-            lines.append(f"| `--{name.replace('_', '-')}` | {item.default!r} | {text} |")
+            flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            live = "; can change while running" if item.metadata["live"] else ""
+            text = describe(item) + live
+            lines.append(f"| `{flag}` | {_default_text(item)} | {text} |")
     return "\n".join(lines) + "\n"
+
+
+def describe(item: Field[Any]) -> str:
+    """An option's help with its choices and range."""
+    meta = item.metadata
+    if meta["choices"]:
+        return f"{meta['help']} ({', '.join(meta['choices'])})"
+    low, high = meta["low"], meta["high"]
+    if low is not None and high is not None:
+        return f"{meta['help']} ({low} to {high})"
+    return f"{meta['help']} (at least {low})" if low is not None else str(meta["help"])
+
+
+def _default_text(item: Field[Any]) -> str:
+    if item.default is None:
+        return ""
+    if isinstance(item.default, bool):
+        return "yes" if item.default else "no"
+    return f"`{item.default}`"
+
+
+if __name__ == "__main__":
+    print(options_markdown(), end="")

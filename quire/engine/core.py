@@ -100,4 +100,3 @@ class EngineCore:
         self.scheduler.quarantine(
             steps, QuireError("step_failed", "computing this request failed", why=reason)
         )
-

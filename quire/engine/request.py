@@ -25,7 +25,9 @@ class Request:
     moves tokens from known to in flight, and every commit from in flight to computed, so nothing
     needs correcting afterwards. A preempted request is admitted again only when nothing of it is
     in flight; what was in flight still gives tokens but no KV. `order`: smaller runs first and is
-    preempted last. `identities`: what KVManager.admit keeps between attempts.
+    preempted last. `covered`: tokens that its blocks have room for. `settle_at`: tokens computed
+    at which KVManager.commit next has something to do. `identities`: what KVManager.admit keeps
+    between attempts. `longest` and `earliest_end` are max_tokens and min_tokens with the prompt.
     """
 
     add: Add
@@ -42,15 +44,21 @@ class Request:
     slot: int = -1
     cached_tokens: int | None = None
     prompt_logprobs_sent: int = 0
+    covered: int = 0
+    settle_at: int = 0
     blocks_sent: list[int] = field(default_factory=list)
     identities: list[list[bytes]] = field(default_factory=list)
     deadline: float = math.inf
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
+    longest: int = field(init=False)
+    earliest_end: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.add.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.longest = self.num_prompt + self.max_tokens
+        self.earliest_end = self.num_prompt + self.add.params.min_tokens
         self.order = (self.priority, self.arrival)
 
     @property
@@ -70,7 +78,7 @@ class Request:
     def gap(self) -> int:
         """Tokens that a next step could compute; 0 once all output allowed is on its way."""
         known = len(self.tokens) + self.inflight_samples
-        if known >= self.num_prompt + self.max_tokens:
+        if known >= self.longest:
             return 0
         return known - self.computed - self.inflight
 

@@ -18,6 +18,7 @@ from quire.engine.api import EngineStats
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
+from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult
 
@@ -50,6 +51,7 @@ class Scheduler:
         self._leaving: list[int] = []
         self._inflight: dict[int, list[tuple[Request, Row]]] = {}
         self._finished: list[Delta] = []
+        self._no_blocks: list[list[int]] = [[] for _ in kv.groups]
         self._next_deadline = math.inf  # no request expires before
         self._arrivals = 0
         self._steps = 0
@@ -193,6 +195,8 @@ class Scheduler:
         if suspect is None:
             budget = self._schedule_running(parts, budget, self._running)
             self._schedule_waiting(batch, parts, budget, None)
+        elif self._inflight:
+            return None  # a step that raises now must have one possible cause
         elif suspect.state is State.RUNNING:
             self._schedule_running(parts, budget, [suspect])
         else:
@@ -226,21 +230,25 @@ class Scheduler:
             if request.state is not State.RUNNING:
                 continue
             count = min(request.gap, budget)
-            if self._grow(request, request.scheduled + count, parts):
-                parts.append((request, self._row(request, count)))
-                budget -= count
-            else:
-                short = True
+            end = request.computed + request.inflight + count
+            new_blocks = self._no_blocks
+            if end > request.covered:
+                if not self._make_room(request, end, parts):
+                    short = True
+                    continue
+                new_blocks = self._new_blocks(request, end)
+            parts.append((request, self._row(request, count, new_blocks)))
+            budget -= count
         return 0 if short else budget
 
-    def _grow(self, request: Request, num_tokens: int, parts: list[tuple[Request, Row]]) -> bool:
-        """Give a running request blocks for `num_tokens`, taken from later ones where needed.
+    def _make_room(self, request: Request, end: int, parts: list[tuple[Request, Row]]) -> bool:
+        """Give a running request blocks for `end` tokens, taken from later ones where needed.
 
         False where it must wait: for its own steps in flight, or for requests before it or with
         a row in this step. One of those always moves on: the first of all running requests
         can take the blocks of all others, and alone it fits.
         """
-        while not self.kv.grow(request.request_id, num_tokens):
+        while not self.kv.grow(request.request_id, end):
             planned = {r for r, _ in parts}
             victim = next(r for r in reversed(self._running) if r not in planned)
             if victim is request or request.inflight_steps:
@@ -280,10 +288,10 @@ class Scheduler:
                 break
             self._start(request, hit)
             count = min(request.gap, budget)
-            grown = self.kv.grow(request.request_id, request.scheduled + count)
+            grown = self.kv.grow(request.request_id, hit + count)
             assert grown, "admission looked at less than the first step needs"
-            batch.enter.append(self._enter(request))
-            parts.append((request, self._row(request, count)))
+            batch.enter.append(self._enter(request, hit + count))
+            parts.append((request, self._row(request, count, self._no_blocks)))
             budget -= count
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
@@ -292,7 +300,7 @@ class Scheduler:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
         request.computed = hit
-        request.blocks_sent = [0] * len(self.kv.groups)
+        request.settle_at = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
             if request.add.params.prompt_logprobs is None:
@@ -306,32 +314,31 @@ class Scheduler:
             return False
         return leader.computed < leader.num_prompt and leader.num_output == 0
 
-    def _row(self, request: Request, count: int) -> Row:
-        start = request.scheduled
+    def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
+        start = request.computed + request.inflight
         tokens = request.tokens[start : start + count]
-        tokens += [DEVICE_TOKEN] * (count - len(tokens))
-        new_blocks = []
-        for g, table in enumerate(self.kv.table(request.request_id)):
-            new_blocks.append(table[request.blocks_sent[g] :])
-            request.blocks_sent[g] = len(table)
+        if len(tokens) < count:
+            tokens += [DEVICE_TOKEN] * (count - len(tokens))
         sample = start + count == len(request.tokens) + request.inflight_samples
-        wants_prompt = request.add.params.prompt_logprobs is not None
-        row = Row(
-            slot=request.slot,
-            start=start,
-            tokens=tokens,
-            new_blocks=new_blocks,
-            sample=sample,
-            prompt_logprobs=wants_prompt and request.prompt_logprobs_sent < request.num_prompt - 1,
-        )
         request.inflight += count
         request.inflight_steps += 1
         request.inflight_samples += sample
-        return row
+        prompt_logprobs = (
+            request.add.params.prompt_logprobs is not None
+            and request.prompt_logprobs_sent < request.num_prompt - 1
+        )
+        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs)
 
-    def _enter(self, request: Request) -> Enter:
+    def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
+        """What the runner does not know yet of block tables that were grown to `end` tokens."""
         tables = self.kv.table(request.request_id)
+        new = [table[sent:] for table, sent in zip(tables, request.blocks_sent, strict=True)]
         request.blocks_sent = [len(table) for table in tables]
+        request.covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE
+        return new
+
+    def _enter(self, request: Request, end: int) -> Enter:
+        request.blocks_sent = [0] * len(self.kv.groups)
         return Enter(
             slot=request.slot,
             params=request.add.params,
@@ -339,7 +346,7 @@ class Scheduler:
             num_prompt=request.num_prompt,
             seed=request.add.seed,
             choice=request.add.choice,
-            blocks=[list(table) for table in tables],
+            blocks=self._new_blocks(request, end),
             end_tokens=sorted(request.end_tokens),
             bad_words=request.add.bad_words,
         )
@@ -354,32 +361,34 @@ class Scheduler:
         """
         self._counts["done_steps"] += 1
         deltas = []
-        parts = self._inflight.pop(result.step)
-        for (request, row), got in zip(parts, result.rows, strict=True):
+        for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
             request.inflight_steps -= 1
-            if request.state is State.RUNNING:
-                request.inflight -= len(row.tokens)
-                request.computed += len(row.tokens)
             request.inflight_samples -= row.sample
-            if request.state is not State.FINISHED:
-                delta = self._commit_row(request, row, got)
-                if delta is not None:
-                    deltas.append(delta)
+            if request.state is State.FINISHED:
+                continue
+            if request.state is State.RUNNING:
+                count = len(row.tokens)
+                request.inflight -= count
+                request.computed += count
+            delta = self._commit_row(request, row, got)
+            if delta is not None:
+                deltas.append(delta)
         return deltas
 
     def quarantine(self, steps: list[int], error: QuireError) -> None:
-        """The first of these steps raised, the others came after it: none gave anything, and the
-        runner has dropped all its slots.
+        """One of these steps raised, none gave anything; the runner has dropped all its slots.
 
-        A step of one request is that request's fault: it fails with `error`. The requests of a
-        larger step become suspects, which are recomputed one at a time until each has sampled a
-        token or failed on its own. All others are recomputed as after a preemption.
+        Where all their rows are one request's, it is that request's fault: it fails with `error`.
+        Otherwise the requests in them become suspects, which are recomputed one at a time until
+        each has sampled a token or failed on its own. All others are recomputed as after a
+        preemption.
         """
-        blamed = {request for request, _ in self._inflight[steps[0]]}
+        blamed: set[Request] = set()
         for step in steps:
             for request, row in self._inflight.pop(step):
                 request.inflight_steps -= 1
                 request.inflight_samples -= row.sample
+                blamed.add(request)
         alone = len(blamed) == 1
         for request in blamed:
             if request.state is not State.FINISHED:
@@ -395,24 +404,30 @@ class Scheduler:
             error = QuireError("numerical_error", got.error, why="the model gave NaN logits")
             self._finish(request, discard=True)
             return _error_delta(request.request_id, error)
-        reason, stop_token, accepted = self._accept(request, got.tokens)
+        first = len(request.tokens)
+        reason, stop_token = self._accept(request, got.tokens)
+        accepted = request.tokens[first:]
+        if accepted:
+            self._counts["generated_tokens"] += len(accepted)
+            if first == request.num_prompt:
+                self._counts["prompt_tokens"] += first
         prompt_logprobs = None
         if got.prompt_logprobs:
             # A request preempted in its prompt computes positions again that were sent already.
             known = max(0, request.prompt_logprobs_sent - row.start)
             prompt_logprobs = got.prompt_logprobs[known:]
             request.prompt_logprobs_sent += len(prompt_logprobs)
-        if row.sample:
+        if row.sample and self._suspects:
             self._suspects.discard(request)
-        if request.state is State.RUNNING:
+        if request.computed >= request.settle_at and request.state is State.RUNNING:
             self._publish(request, confirmed=False)
         if reason is not None:
             self._finish(request)
         if not accepted and not prompt_logprobs:
             return None
         return Delta(
-            request_id=request.request_id,
-            token_ids=accepted,
+            request.request_id,
+            accepted,
             logprobs=got.logprobs[: len(accepted)] if got.logprobs else None,
             prompt_logprobs=prompt_logprobs or None,
             finish_reason=reason,
@@ -420,23 +435,17 @@ class Scheduler:
             cached_tokens=request.cached_tokens or 0,
         )
 
-    def _accept(
-        self, request: Request, tokens: list[int]
-    ) -> tuple[str | None, int | None, list[int]]:
-        """Append sampled tokens up to an end: (finish reason, stop token, tokens that count)."""
-        if tokens and request.num_output == 0:
-            self._counts["prompt_tokens"] += request.num_prompt
-        accepted: list[int] = []
+    def _accept(self, request: Request, tokens: list[int]) -> tuple[str | None, int | None]:
+        """Append sampled tokens up to an end: (finish reason, stop token) where there is one."""
+        known = request.tokens
         for token in tokens:
-            request.tokens.append(token)
-            accepted.append(token)
-            self._counts["generated_tokens"] += 1
-            if token in request.end_tokens and request.num_output >= request.add.params.min_tokens:
+            known.append(token)
+            if token in request.end_tokens and len(known) >= request.earliest_end:
                 named = token in (request.add.params.stop_token_ids or ())
-                return "stop", token if named else None, accepted
-            if request.num_output >= request.max_tokens:
-                return "length", None, accepted
-        return None, None, accepted
+                return "stop", token if named else None
+            if len(known) >= request.longest:
+                return "length", None
+        return None, None
 
     def _publish(self, request: Request, confirmed: bool) -> None:
         """Offer computed blocks to the prefix index.
@@ -447,7 +456,9 @@ class Scheduler:
         valid = len(request.tokens)
         if request.add.params.stop_strings and not confirmed:
             valid = request.num_prompt
-        self.kv.commit(request.request_id, request.tokens, request.computed, valid)
+        request.settle_at = self.kv.commit(
+            request.request_id, request.tokens, request.computed, valid
+        )
 
     def _finish(self, request: Request, confirmed: bool = False, discard: bool = False) -> None:
         if request.state is State.RUNNING:
@@ -501,6 +512,11 @@ class Scheduler:
             generated_tokens=counts["generated_tokens"],
             step_age=step_age,
         )
+
+    def check_slice(self) -> None:
+        """A part of `check_integrity`, at most about a millisecond; the next call goes on."""
+        assert len(self._running) + len(self._free_slots) == self.limits.max_num_seqs
+        self.kv.check_slice()
 
     def check_integrity(self) -> None:
         """Raise AssertionError where requests, slots and blocks contradict each other."""

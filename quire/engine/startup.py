@@ -116,9 +116,7 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     source.close()
     say("allocating the KV cache", 0.0)
     allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
-    runner = EagerRunner(
-        model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len
-    )
+    runner = EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
     info = engine_info(options, files, plan)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if options.engine.async_scheduling else 1)

@@ -128,7 +128,9 @@ def frame(message: ToEngine | FromEngine) -> bytes:
 class FrameReader:
     """Cuts a byte stream into messages. `feed` returns the messages that are complete."""
 
-    def __init__(self, decoder: msgspec.msgpack.Decoder[ToEngine] | msgspec.msgpack.Decoder[FromEngine]):
+    def __init__(
+        self, decoder: msgspec.msgpack.Decoder[ToEngine] | msgspec.msgpack.Decoder[FromEngine]
+    ):
         self._decoder = decoder
         self._buffer = bytearray()
 

@@ -45,6 +45,7 @@ class KVManager:
         self.identity = identity
         self.enable_caching = enable_caching
         self._running: dict[str, RequestBlocks] = {}
+        self._checked_pool = 0
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -135,11 +136,12 @@ class KVManager:
                 table.extend(self.pools[group.pool].allocate(whole - len(table)))
         return True
 
-    def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> None:
+    def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> int:
         """KV of the first `computed` tokens is in place.
 
         Publishes full blocks among the first min(computed, valid) tokens, and gives back blocks
-        that no query at or after position `computed` can read.
+        that no query at or after position `computed` can read. Returns the number of computed
+        tokens below which another call would do nothing.
         """
         blocks = self._running[request_id]
         full = min(computed, valid) // BLOCK_SIZE
@@ -151,9 +153,13 @@ class KVManager:
                     if table[i] != NULL_BLOCK:
                         pool.publish(table[i], blocks.identities[group.index][i])
             blocks.published = full
+        next_change = (computed // BLOCK_SIZE + 1) * BLOCK_SIZE
         for group in self.groups:
             if group.window is not None:
-                self._pass_window(blocks, group, group.first_needed(computed))
+                first = group.first_needed(computed)
+                self._pass_window(blocks, group, first)
+                next_change = min(next_change, (first + 1) * BLOCK_SIZE + group.window - 1)
+        return next_change
 
     def free(self, request_id: str) -> None:
         """Give back all blocks of a request, the last first, so that beginnings stay longest."""
@@ -234,6 +240,11 @@ class KVManager:
             pool.release(table[i])
             table[i] = NULL_BLOCK
         blocks.passed[group.index] = max(blocks.passed[group.index], min(first, len(table)))
+
+    def check_slice(self) -> None:
+        """Check one slice of one pool; the next call goes on where this one ended."""
+        if self.pools[self._checked_pool].check_slice():
+            self._checked_pool = (self._checked_pool + 1) % len(self.pools)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where pools and tables disagree."""

@@ -6,6 +6,8 @@ from collections import OrderedDict, deque
 
 from quire.kv import NULL_BLOCK
 
+SLICE_BLOCKS = 2000  # checked in under a millisecond
+
 
 class BlockPool:
     """Blocks 1..num_blocks-1, reference counted; block 0 is the null block and belongs to nobody.
@@ -24,6 +26,7 @@ class BlockPool:
         self._free = deque(range(1, num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._index: dict[bytes, int] = {}
+        self._checked = 0
 
     @property
     def available(self) -> int:
@@ -105,17 +108,30 @@ class BlockPool:
         """Reference counts by block, for integrity checks."""
         return self._count
 
+    def check_slice(self, blocks: int = SLICE_BLOCKS) -> bool:
+        """Check the next `blocks` blocks; True where the last one was among them."""
+        end = min(self._checked + blocks, self.num_blocks)
+        for block in range(self._checked, end):
+            self._check_block(block)
+        self._checked = end if end < self.num_blocks else 0
+        return self._checked == 0
+
     def check_integrity(self) -> None:
         """Raise AssertionError where the states contradict each other. O(num_blocks)."""
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & cached, "a block is both free and cached"
         assert NULL_BLOCK not in free | cached, "the null block was given out"
-        for block in range(1, self.num_blocks):
-            held = self._count[block] > 0
-            assert held != (block in free or block in cached), f"block {block} lost or doubled"
-            identity = self._identity[block]
-            assert identity is None or self._index.get(identity) == block
-            assert block not in free or identity is None, "a free block has an identity"
-            assert block not in cached or identity is not None, "a cached block has none"
+        for block in range(self.num_blocks):
+            self._check_block(block)
+            assert (block in free) == (
+                block != NULL_BLOCK and self._count[block] == 0 and block not in cached
+            ), f"block {block} lost or doubled"
+            assert block not in free or self._identity[block] is None, "a free one has an identity"
         assert len(self._index) == sum(i is not None for i in self._identity)
+
+    def _check_block(self, block: int) -> None:
+        identity, count = self._identity[block], self._count[block]
+        assert count >= 0 and (block != NULL_BLOCK or (count == 0 and identity is None))
+        assert identity is None or self._index.get(identity) == block, "found elsewhere"
+        assert (block in self._cached) == (count == 0 and identity is not None)

@@ -81,13 +81,18 @@ def build_call(
 
 
 def sampling_params(
-    state: ServerState, fields: dict[str, Any], overrides: dict[str, Any]
+    state: ServerState,
+    fields: dict[str, Any],
+    max_tokens: int | None,
+    overrides: dict[str, Any],
 ) -> SamplingParams:
-    """The model's defaults, then what the request gives, then `overrides`. Raises UsageError."""
+    """The route's default max_tokens, the model's defaults, what the request gives, and
+    `overrides`: later ones win. Raises UsageError."""
     defaults = state.ready_service().engine.info.default_params
-    values = {name: value for name, value in defaults.items() if name in LIMITS}
+    model = {name: value for name, value in defaults.items() if name in LIMITS}
     given = {name: value for name, value in fields.items() if name in LIMITS and value is not None}
-    return SamplingParams.from_fields({**values, **given, **overrides})
+    values = {"max_tokens": max_tokens, **model, **given, **overrides}
+    return SamplingParams.from_fields(values)
 
 
 def fit_context(

@@ -50,7 +50,7 @@ async def _read_call(state: ServerState, request: Request) -> Call:
         state.check_model(fields.get("model"))
         if "messages" not in fields:
             raise UsageError("missing_field", "messages is missing", field="messages")
-        params = sampling_params(state, fields, _overrides(fields))
+        params = sampling_params(state, fields, None, _overrides(fields))
         text = await render_chat(state, fields)
         special = bool(fields.get("add_special_tokens"))  # the template writes its own
         ids = await encode_text(state, text, special, "messages")

@@ -54,13 +54,12 @@ async def _read_call(state: ServerState, request: Request) -> Call:
         if "prompt" not in fields:
             raise UsageError("missing_field", "prompt is missing", field="prompt")
         overrides: dict[str, Any] = {}
-        if "max_tokens" not in fields:
-            overrides["max_tokens"] = max(DEFAULT_MAX_TOKENS, fields.get("min_tokens") or 0)
-        elif fields["max_tokens"] is None:
-            overrides["max_tokens"] = None
+        if "max_tokens" in fields:
+            overrides["max_tokens"] = fields["max_tokens"]
         if fields.get("echo") and fields.get("logprobs") is not None:
             overrides["prompt_logprobs"] = fields["logprobs"]
-        params = sampling_params(state, fields, overrides)
+        length = max(DEFAULT_MAX_TOKENS, fields.get("min_tokens") or 0)
+        params = sampling_params(state, fields, length, overrides)
         special = fields.get("add_special_tokens")
         prompts = await encode_prompts(state, fields["prompt"], special is not False)
         return build_call(state, fields, prompts, params, "cmpl-", request.scope["quire.tenant"])

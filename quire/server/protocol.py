@@ -51,8 +51,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     # Connection
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= self._options.max_connections:
             # Answered when its request arrives: closing earlier would reset the answer away.
             self._refused = True

@@ -170,14 +170,14 @@ def _merges_of_scores(
 ) -> list[tuple[str, str]]:
     """SentencePiece merges the adjacent pair whose joined piece scores highest: the same as
     merges in order of score, with every way to cut a piece into two known pieces."""
-    order = sorted(range(len(tokens)), key=lambda token_id: -scores[token_id])
-    merges = []
-    for token_id in order:
+    merges: list[tuple[str, str]] = []
+    for token_id in sorted(range(len(tokens)), key=[-score for score in scores].__getitem__):
         piece = tokens[token_id]
-        for cut in range(len(piece) - 1, 0, -1):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((left, right))
+        merges += [
+            (piece[:cut], piece[cut:])
+            for cut in range(len(piece) - 1, 0, -1)
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        ]
     return merges
 
 

@@ -214,7 +214,7 @@ def _llama3_scaling(header: GgufHeader, kind: str) -> dict[str, Any]:
     for original in (8192, 2048, 4096, 16384, 32768):
         scaling = {
             "rope_type": "llama3",
-            "factor": _short(max(stored)),
+            "factor": float(f"{max(stored):.5g}"),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,

@@ -83,7 +83,7 @@ class GgufHeader:
     def items(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
         """A list whose items are all of one type."""
         value = self._value(key, default)
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {kind}:
             raise corrupt(self.path, f"{key} is not a list of {kind.__name__}")
         return value
 

@@ -198,6 +198,7 @@ def _download(model: str, revision: str | None, offline: bool, weights: bool) ->
     from huggingface_hub import constants, snapshot_download
 
     offline = offline or constants.HF_HUB_OFFLINE
+    endpoint = _endpoint()
     patterns = TEXT_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     try:
         # One call, so that all files are of the one commit that the revision stands for now.
@@ -207,10 +208,10 @@ def _download(model: str, revision: str | None, offline: bool, weights: bool) ->
             local_files_only=offline,
             allow_patterns=patterns,
             ignore_patterns=IGNORED_PATTERNS,
-            endpoint=constants.ENDPOINT,
+            endpoint=endpoint,
         )
     except Exception as error:
-        raise _explain(model, revision, offline, constants.ENDPOINT, error) from error
+        raise _explain(model, revision, offline, endpoint, error) from error
     path = Path(str(snapshot))
     if not (path / "config.json").is_file():
         raise ModelError(
@@ -222,6 +223,13 @@ def _download(model: str, revision: str | None, offline: bool, weights: bool) ->
         any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
     )
     return ModelFiles(model, path, "safetensors" if held else "config", commit=path.name)
+
+
+def _endpoint() -> str:
+    """The hub's address as its library read it from HF_ENDPOINT."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
 
 
 def _explain(

@@ -89,9 +89,7 @@ def reference(
     ends = stops if params.ignore_eos else stops | frozenset(EOS)
     hashes = prefix_hashes(label, prompt)
     ref = Reference([], [], "", None, [], [])
-    ref.prompt_logprobs = [
-        logprobs_of(hashes[i - 1], prompt[i]) for i in range(1, len(prompt))
-    ]
+    ref.prompt_logprobs = [logprobs_of(hashes[i - 1], prompt[i]) for i in range(1, len(prompt))]
     value, output = hashes[-1], ref.tokens
     while len(ref.beyond) < beyond:
         done = len(ref.tokens) + len(ref.beyond)

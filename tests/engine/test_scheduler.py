@@ -115,14 +115,12 @@ class Driver:
         self.fault = False  # the next step raises, whoever is in it
         self.late = False  # it does so only when its result is asked for
         self.iterations = 0
-        self.schedules = 0
+        self.faults = 0
 
     # -- faults ----------------------------------------------------------------------------------
 
     def _fails(self, batch: Batch, slots: list[Slot]) -> bool:
         fault, self.fault = self.fault, False
-        if fault and len(batch.rows) == 1:
-            self._by_seed(slots[0].enter.seed).may_fail = True
         return fault or any(
             row.sample and slot.enter.seed in self.killers
             for slot, row in zip(slots, batch.rows, strict=True)
@@ -130,9 +128,6 @@ class Driver:
 
     def _nan(self, slot: Slot, row: Row) -> bool:
         return slot.enter.seed in self.nans
-
-    def _by_seed(self, seed: int) -> Asked:
-        return next(a for a in self.asked.values() if a.add.seed == seed)
 
     # -- frontends -------------------------------------------------------------------------------
 
@@ -237,7 +232,6 @@ class Driver:
         self.check()
         if batch is None:
             return False
-        self.schedules += 1
         assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
         failed_before = any(result is None for _, result in self.pending)
         result = None
@@ -247,27 +241,38 @@ class Driver:
             except StepFailed:
                 if not self.late:
                     self.pending.append((batch, None))
-                    while self.pending[0][1] is not None:
+                    while self.rng.random() < 0.5 and self.pending[0][1] is not None:
                         self.commit()
-                    self.commit()
+                    self.recover()
                     return True
         self.pending.append((batch, result))
         return True
 
     def commit(self) -> None:
-        batch, result = self.pending.popleft()
+        result = self.pending[0][1]
         if result is None:
-            self.runner.reset()
-            steps = [batch.step, *(b.step for b, _ in self.pending)]
-            self.pending.clear()
-            self.scheduler.quarantine(steps, ERROR)
-            self._deliver(self.scheduler.take_finished())
+            self.recover()
         else:
+            self.pending.popleft()
             self._deliver(self.scheduler.commit(result))
+            self.check()
+
+    def recover(self) -> None:
+        """A step raised: those after it never ran, and the engine does not know which it was."""
+        self.faults += 1
+        steps = [batch.step for batch, _ in self.pending]
+        requests = {r for step in steps for r, _ in self.scheduler._inflight[step]}
+        if len(requests) == 1:
+            self.asked[requests.pop().request_id].may_fail = True
+        self.pending.clear()
+        self.runner.reset()
+        self.scheduler.quarantine(steps, ERROR)
+        self._deliver(self.scheduler.take_finished())
         self.check()
 
     def check(self) -> None:
         self.scheduler.check_integrity()
+        self.scheduler.check_slice()
 
     def drain(self) -> None:
         """Run until all is done, within a bound on steps, and look for what should not be left."""
@@ -406,3 +411,501 @@ def run_random(seed: int, operations: int) -> Driver:
         random_operation(driver, rng)
     driver.drain()
     return driver
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_life_gives_reference_outputs_and_leaks_nothing(seed: int) -> None:
+    run_random(seed, operations=120)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(40, 1500))
+def test_random_life_gives_reference_outputs_and_leaks_nothing_full(seed: int) -> None:
+    run_random(seed, operations=200)
+
+
+def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
+    """The random tests prove nothing about what never happens in them."""
+    seen = {"preempted": 0, "hit": 0, "error": 0, "abort": 0, "stop": 0, "length": 0, "faults": 0}
+    for seed in range(12):
+        driver = run_random(seed, operations=120)
+        stats = driver.scheduler.stats()
+        seen["preempted"] += stats.preemptions
+        seen["hit"] += stats.prefix_hit_tokens
+        for asked in driver.asked.values():
+            assert asked.end is not None
+            seen[asked.end.finish_reason or ""] += 1
+        seen["faults"] += driver.faults
+    assert min(seen.values()) > 5, seen
+
+
+class Life(RuleBasedStateMachine):
+    """The same Driver, with operations that hypothesis can shorten to the ones that matter."""
+
+    @initialize(
+        layout=st.sampled_from(sorted(LAYOUTS)),
+        depth=st.integers(1, 3),
+        budget=st.sampled_from([1, 16, 33, 64]),
+        slots=st.sampled_from([1, 2, 4]),
+        slack=st.sampled_from([0, 2, 30]),
+        priority=st.booleans(),
+    )
+    def begin(
+        self, layout: str, depth: int, budget: int, slots: int, slack: int, priority: bool
+    ) -> None:
+        groups = LAYOUTS[layout]
+        blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget)]
+        self.driver = Driver(groups, blocks, depth, budget, slots, priority=priority)
+
+    @rule(
+        base=st.integers(0, 2),
+        length=st.sampled_from([1, 15, 16, 17, 33, 48, 90]),
+        most=st.sampled_from([1, 3, 20, None]),
+        stop=st.sampled_from([None, None, 1, 16]),
+        choices=st.sampled_from([1, 1, 2]),
+        priority=st.integers(0, 1),
+        tenant=st.sampled_from(["", "t"]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+    )
+    def add(
+        self,
+        base: int,
+        length: int,
+        most: int | None,
+        stop: int | None,
+        choices: int,
+        priority: int,
+        tenant: str,
+        prompt_logprobs: int | None,
+    ) -> None:
+        params = SamplingParams(
+            max_tokens=most, stop=["x"] if stop else None, prompt_logprobs=prompt_logprobs
+        )
+        leader = ""
+        for choice in range(choices):
+            asked = self.driver.add(
+                BASES[base][:length],
+                params,
+                stop_length=stop,
+                choice=choice,
+                leader=leader,
+                priority=priority,
+                tenant=tenant,
+            )
+            leader = leader or asked.add.request_id
+
+    @rule()
+    def iterate(self) -> None:
+        self.driver.iterate()
+
+    @precondition(lambda self: len(self.driver.pending) < self.driver.depth)
+    @rule()
+    def schedule(self) -> None:
+        self.driver.schedule()
+
+    @precondition(lambda self: self.driver.pending)
+    @rule()
+    def commit(self) -> None:
+        self.driver.commit()
+
+    @precondition(lambda self: self.driver.asked)
+    @rule(which=st.integers(0, 1000), length=st.sampled_from([-1, 0, 2, 100]))
+    def abort(self, which: int, length: int) -> None:
+        self.driver.abort(f"r{which % len(self.driver.asked)}", length)
+
+    @rule(late=st.booleans())
+    def next_step_raises(self, late: bool) -> None:
+        self.driver.fault, self.driver.late = True, late
+
+    @rule()
+    def clear_cache(self) -> None:
+        self.driver.kv.clear_cache()
+
+    @invariant()
+    def integrity(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.drain()
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=QUIET
+)
+
+
+class LongLife(Life):
+    pass
+
+
+TestLongLife = pytest.mark.full(LongLife.TestCase)
+TestLongLife.settings = settings(
+    max_examples=1000, stateful_step_count=80, deadline=None, suppress_health_check=QUIET
+)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_outputs_do_not_depend_on_depth_budget_pool_or_cache(layout: str) -> None:
+    groups = LAYOUTS[layout]
+    outputs = set()
+    for depth, budget, slack, caching in [(1, 64, 80, False), (2, 7, 0, True), (3, 33, 2, True)]:
+        blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget)]
+        driver = Driver(groups, blocks, depth, budget, caching=caching)
+        asked = [
+            driver.add(BASES[i % 2][: 20 + 9 * i], SamplingParams(max_tokens=30, logprobs=1))
+            for i in range(8)
+        ]
+        driver.drain()
+        ends = [(a.end.finish_reason, a.end.stop_reason) for a in asked if a.end]
+        outputs.add(repr([(a.tokens, a.logprobs) for a in asked] + ends))
+    assert len(outputs) == 1
+
+
+# -- by hand ---------------------------------------------------------------------------------------
+
+
+def plain(groups: list[KVGroup] | None = None, blocks: int = 100, **options: int) -> Driver:
+    groups = groups or LAYOUTS["full"]
+    return Driver(groups, [blocks] * (1 + max(g.pool for g in groups)), **options)
+
+
+def ids(driver: Driver, batch: Batch) -> list[str]:
+    return [r.request_id for r, _ in driver.scheduler._inflight[batch.step]]
+
+
+FOREVER = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def test_a_prompt_is_cut_by_the_budget_and_sampled_at_its_end() -> None:
+    driver = plain(budget=20)
+    driver.add(BASES[0][:45], FOREVER)
+    rows = []
+    for _ in range(4):
+        batch = driver.scheduler.schedule()
+        assert batch is not None
+        rows += batch.rows
+        driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
+    assert [(r.start, len(r.tokens), r.sample) for r in rows] == [
+        (0, 20, False),
+        (20, 20, False),
+        (40, 5, True),
+        (45, 1, True),
+    ]
+
+
+def test_running_ahead_sends_the_device_token_and_stops_at_max_tokens() -> None:
+    driver = plain(depth=2)
+    driver.add(BASES[0][:4], SamplingParams(max_tokens=2, ignore_eos=True))
+    first, second = driver.scheduler.schedule(), driver.scheduler.schedule()
+    assert first is not None and second is not None
+    assert first.rows[0].tokens == BASES[0][:4]
+    assert (second.rows[0].start, second.rows[0].tokens) == (4, [DEVICE_TOKEN])
+    assert driver.scheduler.schedule() is None, "two samples are on their way"
+    assert not driver.scheduler.has_work
+
+
+def test_decoding_comes_before_prompts_so_that_nobody_waits_for_a_long_one() -> None:
+    driver = plain(budget=8)
+    driver.add(BASES[0][:40], FOREVER)
+    driver.add(BASES[1][:2], FOREVER)
+    for _ in range(5):
+        driver.iterate()
+    driver.iterate()  # the second request's prompt comes behind the last chunk of the first
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    assert ids(driver, batch) == ["r0", "r1"]
+    driver.add(BASES[2][:40], FOREVER)
+    driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    assert [(i, len(r.tokens)) for i, r in zip(ids(driver, batch), batch.rows, strict=True)] == [
+        ("r0", 1),
+        ("r1", 1),
+        ("r2", 6),
+    ]
+
+
+def first_rows(driver: Driver) -> list[str]:
+    order: list[str] = []
+    while not driver.scheduler.idle:
+        batch = driver.scheduler.schedule()
+        assert batch is not None
+        order += [i for i in ids(driver, batch) if i not in order]
+        driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
+    return order
+
+
+@pytest.mark.parametrize(
+    ("priority", "order"),
+    [(False, ["r0", "r1", "r2", "r3"]), (True, ["r3", "r1", "r2", "r0"])],
+)
+def test_order_is_arrival_or_priority_then_arrival(priority: bool, order: list[str]) -> None:
+    driver = plain(slots=1, priority=priority)
+    for level in (5, 1, 1, -2):
+        driver.add(BASES[0][:3], SamplingParams(max_tokens=2, ignore_eos=True), priority=level)
+    assert first_rows(driver) == order
+
+
+def test_a_large_request_at_the_head_is_not_overtaken() -> None:
+    driver = plain(blocks=7, slots=4, caching=False)  # 6 blocks
+    driver.add(BASES[0][:60], SamplingParams(max_tokens=4, ignore_eos=True))  # 4 blocks
+    driver.iterate()
+    driver.add(BASES[1][:40], SamplingParams(max_tokens=2, ignore_eos=True))  # 3 blocks
+    driver.add(BASES[2][:10], SamplingParams(max_tokens=2, ignore_eos=True))  # 1 block
+    driver.iterate()
+    assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+    assert driver.kv.usage() == (4, 6)
+    driver.drain()
+
+
+def test_the_last_in_order_is_preempted_and_its_tokens_stay() -> None:
+    driver = plain(blocks=5, slots=2, caching=False, budget=64)  # 4 blocks
+    first = driver.add(BASES[0][:30], SamplingParams(max_tokens=20, ignore_eos=True))
+    second = driver.add(BASES[1][:30], SamplingParams(max_tokens=20, ignore_eos=True))
+    for _ in range(4):
+        driver.iterate()
+    # 30 prompt tokens and 2 outputs fill 2 blocks each; computing the third needs another block.
+    assert driver.scheduler.stats().preemptions == 1
+    assert driver.scheduler.requests["r1"].state is State.WAITING
+    assert (len(first.tokens), len(second.tokens)) == (4, 3)
+    assert driver.scheduler.requests["r1"].num_output == 3
+    driver.drain()
+    assert driver.scheduler.stats().preemptions == 1
+
+
+def test_a_request_waits_for_its_own_step_before_it_takes_blocks_of_others() -> None:
+    driver = plain(blocks=5, slots=2, caching=False, depth=2, budget=64)
+    driver.add(BASES[0][:30], SamplingParams(max_tokens=20, ignore_eos=True))
+    driver.add(BASES[1][:30], SamplingParams(max_tokens=3, ignore_eos=True))
+    driver.drain()
+    assert driver.scheduler.stats().preemptions == 0, "r1 ends in the step that is in flight"
+
+
+def test_choices_wait_for_the_leaders_prompt_and_then_share_its_blocks() -> None:
+    driver = plain(budget=32)
+    leader = driver.add(BASES[0][:64], FOREVER).add.request_id
+    for choice in (1, 2):
+        driver.add(BASES[0][:64], FOREVER, choice=choice, leader=leader)
+    driver.iterate()
+    assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+    driver.iterate()
+    driver.iterate()
+    assert [r.request_id for r in driver.scheduler._running] == ["r0", "r1", "r2"]
+    # 64 tokens and one more to sample from: 3 blocks are found, the 4th is computed by each.
+    assert [r.cached_tokens for r in driver.scheduler._running] == [0, 48, 48]
+    driver.drain()
+    assert len({tuple(a.tokens) for a in driver.asked.values()}) == 3
+
+
+@pytest.mark.parametrize("leader", ["r0", "r1", "nobody"])
+def test_a_leader_that_cannot_lead_holds_nobody_up(leader: str) -> None:
+    driver = plain(slots=1)
+    driver.add(BASES[0][:40], leader=leader)
+    driver.add(BASES[0][:40], leader="r0")
+    driver.drain()
+
+
+def test_tenants_and_salts_do_not_share() -> None:
+    driver = plain()
+    for fields in ({}, {"tenant": "a"}, {"cache_salt": "a"}, {"tenant": "\ud800"}, {}):
+        driver.add(BASES[0][:40], SamplingParams(max_tokens=1), **fields)
+        driver.drain()
+    cached = [a.end.cached_tokens for a in driver.asked.values() if a.end]
+    assert cached == [0, 0, 0, 0, 32]
+
+
+def test_prompt_logprobs_are_computed_even_where_the_prompt_is_cached() -> None:
+    driver = plain(budget=10)
+    driver.add(BASES[0][:40], SamplingParams(max_tokens=1))
+    driver.drain()
+    asked = driver.add(BASES[0][:40], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    driver.drain()
+    assert len(asked.prompt_logprobs) == 39
+    assert asked.end is not None and asked.end.cached_tokens == 0
+
+
+def test_output_of_a_request_with_stop_strings_is_found_only_as_far_as_confirmed() -> None:
+    driver = plain()
+    params = SamplingParams(max_tokens=60, ignore_eos=True, stop=["x"])
+    asked = driver.add(BASES[0][:8], params)
+    for _ in range(50):
+        driver.iterate()
+    assert len(asked.tokens) == 50
+    assert not driver.kv.pools[0]._index
+    driver.abort("r0", 30, "stop")  # 8 + 30 tokens: 2 full blocks
+    driver.drain()
+    assert len(driver.kv.pools[0]._index) == 2
+    assert driver.scheduler.stats().generated_tokens == 30
+
+
+def test_a_deadline_ends_a_request_wherever_it_is() -> None:
+    driver = plain(slots=1)
+    running = driver.add(BASES[0][:8], FOREVER, timeout=5.0)
+    waiting = driver.add(BASES[0][:8], FOREVER, timeout=2.0)
+    patient = driver.add(BASES[0][:8], FOREVER)
+    driver.iterate()
+    driver.now += 2.0
+    driver.iterate()
+    assert (waiting.end is not None, running.end is None) == (True, True)
+    driver.now += 3.0
+    driver.iterate()
+    assert running.end is not None and len(running.tokens) == 2
+    driver.drain()
+    assert len(patient.tokens) == 40
+
+
+def test_late_and_unknown_aborts_do_nothing() -> None:
+    driver = plain()
+    driver.add(BASES[0][:8], SamplingParams(max_tokens=1))
+    driver.drain()
+    driver.abort("r0")
+    driver.scheduler.abort("nobody", length=3)
+    assert driver.scheduler.take_finished() == []
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_the_request_that_makes_steps_raise_is_found_and_all_others_finish(
+    depth: int, slots: int
+) -> None:
+    driver = plain(depth=depth, slots=slots, blocks=16)
+    for i in range(4):
+        driver.add(BASES[i % 3][: 30 + i], SamplingParams(max_tokens=9), kills=i == 2)
+    driver.drain()
+    reasons = [a.end.finish_reason for a in driver.asked.values() if a.end]
+    assert [reason == "error" for reason in reasons] == [False, False, True, False]
+    assert driver.asked["r2"].end is not None
+    assert driver.asked["r2"].end.error == ["step_failed", "the step raised", "", ""]
+
+
+def test_a_request_alone_in_a_later_step_is_not_blamed_for_an_earlier_one() -> None:
+    driver = plain(depth=2)
+    driver.add(BASES[0][:8], SamplingParams(max_tokens=1))
+    driver.add(BASES[1][:8], SamplingParams(max_tokens=4))
+    driver.fault, driver.late = True, True
+    assert driver.schedule() and driver.schedule()
+    assert [len(batch.rows) for batch, _ in driver.pending] == [2, 1]
+    driver.drain()
+    assert all(a.end and a.end.finish_reason != "error" for a in driver.asked.values())
+
+
+def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:
+    driver = plain()
+    driver.add(BASES[0][:40], nan=True)
+    driver.add(BASES[1][:40])
+    driver.drain()
+    nan = driver.asked["r0"].end
+    assert nan is not None and nan.error is not None and nan.error[0] == "numerical_error"
+    driver.add(BASES[0][:40])
+    driver.drain()
+    again = driver.asked["r2"].end
+    assert again is not None and again.cached_tokens == 0
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ([], "empty_prompt"),
+        ([3] * MODEL_LEN, "context_length_exceeded"),
+        ([3, VOCAB], "invalid_token"),
+        ([-1, 3], "invalid_token"),
+        ([2**63], "invalid_token"),
+    ],
+)
+def test_prompts_that_cannot_run_are_refused(prompt: list[int], code: str) -> None:
+    driver = plain()
+    with pytest.raises(UsageError) as caught:
+        driver.add(prompt)
+    assert caught.value.code == code
+    assert driver.scheduler.idle and not driver.scheduler.has_work
+
+
+def test_the_longest_prompt_gives_one_token() -> None:
+    driver = plain()
+    asked = driver.add([3] * (MODEL_LEN - 1), SamplingParams(max_tokens=None, ignore_eos=True))
+    driver.drain()
+    assert len(asked.tokens) == 1 and asked.end and asked.end.finish_reason == "length"
+
+
+def test_token_ids_of_options_outside_the_vocabulary_are_refused() -> None:
+    driver = plain()
+    with pytest.raises(UsageError, match="stop_token_ids"):
+        driver.add([3], SamplingParams(stop_token_ids=[VOCAB]))
+    add = Add("x", [3], SamplingParams(), seed=0, bad_words=[[3], [4, VOCAB]])
+    with pytest.raises(UsageError, match="bad_words"):
+        driver.scheduler.add(add)
+
+
+def test_a_running_request_id_is_refused_and_free_again_after_its_end() -> None:
+    driver = plain()
+    add = driver.add([3]).add
+    with pytest.raises(UsageError) as caught:
+        driver.scheduler.add(add)
+    assert caught.value.code == "duplicate_request"
+    driver.drain()
+    driver.scheduler.add(add)
+
+
+@pytest.mark.parametrize(("blocks", "fits"), [(5, False), (6, True)])
+def test_a_request_that_can_never_fit_is_refused_and_the_least_that_fits_runs(
+    blocks: int, fits: bool
+) -> None:
+    # 50 prompt tokens and 31 of output, the last never computed: 80 tokens, 5 blocks.
+    driver = plain(blocks=blocks, slots=1)
+    params = SamplingParams(max_tokens=31, ignore_eos=True)
+    if fits:
+        driver.add(BASES[0][:50], params)
+        driver.drain()
+    else:
+        with pytest.raises(UsageError) as caught:
+            driver.add(BASES[0][:50], params)
+        assert caught.value.code == "prompt_too_large"
+        assert "50 tokens with 31 tokens of output" in caught.value.what
+        assert f"{blocks - 1} blocks" in caught.value.what
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_alone_in_the_least_pools_a_request_runs_without_preemption(
+    layout: str, depth: int, budget: int
+) -> None:
+    groups = LAYOUTS[layout]
+    driver = Driver(groups, least_blocks(groups, MODEL_LEN - 1, budget), depth, budget, slots=2)
+    driver.add(BASES[0][:50], SamplingParams(max_tokens=None, ignore_eos=True))
+    driver.drain()
+    assert driver.scheduler.stats().preemptions == 0
+
+
+def test_the_queue_is_bounded() -> None:
+    driver = plain(slots=2, max_queue=3)
+    for _ in range(5):
+        driver.add([3], FOREVER)
+    with pytest.raises(Overloaded) as caught:
+        driver.add([3], FOREVER)
+    assert caught.value.code == "queue_full"
+    driver.iterate()  # two run, three wait
+    with pytest.raises(Overloaded):
+        driver.add([3], FOREVER)
+    driver.abort("r4")
+    driver.add([3], FOREVER)
+    driver.drain()
+
+
+def test_results_must_match_their_batch() -> None:
+    driver = plain()
+    driver.add([3], FOREVER)
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    with pytest.raises(ValueError):
+        driver.scheduler.commit(Result(batch.step, [RowResult([1]), RowResult([1])]))

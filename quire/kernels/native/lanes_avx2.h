@@ -10,8 +10,9 @@ namespace {
 
 constexpr const char* kName = "avx2";
 constexpr int kMaxRows = 4;
-constexpr int kMaxDenseRows = 6;
-constexpr int kDensePanels = 1;
+constexpr int kMaxLinearRows = 4;
+constexpr int panels_of(int) { return 1; }
+constexpr int dense_panels_of(int rows) { return rows > 2 ? 1 : 2; }
 
 struct F {
     __m256 a, b;
@@ -128,57 +129,51 @@ inline __m256i broadcast_four(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-template <class Format, int R, class Consume>
-inline void block_dots(const uint8_t* codes, const int8_t* a, const int32_t* initial, Consume&& consume) {
+template <class Format, int P, int R, class Consume>
+inline void block_dots(const uint8_t* codes, Index, const int8_t* a, const int32_t* initial, Consume&& consume) {
+    static_assert(P == 1, "one panel at a time");
     // A pair of products is at most 2 * 127 * max_code, so this many pairs fit 16 bits. Codes up to
     // 255 do not fit even once: less 128 they are signed, and |code| * (sign * a) stays below 2^15.
     constexpr bool kSigned = Format::max_code > 127;
-    constexpr int kCode = kSigned ? 128 : Format::max_code;
+    constexpr int kCode = kSigned ? 128 : Format::max_code, kGroups = 8 / Format::scales;
     constexpr int kFit = 32767 / (2 * 127 * kCode);
     constexpr int kFlush = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-    static_assert(kFlush * 2 * 127 * kCode <= 32767 && (!kSigned || Format::zero == 128), "16-bit sums would overflow");
-    const __m256i ones = _mm256_set1_epi16(1);
-    I total[R][2];
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
-        const __m256i start = Format::zero && !kSigned ? _mm256_set1_epi32(initial[h * R + r]) : _mm256_setzero_si256();
-        total[r][h] = {start, start};
-    }
-    I part[R];
-    QUIRE_UNROLL for (int g = 0; g < 8; ++g) {
-        __m256i wa, wb;
-        if constexpr (Format::bits == 4) {
-            const __m256i low = _mm256_set1_epi8(15);
-            wa = _mm256_load_si256((const __m256i*)(codes + g % 4 * 64));
-            wb = _mm256_load_si256((const __m256i*)(codes + g % 4 * 64 + 32));
-            if (g >= 4) wa = _mm256_srli_epi16(wa, 4), wb = _mm256_srli_epi16(wb, 4);
-            wa = _mm256_and_si256(wa, low), wb = _mm256_and_si256(wb, low);
-        } else {
-            wa = _mm256_load_si256((const __m256i*)(codes + g * 64));
-            wb = _mm256_load_si256((const __m256i*)(codes + g * 64 + 32));
-        }
-        if constexpr (kSigned) {
-            const __m256i excess = _mm256_set1_epi8(-128);
-            wa = _mm256_xor_si256(wa, excess), wb = _mm256_xor_si256(wb, excess);
-        }
+    static_assert(kFlush * 2 * 127 * kCode <= 32767 && kFlush <= kGroups, "16-bit sums would overflow");
+    static_assert(!kSigned || Format::zero == 128, "signed codes are those with zero at 128");
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), excess = _mm256_set1_epi8(-128);
+    QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
+        I total[R], part[R];
         QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-            const __m256i four = broadcast_four(a + r * kBlock + 4 * g);
-            __m256i pa, pb;
-            if constexpr (kSigned) {
-                pa = _mm256_maddubs_epi16(_mm256_abs_epi8(wa), _mm256_sign_epi8(four, wa));
-                pb = _mm256_maddubs_epi16(_mm256_abs_epi8(wb), _mm256_sign_epi8(four, wb));
-            } else {
-                pa = _mm256_maddubs_epi16(wa, four);
-                pb = _mm256_maddubs_epi16(wb, four);
+            const __m256i start = Format::zero && !kSigned ? _mm256_set1_epi32(initial[h * R + r]) : _mm256_setzero_si256();
+            total[r] = {start, start};
+        }
+        QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
+            const __m256i* from = (const __m256i*)(codes + g % Format::bits * 64);
+            __m256i wa = _mm256_load_si256(from), wb = _mm256_load_si256(from + 1);
+            if constexpr (Format::bits == 4) {
+                if (g >= 4) wa = _mm256_srli_epi16(wa, 4), wb = _mm256_srli_epi16(wb, 4);
+                wa = _mm256_and_si256(wa, low), wb = _mm256_and_si256(wb, low);
             }
-            part[r] = g % kFlush ? I{_mm256_add_epi16(part[r].a, pa), _mm256_add_epi16(part[r].b, pb)} : I{pa, pb};
-            if (g % kFlush == kFlush - 1) {
-                I& sum = total[r][Format::scales == 2 ? g / 4 : 0];
-                sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(part[r].a, ones));
-                sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(part[r].b, ones));
+            if constexpr (kSigned) wa = _mm256_xor_si256(wa, excess), wb = _mm256_xor_si256(wb, excess);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+                const __m256i four = broadcast_four(a + r * kBlock + 4 * g);
+                __m256i pa, pb;
+                if constexpr (kSigned) {
+                    pa = _mm256_maddubs_epi16(_mm256_abs_epi8(wa), _mm256_sign_epi8(four, wa));
+                    pb = _mm256_maddubs_epi16(_mm256_abs_epi8(wb), _mm256_sign_epi8(four, wb));
+                } else {
+                    pa = _mm256_maddubs_epi16(wa, four);
+                    pb = _mm256_maddubs_epi16(wb, four);
+                }
+                part[r] = g % kFlush ? I{_mm256_add_epi16(part[r].a, pa), _mm256_add_epi16(part[r].b, pb)} : I{pa, pb};
+                if (g % kFlush == kFlush - 1) {
+                    total[r].a = _mm256_add_epi32(total[r].a, _mm256_madd_epi16(part[r].a, ones));
+                    total[r].b = _mm256_add_epi32(total[r].b, _mm256_madd_epi16(part[r].b, ones));
+                }
             }
         }
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) consume(h, 0, r, total[r]);
     }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) consume(r, total[r][0], total[r][Format::scales - 1]);
 }
 
 }  // namespace

@@ -9,9 +9,12 @@
 namespace {
 
 constexpr const char* kName = "avx512";
-constexpr int kMaxRows = 16;       // tile height that fits the registers, block formats and attention
-constexpr int kMaxDenseRows = 12;  // dense weights, two panels at a time
-constexpr int kDensePanels = 2;
+// Tiles that fit the registers. A 64-byte load costs as much as one and a half multiply-adds here:
+// two panels share each broadcast activation, except where memory is the limit anyway.
+constexpr int kMaxRows = 16;      // attention
+constexpr int kMaxLinearRows = 12;
+constexpr int panels_of(int rows) { return rows > 4 ? 2 : 1; }
+constexpr int dense_panels_of(int rows) { return rows > 2 ? 2 : 4; }
 
 using F = __m512;
 using I = __m512i;
@@ -81,33 +84,34 @@ inline int store_int8(int8_t* p, F a) {
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
-// For each row r of a tile: consume(r, sums of the first half of the block, of the second half).
-// With one scale for the block the whole sum comes first and the second is unused.
-// a: [R][32] activation codes; initial: [scales][R] starting sums, minus zero times the row's sum.
-template <class Format, int R, class Consume>
-inline void block_dots(const uint8_t* codes, const int8_t* a, const int32_t* initial, Consume&& consume) {
-    I w[8];
-    if constexpr (Format::bits == 4) {
-        const I low = _mm512_set1_epi8(15);
-        QUIRE_UNROLL for (int g = 0; g < 4; ++g) {
-            const I both = _mm512_load_si512(codes + 64 * g);
-            w[g] = _mm512_and_si512(both, low);
-            w[g + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+// Exact dot products of one block: consume(h, p, r, sum) for each half-block h with a scale of its
+// own (one "half" if the block has one scale), panel p of P and row r of a tile of R.
+// codes: the block in the first panel, panel_stride bytes from the next; a: [R][32] activation
+// codes; initial: [scales][R] starting sums, minus zero times the row's sum.
+template <class Format, int P, int R, class Consume>
+inline void block_dots(const uint8_t* codes, Index panel_stride, const int8_t* a, const int32_t* initial, Consume&& consume) {
+    constexpr int kGroups = 8 / Format::scales;
+    QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
+        I sum[P][R];
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
+            sum[p][r] = Format::zero ? _mm512_set1_epi32(initial[h * R + r]) : _mm512_setzero_si512();
+        QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
+            I w[P];
+            QUIRE_UNROLL for (int p = 0; p < P; ++p) {
+                w[p] = _mm512_load_si512(codes + p * panel_stride + g % Format::bits * 64);
+                if constexpr (Format::bits == 4) {
+                    if (g >= 4) w[p] = _mm512_srli_epi16(w[p], 4);
+                    w[p] = _mm512_and_si512(w[p], _mm512_set1_epi8(15));
+                }
+            }
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+                int32_t four;
+                std::memcpy(&four, a + r * kBlock + 4 * g, 4);
+                const I x = _mm512_set1_epi32(four);
+                QUIRE_UNROLL for (int p = 0; p < P; ++p) sum[p][r] = _mm512_dpbusd_epi32(sum[p][r], w[p], x);
+            }
         }
-    } else {
-        QUIRE_UNROLL for (int g = 0; g < 8; ++g) w[g] = _mm512_load_si512(codes + 64 * g);
-    }
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-        I sum[2];
-        QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h)
-            sum[h] = Format::zero ? _mm512_set1_epi32(initial[h * R + r]) : _mm512_setzero_si512();
-        QUIRE_UNROLL for (int g = 0; g < 8; ++g) {
-            int32_t four;
-            std::memcpy(&four, a + r * kBlock + 4 * g, 4);
-            I& s = sum[Format::scales == 2 ? g / 4 : 0];
-            s = _mm512_dpbusd_epi32(s, w[g], _mm512_set1_epi32(four));
-        }
-        consume(r, sum[0], sum[Format::scales - 1]);
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int p = 0; p < P; ++p) consume(h, p, r, sum[p][r]);
     }
 }
 

@@ -21,8 +21,9 @@ namespace {
 
 constexpr const char* kName = "portable";
 constexpr int kMaxRows = 4;
-constexpr int kMaxDenseRows = 4;
-constexpr int kDensePanels = 1;
+constexpr int kMaxLinearRows = 4;
+constexpr int panels_of(int) { return 1; }
+constexpr int dense_panels_of(int rows) { return rows > 2 ? 1 : 2; }
 
 #if defined(__GNUC__)
 typedef float Four __attribute__((vector_size(16)));
@@ -182,28 +183,29 @@ inline int store_int8(int8_t* p, const F& a) {
 
 inline void prefetch(const void*) {}
 
-template <class Format, int R, class Consume>
-inline void block_dots(const uint8_t* codes, const int8_t* a, const int32_t* initial, Consume&& consume) {
-    int32_t sums[2][R][kLanes];
-    for (int h = 0; h < Format::scales; ++h)
+template <class Format, int P, int R, class Consume>
+inline void block_dots(const uint8_t* codes, Index, const int8_t* a, const int32_t* initial, Consume&& consume) {
+    static_assert(P == 1, "one panel at a time");
+    constexpr int kGroups = 8 / Format::scales;
+    for (int h = 0; h < Format::scales; ++h) {
+        int32_t sums[R][kLanes];
         for (int r = 0; r < R; ++r)
-            for (int i = 0; i < kLanes; ++i) sums[h][r][i] = Format::zero ? initial[h * R + r] : 0;
-    for (int g = 0; g < 8; ++g) {
-        uint8_t four[64];
-        const uint8_t* from = codes + (Format::bits == 4 ? g % 4 : g) * 64;
-        for (int i = 0; i < 64; ++i) four[i] = Format::bits == 8 ? from[i] : g < 4 ? from[i] & 15 : from[i] >> 4;
-        for (int r = 0; r < R; ++r) {
-            const int8_t* x = a + r * kBlock + 4 * g;
-            int32_t* sum = sums[Format::scales == 2 ? g / 4 : 0][r];
-            for (int i = 0; i < kLanes; ++i)
-                sum[i] += four[4 * i] * x[0] + four[4 * i + 1] * x[1] + four[4 * i + 2] * x[2] + four[4 * i + 3] * x[3];
+            for (int i = 0; i < kLanes; ++i) sums[r][i] = Format::zero ? initial[h * R + r] : 0;
+        for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
+            uint8_t four[64];
+            const uint8_t* from = codes + g % Format::bits * 64;
+            for (int i = 0; i < 64; ++i) four[i] = Format::bits == 8 ? from[i] : g < 4 ? from[i] & 15 : from[i] >> 4;
+            for (int r = 0; r < R; ++r) {
+                const int8_t* x = a + r * kBlock + 4 * g;
+                for (int i = 0; i < kLanes; ++i)
+                    sums[r][i] += four[4 * i] * x[0] + four[4 * i + 1] * x[1] + four[4 * i + 2] * x[2] + four[4 * i + 3] * x[3];
+            }
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        I first, second;
-        std::memcpy(&first, sums[0][r], sizeof first);
-        std::memcpy(&second, sums[Format::scales - 1][r], sizeof second);
-        consume(r, first, second);
+        for (int r = 0; r < R; ++r) {
+            I sum;
+            std::memcpy(&sum, sums[r], sizeof sum);
+            consume(h, 0, r, sum);
+        }
     }
 }
 

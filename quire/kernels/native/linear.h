@@ -6,28 +6,28 @@ namespace {
 
 // Calls run(integral constant R) for the smallest tile height that holds `rows`.
 template <int R>
-struct Height {
+struct Constant {
     static constexpr int value = R;
 };
 template <int Max, class Run>
 inline void with_height(int rows, Run&& run) {
     if constexpr (Max > 12) {
-        if (rows > 12) return run(Height<16>{});
+        if (rows > 12) return run(Constant<16>{});
     }
     if constexpr (Max > 8) {
-        if (rows > 8) return run(Height<12>{});
+        if (rows > 8) return run(Constant<12>{});
     }
     if constexpr (Max > 6) {
-        if (rows > 6) return run(Height<8>{});
+        if (rows > 6) return run(Constant<8>{});
     }
     if constexpr (Max > 4) {
-        if (rows > 4) return run(Height<6>{});
+        if (rows > 4) return run(Constant<6>{});
     }
     switch (rows) {
-        case 4: return run(Height<4>{});
-        case 3: return run(Height<3>{});
-        case 2: return run(Height<2>{});
-        default: return run(Height<1>{});
+        case 4: return run(Constant<4>{});
+        case 3: return run(Constant<3>{});
+        case 2: return run(Constant<2>{});
+        default: return run(Constant<1>{});
     }
 }
 
@@ -49,18 +49,26 @@ inline void store_outputs(const quire::LinearArgs& a, Index row, Index panel, F 
     }
 }
 
+template <int P, int R>
+inline void store_tile(const quire::LinearArgs& a, Index first_row, int rows, Index first_panel, const F (&acc)[P][R]) {
+    QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
+        if (r < rows) store_outputs(a, first_row + r, first_panel + p, acc[p][r]);
+}
+
 // How rows and panels are cut into chunks of work. Results do not depend on it.
 struct Plan {
+    static constexpr int kPanels = 4;  // taken together; a multiple of what any tile takes
     int max_height;
     Index tiles, tiles_per_group, groups;    // rows
     Index panels, panels_per_part, parts;    // outputs
     Index tile_bytes;
 
-    Plan(const quire::LinearArgs& a, int max, Index bytes_per_row, int panel_multiple) : max_height(max) {
+    Plan(const quire::LinearArgs& a, Index bytes_per_row)
+        : max_height(padded_height(kMaxLinearRows, a.rows < kMaxLinearRows ? int(a.rows) : kMaxLinearRows)) {
         constexpr Index kGroupBytes = 384 << 10;  // activations of one group stay in the second-level cache
         constexpr Index kPartBytes = 128 << 10;   // weights per chunk: long enough to stream
-        tile_bytes = (max * bytes_per_row + 63) / 64 * 64;
-        tiles = ceil_div(a.rows, max);
+        tile_bytes = (max_height * bytes_per_row + 63) / 64 * 64;
+        tiles = ceil_div(a.rows, max_height);
         tiles_per_group = kGroupBytes / tile_bytes > 0 ? kGroupBytes / tile_bytes : 1;
         if (tiles_per_group > tiles) tiles_per_group = tiles;
         groups = ceil_div(tiles, tiles_per_group);
@@ -72,7 +80,7 @@ struct Plan {
         const Index floor = a.rows >= 16 ? 2 << 10 : 16 << 10;
         const Index most = panels * bytes / floor + 1;
         if (parts > most) parts = most;
-        panels_per_part = ceil_div(ceil_div(panels, parts), panel_multiple) * panel_multiple;
+        panels_per_part = ceil_div(ceil_div(panels, parts), kPanels) * kPanels;
         parts = ceil_div(panels, panels_per_part);
     }
 
@@ -83,14 +91,14 @@ struct Plan {
 
     // run(tile, first panel, last panel), in an order that keeps a few panels and a group in cache.
     template <class Run>
-    void execute(Index panels_together, Run&& run) const {
+    void execute(Run&& run) const {
         parallel_for(groups * parts, [&](Index chunk) {
             const Index group = chunk / parts, first = chunk % parts * panels_per_part;
             const Index last = first + panels_per_part < panels ? first + panels_per_part : panels;
             const Index first_tile = group * tiles_per_group;
             const Index last_tile = first_tile + tiles_per_group < tiles ? first_tile + tiles_per_group : tiles;
-            for (Index panel = first; panel < last; panel += panels_together) {
-                const Index stop = panel + panels_together < last ? panel + panels_together : last;
+            for (Index panel = first; panel < last; panel += kPanels) {
+                const Index stop = panel + kPanels < last ? panel + kPanels : last;
                 for (Index tile = first_tile; tile < last_tile; ++tile) run(tile, panel, stop);
             }
         });
@@ -140,67 +148,72 @@ void quantise_tile(const quire::LinearArgs& a, Index first_row, int rows, int he
     }
 }
 
-template <class Format, int R>
-void block_tile(const uint8_t* panel, const uint8_t* tile, Index k, F (&acc)[R]) {
+// P panels times R rows.
+template <class Format, int P, int R>
+void block_tile(const uint8_t* panel, const uint8_t* tile, Index k, F (&acc)[P][R]) {
+    const Index stride = Format::panel_bytes(k);
     const uint8_t *header = panel, *codes = panel + Format::headers_bytes(k);
-    for (int r = 0; r < R; ++r) acc[r] = zero();
+    QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r) acc[p][r] = zero();
     for (Index block = 0; block < k / kBlock; header += Format::header_bytes) {
-        const F base = load_f16(header);
-        F base_minimum = zero();
-        if constexpr (Format::has_minimum) base_minimum = load_f16(header + kLanes * 2);
         const uint8_t* sub = header + Format::base_bytes;
         for (int i = 0; i < Format::blocks; ++i, ++block, codes += Format::code_bytes, sub += Format::sub_bytes) {
-            F scale[2] = {base, base}, minimum = base_minimum;
-            if constexpr (Format::super && Format::scales == 1) scale[0] = mul(base, load_u8(sub));
-            if constexpr (Format::scales == 2) {
-                scale[0] = mul(base, load_s8(sub));
-                scale[1] = mul(base, load_s8(sub + kLanes));
-            }
-            if constexpr (Format::super && Format::has_minimum) minimum = mul(base_minimum, load_u8(sub + Format::scales * kLanes));
-            if constexpr (R <= 4) {  // memory-bound: stay ahead of the hardware, across pages too
-                prefetch(codes + 2048);
-                prefetch(codes + 2048 + 64);
-                prefetch(codes + 2048 + 128);
-                prefetch(codes + 2048 + 192);
-                if constexpr (Format::code_bytes > 256) {
-                    prefetch(codes + 2048 + 256);
-                    prefetch(codes + 2048 + 320);
-                    prefetch(codes + 2048 + 384);
-                    prefetch(codes + 2048 + 448);
+            F scale[P][2], minimum[P];
+            QUIRE_UNROLL for (int p = 0; p < P; ++p) {
+                const uint8_t *base = header + p * stride, *code = sub + p * stride;
+                scale[p][0] = load_f16(base);
+                if constexpr (Format::scales == 2) {
+                    scale[p][1] = mul(scale[p][0], load_s8(code + kLanes));
+                    scale[p][0] = mul(scale[p][0], load_s8(code));
+                } else if constexpr (Format::super) {
+                    scale[p][0] = mul(scale[p][0], load_u8(code));
                 }
+                if constexpr (Format::has_minimum) minimum[p] = load_f16(base + kLanes * 2);
+                if constexpr (Format::super && Format::has_minimum) minimum[p] = mul(minimum[p], load_u8(code + Format::scales * kLanes));
             }
+            // Memory-bound: stay ahead of the hardware prefetcher, which stops at a page's end.
+            if constexpr (R <= 4)
+                QUIRE_UNROLL for (int line = 0; line < Format::code_bytes; line += 64) prefetch(codes + 2048 + line);
             const QuantisedBlock q(const_cast<uint8_t*>(tile), block, R);
-            block_dots<Format, R>(codes, q.codes, q.initial, [&](int r, I first, I second) {
-                const F x_scale = splat(q.scale[r]);
-                F sum = fma(to_float(first), mul(scale[0], x_scale), acc[r]);
-                if constexpr (Format::scales == 2) sum = fma(to_float(second), mul(scale[1], x_scale), sum);
-                if constexpr (Format::minimum_sign > 0) sum = fma(minimum, splat(q.scaled_sum[r]), sum);
-                if constexpr (Format::minimum_sign < 0) sum = fnma(minimum, splat(q.scaled_sum[r]), sum);
-                acc[r] = sum;
+            block_dots<Format, P, R>(codes, stride, q.codes, q.initial, [&](int h, int p, int r, I dots) {
+                F sum = fma(to_float(dots), mul(scale[p][h], splat(q.scale[r])), acc[p][r]);
+                if (h == Format::scales - 1) {
+                    if constexpr (Format::minimum_sign > 0) sum = fma(minimum[p], splat(q.scaled_sum[r]), sum);
+                    if constexpr (Format::minimum_sign < 0) sum = fnma(minimum[p], splat(q.scaled_sum[r]), sum);
+                }
+                acc[p][r] = sum;
             });
         }
     }
 }
 
+// Calls compute(integral constant P, first panel) over panels first..last-1, P at a time.
+template <int P, class Compute>
+inline void in_panels(Index first, Index last, Compute&& compute) {
+    for (; first + P <= last; first += P) compute(Constant<P>{}, first);
+    for (; first < last; ++first) compute(Constant<1>{}, first);
+}
+
 template <class Format>
 void block_linear(const quire::LinearArgs& a) {
-    const Plan plan(a, padded_height(kMaxRows, a.rows < kMaxRows ? int(a.rows) : kMaxRows), a.k / kBlock * kBytesPerRowBlock, 1);
+    const Plan plan(a, a.k / kBlock * kBytesPerRowBlock);
     uint8_t* tiles = static_cast<uint8_t*>(quire::thread_scratch(0, plan.tiles * plan.tile_bytes));
     parallel_rows(plan.tiles, plan.max_height * a.k, [&](Index first, Index last) {
         for (Index tile = first; tile < last; ++tile) {
             const int rows = plan.rows_of(a, tile);
-            quantise_tile<Format>(a, tile * plan.max_height, rows, padded_height(kMaxRows, rows), tiles + tile * plan.tile_bytes);
+            quantise_tile<Format>(a, tile * plan.max_height, rows, padded_height(kMaxLinearRows, rows), tiles + tile * plan.tile_bytes);
         }
     });
     const Index bytes = Format::panel_bytes(a.k);
-    plan.execute(1, [&](Index tile, Index panel, Index) {
+    plan.execute([&](Index tile, Index first_panel, Index last_panel) {
         const int rows = plan.rows_of(a, tile);
-        with_height<kMaxRows>(rows, [&](auto height) {
+        with_height<kMaxLinearRows>(rows, [&](auto height) {
             constexpr int R = decltype(height)::value;
-            F acc[R];
-            block_tile<Format, R>(a.weight + panel * bytes, tiles + tile * plan.tile_bytes, a.k, acc);
-            QUIRE_UNROLL for (int r = 0; r < R; ++r)
-                if (r < rows) store_outputs(a, tile * plan.max_height + r, panel, acc[r]);
+            in_panels<panels_of(R)>(first_panel, last_panel, [&](auto count, Index panel) {
+                constexpr int P = decltype(count)::value;
+                F acc[P][R];
+                block_tile<Format, P, R>(a.weight + panel * bytes, tiles + tile * plan.tile_bytes, a.k, acc);
+                store_tile(a, tile * plan.max_height, rows, panel, acc);
+            });
         });
     });
 }
@@ -240,12 +253,11 @@ void dense_tile(const typename Dense::Stored* panels, const float* x, Index k, F
 
 template <class Dense>
 void dense_linear(const quire::LinearArgs& a) {
-    const int max = padded_height(kMaxDenseRows, a.rows < kMaxDenseRows ? int(a.rows) : kMaxDenseRows);
-    const Plan plan(a, max, a.k * 4, 4);
+    const Plan plan(a, a.k * 4);
     float* tiles = static_cast<float*>(quire::thread_scratch(0, plan.tiles * plan.tile_bytes));
     parallel_rows(plan.tiles, plan.max_height * a.k, [&](Index first, Index last) {
         for (Index tile = first; tile < last; ++tile) {
-            const int rows = plan.rows_of(a, tile), height = padded_height(kMaxDenseRows, rows);
+            const int rows = plan.rows_of(a, tile), height = padded_height(kMaxLinearRows, rows);
             float* to = tiles + tile * plan.tile_bytes / 4;
             for (int r = 0; r < height; ++r) {
                 const float* x = a.x + (tile * plan.max_height + (r < rows ? r : 0)) * a.x_stride;
@@ -254,23 +266,16 @@ void dense_linear(const quire::LinearArgs& a) {
         }
     });
     const auto* weight = reinterpret_cast<const typename Dense::Stored*>(a.weight);
-    // One row alone has few chains to hide the latency of the additions: take four panels at once.
-    plan.execute(a.rows <= 2 ? 4 : kDensePanels, [&](Index tile, Index panel, Index last) {
-        const float* x = tiles + tile * plan.tile_bytes / 4;
+    plan.execute([&](Index tile, Index first_panel, Index last_panel) {
         const int rows = plan.rows_of(a, tile);
-        with_height<kMaxDenseRows>(rows, [&](auto height) {
+        with_height<kMaxLinearRows>(rows, [&](auto height) {
             constexpr int R = decltype(height)::value;
-            const auto compute = [&](auto count, Index first) {
+            in_panels<dense_panels_of(R)>(first_panel, last_panel, [&](auto count, Index panel) {
                 constexpr int P = decltype(count)::value;
                 F acc[P][R];
-                dense_tile<Dense, P, R>(weight + first * a.k * kLanes, x, a.k, acc);
-                QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
-                    if (r < rows) store_outputs(a, tile * plan.max_height + r, first + p, acc[p][r]);
-            };
-            constexpr int P = R <= 2 ? 4 : kDensePanels;
-            Index first = panel;
-            for (; first + P <= last; first += P) compute(Height<P>{}, first);
-            for (; first < last; ++first) compute(Height<1>{}, first);
+                dense_tile<Dense, P, R>(weight + panel * a.k * kLanes, tiles + tile * plan.tile_bytes / 4, a.k, acc);
+                store_tile(a, tile * plan.max_height, rows, panel, acc);
+            });
         });
     });
 }

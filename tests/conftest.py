@@ -1,0 +1,75 @@
+"""Shared fixtures: tiny models as config.json directories, loaded with dummy weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+WriteModel = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> WriteModel:
+    """Writes a config.json (the tiny Llama with changes) and returns its directory."""
+
+    def write(**changes: Any) -> str:
+        directory: Path = tmp_path_factory.mktemp("model")
+        (directory / "config.json").write_text(json.dumps({**TINY_LLAMA, **changes}))
+        return str(directory)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(write_model: WriteModel) -> str:
+    return write_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(write_model: WriteModel) -> str:
+    """Sliding and global layers mixed: two KV groups."""
+    return write_model(
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        head_dim=16,
+        num_hidden_layers=4,
+        sliding_window=24,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=16,
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(write_model: WriteModel) -> str:
+    return write_model(
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+    )

@@ -1,0 +1,135 @@
+"""The loop of schedule, submit, commit: running ahead changes nothing, and faults are contained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.engine.core import EngineCore
+from quire.engine.wire import Add, Delta
+from quire.step import Batch
+
+
+def load(model: str, **options: Any) -> LLM:
+    return LLM(
+        model, load_format="dummy", skip_tokenizer_init=True, kernels="reference", **options
+    )
+
+
+def drain(core: EngineCore, adds: list[Add]) -> dict[str, list[Delta]]:
+    found: dict[str, list[Delta]] = {}
+    for add in adds:
+        refused = core.add(add)
+        assert refused is None
+    for _ in range(2000):
+        if core.idle:
+            return found
+        for delta in core.step():
+            found.setdefault(delta.request_id, []).append(delta)
+        core.scheduler.check_integrity()
+    raise AssertionError("the engine did not come to an end")
+
+
+def add(name: str, prompt: list[int], **params: Any) -> Add:
+    params.setdefault("temperature", 0.0)
+    return Add(name, prompt, SamplingParams(**params), seed=1)
+
+
+def tokens(deltas: list[Delta]) -> list[int]:
+    return [t for delta in deltas for t in delta.token_ids]
+
+
+class Faulty:
+    """A runner that raises whenever a batch computes a certain token."""
+
+    def __init__(self, inner: Any, poison: int):
+        self.inner, self.poison, self.raised = inner, poison, 0
+
+    def submit(self, batch: Batch) -> Any:
+        if any(self.poison in row.tokens for row in batch.rows):
+            self.raised += 1
+            raise ArithmeticError("a kernel did not like this")
+        return self.inner.submit(batch)
+
+    def reset(self) -> None:
+        self.inner.reset()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_faulty_request_fails_alone(tiny_llama: str, ahead: bool) -> None:
+    llm = load(tiny_llama, async_scheduling=ahead)
+    core = llm._engine.core
+    good = [add(f"good{i}", [5 + i] * (10 + i), max_tokens=9, ignore_eos=True) for i in range(4)]
+    expected = {name: tokens(deltas) for name, deltas in drain(core, good).items()}
+    core.runner = Faulty(core.runner, poison=319)
+    bad = [add("bad0", [9, 319, 9], max_tokens=4), add("bad1", [319] * 40, max_tokens=4)]
+    found = drain(core, [*good[:2], bad[0], *good[2:], bad[1]])
+    for name, wanted in expected.items():
+        assert tokens(found[name]) == wanted
+        assert found[name][-1].finish_reason == "length"
+    for name in ("bad0", "bad1"):
+        assert tokens(found[name]) == []
+        assert found[name][-1].error is not None
+        assert found[name][-1].error[0] == "step_failed"
+        assert "ArithmeticError" in found[name][-1].error[2]
+    assert core.scheduler.kv.usage()[0] == 0
+
+
+def test_a_fault_in_every_step_fails_every_request_and_the_engine_lives(tiny_llama: str) -> None:
+    core = load(tiny_llama)._engine.core
+    healthy, core.runner = core.runner, Faulty(core.runner, poison=7)
+    found = drain(core, [add(f"r{i}", [7] * 5) for i in range(5)])
+    assert all(deltas[-1].error is not None for deltas in found.values())
+    core.runner = healthy
+    assert len(tokens(drain(core, [add("after", [7] * 5, max_tokens=3, ignore_eos=True)])["after"])) == 3
+
+
+def test_running_ahead_gives_the_same_answers(tiny_llama: str) -> None:
+    adds = [
+        add("ends", [5] * 20, max_tokens=30),
+        add("stops", [6] * 3, max_tokens=30, stop_token_ids=list(range(3, 320, 7))),
+        add("long", [7] * 33, max_tokens=20, ignore_eos=True, logprobs=2),
+        add("late", [8] * 40, max_tokens=12, min_tokens=5, temperature=1.0),
+    ]
+    results = []
+    for ahead in (False, True):
+        found = drain(load(tiny_llama, async_scheduling=ahead)._engine.core, adds)
+        results.append(
+            {n: (tokens(d), d[-1].finish_reason, d[-1].stop_reason) for n, d in found.items()}
+        )
+    assert results[0] == results[1]
+
+
+def test_nan_logits_fail_their_request_only(tiny_llama: str) -> None:
+    llm = load(tiny_llama)
+    core = llm._engine.core
+    model = core.runner.model
+    forward, poisoned = model.forward, 3
+
+    def broken(tokens: Any, positions: Any, step: Any) -> Any:
+        hidden = forward(tokens, positions, step)
+        hidden[tokens == poisoned] = float("nan")
+        return hidden
+
+    alone = tokens(drain(core, [add("good", [5] * 20, max_tokens=6, ignore_eos=True)])["good"])
+    model.forward = broken
+    found = drain(
+        core,
+        [add("bad", [4] * 18 + [poisoned], max_tokens=4), add("good", [5] * 20, max_tokens=6, ignore_eos=True)],
+    )
+    assert tokens(found["good"]) == alone
+    assert found["bad"][-1].error is not None and found["bad"][-1].error[0] == "numerical_error"
+    # None of its blocks can be found: the same prompt is computed anew.
+    model.forward = forward
+    again = drain(core, [add("again", [4] * 18 + [poisoned], max_tokens=2, ignore_eos=True)])["again"]
+    assert again[-1].cached_tokens == 0
+
+
+def test_a_refused_request_answers_and_leaves_no_trace(tiny_llama: str) -> None:
+    core = load(tiny_llama, max_model_len=64)._engine.core
+    refused = core.add(add("long", [5] * 64))
+    assert refused is not None and refused.error is not None
+    assert refused.error[0] == "context_length_exceeded"
+    assert core.idle

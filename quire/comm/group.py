@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from quire.errors import PlanError
+
 
 class Group:
     """Ranks that share layers. A group of one does nothing and needs no set-up."""
@@ -28,9 +30,13 @@ class Group:
         return torch.cat(parts, dim=1)
 
     def shard(self, size: int, what: str) -> slice:
-        """This rank's equal share of `size` items."""
+        """This rank's equal share of `size` items. Raises PlanError where they do not divide."""
         if size % self.size:
-            raise ValueError(f"{what} ({size}) cannot be shared by {self.size} ranks")
+            raise PlanError(
+                "cannot_shard",
+                f"{what}: {size} cannot be shared equally by {self.size} ranks",
+                fix="use a number of ranks that divides it",
+            )
         share = size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -28,6 +28,8 @@ def parse_size(text: str) -> int:
     if not match or match[3].lower() not in _UNITS:
         raise ValueError("a size like 4GiB, 500MB or a number of bytes")
     unit = _UNITS[match[3].lower()]
+    if match[2] and unit == 1:
+        raise ValueError("a whole number of bytes")
     return int(match[1]) * unit + int(float(match[2] or 0) * unit)
 
 

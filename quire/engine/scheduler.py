@@ -101,6 +101,13 @@ class Scheduler:
         self._check_tokens("prompt", add.prompt_token_ids)
         for word in add.bad_words:
             self._check_tokens("bad_words", word)
+        if add.timeout is not None and not add.timeout >= 0:
+            raise UsageError(
+                "invalid_value",
+                f"timeout: {add.timeout} is not allowed",
+                why="timeout must be a number of seconds of at least 0",
+                field="timeout",
+            )
         add.params.check_vocabulary(self.limits.vocab_size)
         output = self._max_tokens(add)
         # The last token's KV is never computed.
@@ -267,13 +274,12 @@ class Scheduler:
         while self._waiting and budget > 0 and self._free_slots:
             entry = heapq.heappop(self._waiting)
             request = entry[1]
-            if (
-                only not in (None, request)
-                or request.inflight_steps
-                or (only is None and self._waits_for_leader(request))
-            ):
+            if only not in (None, request) or (only is None and self._waits_for_leader(request)):
                 skipped.append(entry)
                 continue
+            if request.inflight_steps:
+                skipped.append(entry)
+                break  # preempted just now; nobody overtakes it
             hit = self.kv.admit(
                 request.request_id,
                 request.tokens,

@@ -56,6 +56,7 @@ class Attention:
                 RMSNorm(build, f"{name}.k_norm", head_size, norm_eps, norm_offset),
             )
         share = build.group.shard(kv_heads, f"KV heads of {name}")
+        build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         self.cache = build.add_cache(share.stop - share.start, head_size, window)
         self.rope = RotaryTable(build, head_size, rope)
 

@@ -67,7 +67,9 @@ class Build:
     and the longest context in tokens (the size of rotary tables).
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
-    can be made of a model that does not fit.
+    can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
+    `width` (most float32 values per token that a layer works with, besides its input and output)
+    and `rotary_bytes` (of each rotary table, per position).
     """
 
     kernels: Kernels
@@ -75,11 +77,16 @@ class Build:
     group: Group = field(default_factory=Group)
     max_len: int = 0
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
+    rotary_bytes: dict[str, int] = field(default_factory=dict)
+    width: int = 0
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
 
     def add_weight(self, weight: Weight) -> None:
         self.weights.append(weight)
+
+    def add_width(self, values: int) -> None:
+        self.width = max(self.width, values)
 
     def add_cache(self, kv_heads: int, head_size: int, window: int | None) -> CacheLayer:
         cache = CacheLayer(len(self.caches), kv_heads, head_size, window)

@@ -13,7 +13,8 @@ from quire.weights.source import TensorInfo, WeightSource
 
 
 class Embedding:
-    """Rows of a [V, H] table, times `scale`. Replicated on every rank."""
+    """Rows of a [V, H] table, times `scale` rounded to the table's dtype, as Hugging Face does.
+    Replicated on every rank."""
 
     def __init__(self, build: Build, name: str, vocab_size: int, hidden: int, scale: float = 1.0):
         self.kernels, self.dtype = build.kernels, build.dtype
@@ -29,6 +30,8 @@ class Embedding:
 
     def load(self, source: WeightSource) -> None:
         [(tensor, _)] = merge([source.read(self.name)], self.dtype)
+        if isinstance(tensor, torch.Tensor):
+            self.scale = float(torch.tensor(self.scale).to(tensor.dtype))
         self.packed = pack(self.kernels, tensor)
 
     def __call__(self, tokens_T: torch.Tensor) -> torch.Tensor:

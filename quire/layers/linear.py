@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quire.formats.blocks import BlockTensor
+from quire.formats.blocks import BlockTensor, concatenate_rows
 from quire.layers.build import Build, Kernels
 from quire.weights.source import TensorInfo, WeightSource
 
@@ -35,8 +35,9 @@ class Linear:
     """Rows of one or more weights [N_i, in] applied together: x [T, in] -> [T, sum N_i].
 
     `shard` "outputs": each rank holds a share of every N_i and gives its columns; "inputs": each
-    holds a share of the input features and the results are summed over ranks; None: replicated.
-    Parts that share a format are packed into one weight; others follow each other.
+    holds a share of the input features and the results are summed over ranks, unless `reduce` is
+    False and the caller does it; None: replicated. Parts that share a format are packed into one
+    weight; others follow each other.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Linear:
         out_features: Sequence[int],
         bias: bool = False,
         shard: str | None = None,
+        reduce: bool = True,
     ):
         self.kernels, self.group, self.dtype = build.kernels, build.group, build.dtype
+        self.reduce = reduce and shard == "inputs"
         self.names, self.bias_wanted, self.shard = tuple(names), bias, shard
         self.in_features, self.out_features = in_features, tuple(out_features)
         self._whole = slice(0, in_features)
@@ -106,7 +109,7 @@ class Linear:
                 bias = None if self._bias is None else self._bias[start : start + n]
                 self.kernels.linear(x_TH, packed, bias, out=y_TN[:, start : start + n])
                 start += n
-        return self.group.all_reduce(y_TN) if self.shard == "inputs" else y_TN
+        return self.group.all_reduce(y_TN) if self.reduce else y_TN
 
 
 def merge(
@@ -117,17 +120,21 @@ def merge(
     for tensor in tensors:
         item = tensor if isinstance(tensor, BlockTensor) else to_dense(tensor, dtype)
         rows = int(item.shape[0])
-        if merged:
-            last, n = merged[-1]
-            if isinstance(last, BlockTensor) and isinstance(item, BlockTensor):
-                if last.format == item.format:
-                    data = torch.cat([last.data, item.data])
-                    joined = BlockTensor(item.format, (n + rows, item.shape[1]), data)
-                    merged[-1] = (joined, n + rows)
-                    continue
-            elif isinstance(last, torch.Tensor) and isinstance(item, torch.Tensor):
-                if last.dtype == item.dtype:
-                    merged[-1] = (torch.cat([last, item]), n + rows)
-                    continue
-        merged.append((item, rows))
+        last, n = merged[-1] if merged else (None, 0)
+        joined = None if last is None else _join(last, item)
+        if joined is None:
+            merged.append((item, rows))
+        else:
+            merged[-1] = (joined, n + rows)
     return merged
+
+
+def _join(
+    first: torch.Tensor | BlockTensor, second: torch.Tensor | BlockTensor
+) -> torch.Tensor | BlockTensor | None:
+    """Rows of both, None where their formats differ."""
+    if isinstance(first, BlockTensor) and isinstance(second, BlockTensor):
+        return concatenate_rows([first, second]) if first.format == second.format else None
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return torch.cat([first, second]) if first.dtype == second.dtype else None
+    return None

@@ -9,10 +9,18 @@ from quire.layers.linear import Linear
 
 
 class GatedMLP:
-    """`activation` is "silu" or "gelu_tanh". The intermediate size is shared over ranks."""
+    """`activation` is "silu" or "gelu_tanh". The intermediate size is shared over ranks, whose
+    results are summed unless `reduce` is False."""
 
     def __init__(
-        self, build: Build, name: str, hidden: int, intermediate: int, activation: str = "silu"
+        self,
+        build: Build,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        activation: str = "silu",
+        bias: bool = False,
+        reduce: bool = True,
     ):
         self.kernels, self.activation = build.kernels, activation
         self.gate_up = Linear(
@@ -20,9 +28,19 @@ class GatedMLP:
             [f"{name}.gate_proj", f"{name}.up_proj"],
             hidden,
             [intermediate, intermediate],
+            bias=bias,
             shard="outputs",
         )
-        self.down = Linear(build, [f"{name}.down_proj"], intermediate, [hidden], shard="inputs")
+        self.down = Linear(
+            build,
+            [f"{name}.down_proj"],
+            intermediate,
+            [hidden],
+            bias=bias,
+            shard="inputs",
+            reduce=reduce,
+        )
+        build.add_width(self.gate_up.local_out * 3 // 2)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         return self.down(self.kernels.gated_activation(self.gate_up(x_TH), self.activation))

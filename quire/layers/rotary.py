@@ -19,26 +19,42 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_type`, `rope_theta` and scaling values, from either generation of config.json.
 
     transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood apart.
+    Raises ModelError where they are no table.
     """
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    scaling.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    scaling["rope_type"] = scaling.get("rope_type") or scaling.get("type") or "default"
-    return scaling
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ModelError("bad_config", f"config.json: the rope parameters are {given!r}")
+    found = dict(given)
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        if found.get(key) is None:
+            found[key] = default if config.get(key) is None else config[key]
+    found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+    return found
+
+
+def _value(parameters: dict[str, Any], key: str) -> float:
+    """A positive number among rope parameters."""
+    value = parameters.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelError(
+            "bad_config",
+            f"config.json: {key} of the rope parameters is {value!r}",
+            why=f"rope scaling {parameters['rope_type']!r} needs a positive number",
+        )
+    return float(value)
 
 
 def inverse_frequencies(rotary_dim: int, parameters: dict[str, Any]) -> torch.Tensor:
     """Angles per position, float32 [rotary_dim / 2]. Raises ModelError for an unknown scaling."""
-    theta, kind = float(parameters["rope_theta"]), parameters["rope_type"]
+    theta, kind = _value(parameters, "rope_theta"), parameters["rope_type"]
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     inverse = 1.0 / (theta**exponents)
     if kind == "default":
         return inverse
     if kind == "linear":
-        return inverse / float(parameters["factor"])
+        return inverse / _value(parameters, "factor")
     if kind == "llama3":
         return _llama3(inverse, parameters)
-    if kind == "factors":  # explicit divisors, as GGUF files carry them
-        return inverse / torch.tensor(parameters["factors"], dtype=torch.float32)
     raise ModelError(
         "unknown_rope",
         f"rope scaling {kind!r} is not known",
@@ -49,9 +65,9 @@ def inverse_frequencies(rotary_dim: int, parameters: dict[str, Any]) -> torch.Te
 
 def _llama3(inverse: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
     """Llama 3.1: long wavelengths are divided by `factor`, middle ones blended."""
-    factor = float(parameters["factor"])
-    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-    original = float(parameters["original_max_position_embeddings"])
+    factor = _value(parameters, "factor")
+    low, high = _value(parameters, "low_freq_factor"), _value(parameters, "high_freq_factor")
+    original = _value(parameters, "original_max_position_embeddings")
     wavelength = 2 * math.pi / inverse
     blend = (original / wavelength - low) / (high - low)
     smoothed = (1 - blend) * inverse / factor + blend * inverse
@@ -63,22 +79,33 @@ def _llama3(inverse: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
 class RotaryTable:
     """cos then sin of every position's angles, float32 [max_len, rotary_dim].
 
-    Made on first use, once for all layers of equal parameters.
+    Made on first use, once for all layers of equal parameters. `partial_rotary_factor` is the
+    part of a head that is rotated. Raises ModelError for parameters that are not known.
     """
 
-    def __init__(self, build: Build, rotary_dim: int, parameters: dict[str, Any]):
-        self.build, self.rotary_dim, self.parameters = build, rotary_dim, parameters
+    def __init__(self, build: Build, head_size: int, parameters: dict[str, Any]):
+        self.build = build
+        rotary_dim = int(head_size * _value(parameters, "partial_rotary_factor"))
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
+            raise ModelError(
+                "bad_config", f"config.json: {rotary_dim} of {head_size} values of a head rotate"
+            )
+        self.inverse = inverse_frequencies(rotary_dim, parameters)
+        self.key = f"{rotary_dim} {sorted(parameters.items(), key=str)}"
+        build.rotary_bytes[self.key] = 4 * rotary_dim
         self._table: torch.Tensor | None = None
 
     def __call__(self) -> torch.Tensor:
         if self._table is None:
-            key = f"{self.rotary_dim} {sorted(self.parameters.items(), key=str)}"
-            if key not in self.build.tables:
-                self.build.tables[key] = self._compute()
-            self._table = self.build.tables[key]
+            if self.key not in self.build.tables:
+                self.build.tables[self.key] = self._compute()
+            self._table = self.build.tables[self.key]
         return self._table
 
     def _compute(self) -> torch.Tensor:
-        inverse = inverse_frequencies(self.rotary_dim, self.parameters)
-        angles = torch.arange(self.build.max_len).float()[:, None] * inverse[None, :]
-        return torch.cat([angles.cos(), angles.sin()], dim=1).contiguous()
+        table = torch.empty(self.build.max_len, 2 * len(self.inverse))
+        cosine, sine = table.chunk(2, dim=1)
+        torch.mul(torch.arange(self.build.max_len).float()[:, None], self.inverse, out=sine)
+        cosine.copy_(sine).cos_()
+        sine.sin_()
+        return table

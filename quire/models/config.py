@@ -28,6 +28,23 @@ def whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
     return value
 
 
+# Names of activations in config.json, and what our layers call them.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def activation(config: dict[str, Any], key: str = "hidden_act", default: str = "silu") -> str:
+    """The feed-forward activation. Raises ModelError for one that is not known."""
+    name = config.get(key) or default
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ModelError(
+            "unknown_activation",
+            f"config.json: {key} is {name!r}",
+            why="known activations: " + ", ".join(ACTIVATIONS),
+        )
+    return ACTIVATIONS[name]
+
+
 def number(config: dict[str, Any], key: str, default: float) -> float:
     """A finite number."""
     value = config.get(key)
@@ -40,23 +57,37 @@ def number(config: dict[str, Any], key: str, default: float) -> float:
 
 def head_size(config: dict[str, Any]) -> int:
     """`head_dim`, or the hidden size over the number of heads."""
-    return whole(
-        config,
-        "head_dim",
-        whole(config, "hidden_size") // whole(config, "num_attention_heads"),
-    )
+    if config.get("head_dim") is not None:
+        return whole(config, "head_dim")
+    size, rest = divmod(whole(config, "hidden_size"), whole(config, "num_attention_heads"))
+    if rest:
+        raise ModelError(
+            "bad_config",
+            "config.json: hidden_size is no multiple of num_attention_heads, and there is no "
+            "head_dim",
+        )
+    return size
 
 
-def layer_windows(config: dict[str, Any], layers: int, sliding: bool) -> list[int | None]:
-    """Each layer's sliding window: by `layer_types` where given, else all layers alike."""
+def layer_windows(
+    config: dict[str, Any], layers: int, sliding: bool, first: int = 0
+) -> list[int | None]:
+    """Each layer's sliding window: by `layer_types` where given, else all layers from `first`."""
     window = config.get("sliding_window") if sliding else None
     size = whole(config, "sliding_window") if window is not None else None
     types = config.get("layer_types")
     if not isinstance(types, list):
-        return [size] * layers
+        return [size if i >= first else None for i in range(layers)]
     if len(types) != layers:
         raise ModelError(
             "bad_config",
             f"config.json: layer_types has {len(types)} entries for {layers} layers",
         )
+    for kind in types:
+        if kind not in LAYER_TYPES:
+            raise ModelError(
+                "bad_config",
+                f"config.json: layer_types has {kind!r}",
+                why="known kinds: " + ", ".join(sorted(LAYER_TYPES)),
+            )
     return [size if kind == "sliding_attention" else None for kind in types]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quire.errors import ModelError
 from quire.layers.attention import Attention
 from quire.layers.build import Build
 from quire.layers.embedding import Embedding, Head, TiedHead
@@ -14,7 +15,7 @@ from quire.layers.inputs import StepInputs
 from quire.layers.mlp import GatedMLP
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import rope_parameters
-from quire.models.config import head_size, number, text_config, whole
+from quire.models.config import activation, number, text_config, whole
 from quire.models.llama import common
 
 
@@ -38,12 +39,21 @@ class Config:
     scale: float
     attention_softcap: float | None
     final_softcap: float | None
+    attention_bias: bool
+    activation: str
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """Gemma 3's config.json, of the text model or with a `text_config`."""
         hf = text_config(hf)
         hf = {"tie_word_embeddings": True, "head_dim": 256, **hf}
+        if hf.get("use_bidirectional_attention"):
+            raise ModelError(
+                "unsupported_model",
+                "the model attends in both directions",
+                why="config.json: use_bidirectional_attention",
+                fix="use a model that generates text",
+            )
         layers = whole(hf, "num_hidden_layers")
         if not isinstance(hf.get("layer_types"), list):
             every = whole(hf, "sliding_window_pattern", 6)
@@ -51,20 +61,19 @@ class Config:
             hf["layer_types"] = [kinds[bool((i + 1) % every)] for i in range(layers)]
         both = hf.get("rope_parameters") or {}
         if "full_attention" in both:
-            rope = rope_parameters({"rope_parameters": both["full_attention"]})
-            local = rope_parameters({"rope_parameters": both["sliding_attention"]})
+            rope = rope_parameters({"rope_parameters": both["full_attention"], "rope_theta": 1e6})
+            local = rope_parameters({"rope_parameters": both.get("sliding_attention")})
         else:
             rope = rope_parameters({"rope_theta": 1e6, **hf})
-            local = {
-                "rope_type": "default",
-                "rope_theta": number(hf, "rope_local_base_freq", 1e4),
-            }
+            local = rope_parameters({"rope_theta": number(hf, "rope_local_base_freq", 1e4)})
         return cls(
             **{**common({**hf, "rope_parameters": None}, sliding=True), "rope": rope},
             local_rope=local,
-            scale=number(hf, "query_pre_attn_scalar", head_size(hf)) ** -0.5,
+            scale=number(hf, "query_pre_attn_scalar", 256.0) ** -0.5,
             attention_softcap=_cap(hf, "attn_logit_softcapping"),
             final_softcap=_cap(hf, "final_logit_softcapping"),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            activation=activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
         )
 
 
@@ -92,6 +101,8 @@ class Layer:
             head_size=config.head_size,
             rope=config.rope if window is None else config.local_rope,
             window=window,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
             qk_norm=True,
             norm_eps=config.eps,
             norm_offset=1.0,
@@ -101,7 +112,7 @@ class Layer:
         self.attention_norm = norm("post_attention")
         self.mlp_input_norm = norm("pre_feedforward")
         self.mlp = GatedMLP(
-            build, f"{name}.mlp", config.hidden, config.intermediate, "gelu_tanh"
+            build, f"{name}.mlp", config.hidden, config.intermediate, config.activation
         )
         self.mlp_norm = norm("post_feedforward")
 
@@ -118,14 +129,12 @@ class Model:
 
     def __init__(self, config: Config, build: Build):
         self.config = config
-        # Hugging Face rounds this factor to the embedding's dtype, bfloat16 in the published
-        # checkpoints; in float32 it is exact.
         self.embed = Embedding(
             build,
             "model.embed_tokens",
             config.vocab_size,
             config.hidden,
-            scale=_embedding_scale(config.hidden, build.dtype),
+            scale=config.hidden**0.5,
         )
         self.layers = [Layer(config, build, i) for i in range(config.layers)]
         self.norm = RMSNorm(build, "model.norm", config.hidden, config.eps, 1.0)
@@ -148,8 +157,4 @@ class Model:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.head(hidden)
         cap = self.config.final_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _embedding_scale(hidden: int, dtype: torch.dtype | None) -> float:
-    return float(torch.tensor(hidden**0.5, dtype=dtype or torch.bfloat16))
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

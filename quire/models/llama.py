@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from quire.errors import ModelError
 from quire.layers.attention import Attention
 from quire.layers.build import Build
 from quire.layers.embedding import Embedding, Head, TiedHead
@@ -14,7 +16,7 @@ from quire.layers.inputs import StepInputs
 from quire.layers.mlp import GatedMLP
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import rope_parameters
-from quire.models.config import head_size, layer_windows, number, whole
+from quire.models.config import activation, head_size, layer_windows, number, whole
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,54 @@ class Config:
     windows: tuple[int | None, ...]
     qkv_bias: bool = False
     out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    activation: str = "silu"
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """Llama's config.json."""
         bias = bool(hf.get("attention_bias", False))
-        return cls(**common(hf), qkv_bias=bias, out_bias=bias)
+        mlp_bias = bool(hf.get("mlp_bias", False))
+        values = common(hf)
+        return cls(
+            **values,
+            qkv_bias=bias,
+            out_bias=bias,
+            mlp_bias=mlp_bias,
+            activation=activation(hf),
+        )
 
 
-def common(hf: dict[str, Any], sliding: bool = False) -> dict[str, Any]:
-    """The values that all families of this decoder name alike."""
+def common(hf: dict[str, Any], sliding: bool = False, first_window: int = 0) -> dict[str, Any]:
+    """The values that all families of this decoder name alike.
+
+    `sliding`: `sliding_window` counts, without `layer_types` from layer `first_window` on.
+    """
     layers, heads = whole(hf, "num_hidden_layers"), whole(hf, "num_attention_heads")
+    kv_heads = whole(hf, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ModelError(
+            "bad_config", f"config.json: {heads} attention heads cannot share {kv_heads} KV heads"
+        )
     return {
         "vocab_size": whole(hf, "vocab_size"),
         "hidden": whole(hf, "hidden_size"),
         "intermediate": whole(hf, "intermediate_size"),
         "layers": layers,
         "heads": heads,
-        "kv_heads": whole(hf, "num_key_value_heads", heads),
+        "kv_heads": kv_heads,
         "head_size": head_size(hf),
         "max_len": whole(hf, "max_position_embeddings", 2048),
         "eps": number(hf, "rms_norm_eps", 1e-6),
         "rope": rope_parameters(hf),
         "tied": bool(hf.get("tie_word_embeddings", False)),
-        "windows": tuple(layer_windows(hf, layers, sliding)),
+        "windows": tuple(layer_windows(hf, layers, sliding, first_window)),
     }
+
+
+# Hidden states [T, H] -> [T, H], each token by itself.
+Block = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Layer:
@@ -88,15 +112,16 @@ class Layer:
         )
         self.mlp = self.make_mlp(config, build, f"{name}.mlp")
 
-    def make_mlp(self, config: Any, build: Build, name: str) -> Any:
-        return GatedMLP(build, name, config.hidden, config.intermediate)
+    def make_mlp(self, config: Any, build: Build, name: str) -> Block:
+        return GatedMLP(
+            build, name, config.hidden, config.intermediate, config.activation, config.mlp_bias
+        )
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         x = self.attention(self.input_norm.add(x, residual), positions, step)
-        x = self.mlp(self.post_norm.add(x, residual))
-        return x
+        return self.mlp(self.post_norm.add(x, residual))
 
 
 class Model:

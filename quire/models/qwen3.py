@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quire.models import llama
-from quire.models.llama import Model, common
+from quire.models.config import activation
+from quire.models.llama import Model
+from quire.models.qwen2 import qwen_common
 
 __all__ = ["Config", "Model"]
 
@@ -15,5 +17,5 @@ class Config(llama.Config):
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """Qwen3's config.json."""
         bias = bool(hf.get("attention_bias", False))
-        sliding = bool(hf.get("use_sliding_window", False))
-        return cls(**common(hf, sliding), qkv_bias=bias, out_bias=bias, qk_norm=True)
+        values = qwen_common({"head_dim": 128, **hf})
+        return cls(**values, qkv_bias=bias, out_bias=bias, qk_norm=True, activation=activation(hf))

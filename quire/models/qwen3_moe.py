@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from quire.errors import ModelError
 from quire.layers.build import Build
-from quire.layers.mlp import GatedMLP
 from quire.layers.moe import MoE
 from quire.models import llama
-from quire.models.config import whole
-from quire.models.llama import common
+from quire.models.config import activation, whole
+from quire.models.llama import Block, common
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,35 @@ class Config(llama.Config):
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """Qwen3-MoE's config.json: every `decoder_sparse_step`-th layer has experts, those in
-        `mlp_only_layers` have none."""
+        `mlp_only_layers` have none. transformers 5 writes `num_experts` as `num_local_experts`."""
         bias = bool(hf.get("attention_bias", False))
         values = common(hf, bool(hf.get("use_sliding_window", False)))
         every, dense = whole(hf, "decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+        experts = whole({"num_experts": hf.get("num_local_experts"), **hf}, "num_experts")
+        per_token = whole(hf, "num_experts_per_tok")
+        if per_token > experts:
+            raise ModelError(
+                "bad_config", f"config.json: {per_token} of {experts} experts for each token"
+            )
         return cls(
             **values,
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=True,
-            experts=whole(hf, "num_experts"),
-            experts_per_token=whole(hf, "num_experts_per_tok"),
+            activation=activation(hf),
+            experts=experts,
+            experts_per_token=per_token,
             expert_intermediate=whole(hf, "moe_intermediate_size"),
             normalize=bool(hf.get("norm_topk_prob", False)),
-            sparse=tuple(
-                i not in dense and (i + 1) % every == 0 for i in range(values["layers"])
-            ),
+            sparse=tuple(i not in dense and (i + 1) % every == 0 for i in range(values["layers"])),
         )
 
 
 class Layer(llama.Layer):
-    def make_mlp(self, config: Config, build: Build, name: str) -> GatedMLP | MoE:
+    def make_mlp(self, config: Config, build: Build, name: str) -> Block:
         index = int(name.split(".")[2])
         if not config.sparse[index]:
-            return GatedMLP(build, name, config.hidden, config.intermediate)
+            return super().make_mlp(config, build, name)
         return MoE(
             build,
             name,
@@ -58,6 +63,7 @@ class Layer(llama.Layer):
             experts=config.experts,
             experts_per_token=config.experts_per_token,
             normalize=config.normalize,
+            activation=config.activation,
         )
 
 

@@ -21,6 +21,9 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
 }
+# Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
+# 2023 have them), and a copy of tied embeddings.
+DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 class ModelConfig(Protocol):
@@ -44,13 +47,20 @@ class Model(Protocol):
 def _module(hf: dict[str, Any]) -> Any:
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelError(
             "unknown_architecture",
             f"the model's architecture {name!r} is not known",
             why="config.json: architectures",
             fix=suggest(str(name), list(ARCHITECTURES))
             or "known: " + ", ".join(sorted(ARCHITECTURES)),
+        )
+    if hf.get("quantization_config"):
+        raise ModelError(
+            "quantized_checkpoint",
+            "the checkpoint is quantised in a way that is not known",
+            why="config.json: quantization_config",
+            fix="use the unquantised checkpoint, or a .gguf file",
         )
     return import_module(f"quire.models.{ARCHITECTURES[name]}")
 
@@ -71,26 +81,37 @@ def build_model(hf: dict[str, Any], build: Build) -> Model:
 def load_weights(
     build: Build, source: WeightSource, progress: Callable[[float], None] | None = None
 ) -> None:
-    """Read all weights, one layer part at a time. Raises ModelError for a missing tensor or a
-    wrong shape, before anything is read."""
-    available = set(source.names())
-    for weight in build.weights:
-        for want in weight.tensors():
-            if want.name not in available:
-                raise ModelError(
-                    "missing_tensor",
-                    f"the checkpoint has no tensor {want.name!r}",
-                    fix="check that all files of the model are there and belong together",
-                )
-            shape = tuple(source.info(want.name).shape)
-            if shape != tuple(want.shape):
-                raise ModelError(
-                    "wrong_shape",
-                    f"tensor {want.name!r} has shape {list(shape)}, the config says "
-                    f"{list(want.shape)}",
-                    fix="check that config.json and weights belong together",
-                )
+    """Read all weights, one layer part at a time. Raises ModelError for a missing tensor, a wrong
+    shape or a tensor that the model would ignore, before anything is read."""
+    _check_tensors(build, source)
     for i, weight in enumerate(build.weights):
         weight.load(source)
         if progress is not None:
             progress((i + 1) / len(build.weights))
+
+
+def _check_tensors(build: Build, source: WeightSource) -> None:
+    left = set(source.names())
+    for want in (tensor for weight in build.weights for tensor in weight.tensors()):
+        if want.name not in left:
+            raise ModelError(
+                "missing_tensor",
+                f"the checkpoint has no tensor {want.name!r}",
+                fix="check that all files of the model are there and belong together",
+            )
+        left.remove(want.name)
+        shape = tuple(source.info(want.name).shape)
+        if shape != tuple(want.shape):
+            raise ModelError(
+                "wrong_shape",
+                f"tensor {want.name!r} has shape {list(shape)}, the config says {list(want.shape)}",
+                fix="check that config.json and weights belong together",
+            )
+    unknown = sorted(name for name in left if not name.endswith(DERIVED))
+    if unknown:
+        raise ModelError(
+            "unknown_tensor",
+            f"the model would ignore {len(unknown)} tensors of the checkpoint, like {unknown[0]!r}",
+            why="without them it is another model",
+            fix="check that config.json and weights belong together",
+        )

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
-from quire.layers.build import CacheLayer
+from quire.layers.build import Build, CacheLayer
 from quire.models.registry import ModelConfig
 
 # Interpreter, torch and the other libraries, the tokenizer: measured on Linux x86-64 with the CPU
 # build of torch (tests/plan/test_measured.py holds it to a real process).
 RESERVE_BYTES = 400 * 2**20
+# Prompt log-probabilities take logits of this many tokens at a time, to bound memory.
+LOGIT_ROWS = 64
+# Vectors of the vocabulary's size that sampling one token works with, as float32.
+SAMPLING_VECTORS = 16
 
 
 def kv_groups(caches: Sequence[CacheLayer], itemsize: int) -> tuple[KVGroup, ...]:
-    """Layers of equal window and head shape share a group; groups of equal pages share a pool."""
+    """Layers of equal window and head shape share a group; groups of as many layers of equal head
+    shape share a pool and its memory."""
     members: dict[tuple[int | None, int, int], list[int]] = {}
     for cache in caches:
         key = (cache.window, cache.kv_heads, cache.head_size)
         members.setdefault(key, []).append(cache.layer)
-    groups, pools = [], []
+    groups: list[KVGroup] = []
+    pools: list[tuple[int, int, int]] = []
     for (window, heads, size), layers in members.items():
         page = 2 * heads * size * BLOCK_SIZE * itemsize * len(layers)
-        if page not in pools:
-            pools.append(page)
-        groups.append(KVGroup(len(groups), window, tuple(layers), page, pools.index(page)))
+        shape = (heads, size, len(layers))
+        if shape not in pools:
+            pools.append(shape)
+        groups.append(KVGroup(len(groups), window, tuple(layers), page, pools.index(shape)))
     return tuple(groups)
 
 
@@ -39,24 +47,10 @@ def bytes_for_tokens(
     groups: Sequence[KVGroup], tokens: int, step_tokens: int, sequences: int
 ) -> int:
     """KV bytes for `sequences` requests that hold `tokens` tokens together."""
-    return sum(
-        g.page_bytes * n for g, n in zip(groups, _pages(groups, tokens, step_tokens, sequences))
-    )
+    return allocated_bytes(groups, pool_blocks(groups, tokens, step_tokens, sequences))
 
 
-def _pages(
-    groups: Sequence[KVGroup], tokens: int, step_tokens: int, sequences: int
-) -> list[int]:
-    whole = -(-tokens // BLOCK_SIZE) + sequences
-    return [
-        whole if g.window is None else min(whole, sequences * window_peak(g, step_tokens))
-        for g in groups
-    ]
-
-
-def tokens_that_fit(
-    groups: Sequence[KVGroup], size: int, step_tokens: int, sequences: int
-) -> int:
+def tokens_that_fit(groups: Sequence[KVGroup], size: int, step_tokens: int, sequences: int) -> int:
     """The most tokens whose KV fits in `size` bytes, a multiple of BLOCK_SIZE; 0 if none."""
     low, high = 0, size // max(1, min(g.page_bytes for g in groups)) + 1
     while low < high:
@@ -73,19 +67,37 @@ def pool_blocks(
 ) -> tuple[int, ...]:
     """Blocks of each pool (with its null block) for `tokens` tokens of `sequences` requests."""
     blocks = [1] * (max(g.pool for g in groups) + 1)
-    for group, pages in zip(groups, _pages(groups, tokens, step_tokens, sequences), strict=True):
-        blocks[group.pool] += pages
+    # Each request's last block may be partly filled.
+    whole = -(-tokens // BLOCK_SIZE) + sequences
+    for group in groups:
+        bounded = group.window is not None
+        peak = sequences * window_peak(group, step_tokens) if bounded else whole
+        blocks[group.pool] += min(whole, peak)
     return tuple(blocks)
 
 
 def allocated_bytes(groups: Sequence[KVGroup], blocks: Sequence[int]) -> int:
-    """What the runner will allocate: each group's layers have every block of its pool."""
-    return sum(g.page_bytes * blocks[g.pool] for g in groups)
+    """What the runner will allocate: a page for every block of every pool."""
+    pages = {g.pool: g.page_bytes for g in groups}
+    return sum(page * blocks[pool] for pool, page in pages.items())
 
 
-def activation_bytes(config: ModelConfig, widest: int, step_tokens: int, sequences: int) -> int:
-    """Largest working memory of a step: residual, normed input, the widest product with its
-    result, and float32 logits with their copy for sampling."""
-    per_token = 4 * (3 * config.hidden + 2 * widest)
-    logits = 2 * 4 * config.vocab_size * min(sequences, step_tokens)
-    return per_token * step_tokens + logits
+def activation_bytes(config: ModelConfig, width: int, step_tokens: int, sequences: int) -> int:
+    """Largest working memory of a step, in float32: of every token the residual, a layer's input
+    and output and its `width` (Build.width); then logits and what sampling needs."""
+    rows = max(min(sequences, step_tokens), min(LOGIT_ROWS, step_tokens))
+    layers = (3 * config.hidden + width) * step_tokens
+    logits = config.hidden * step_tokens + config.vocab_size * (rows + SAMPLING_VECTORS)
+    return 4 * max(layers, logits)
+
+
+def reference_bytes(build: Build, formats: Callable[[str], str]) -> int:
+    """The largest weight's copy in float32: the reference kernels widen one at a time."""
+    return max(
+        sum(
+            4 * prod(tensor.shape)
+            for tensor in weight.tensors()
+            if len(tensor.shape) == 2 and formats(tensor.name) in ("f16", "bf16")
+        )
+        for weight in build.weights
+    )

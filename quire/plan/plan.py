@@ -27,7 +27,8 @@ class Choice:
 class Plan:
     """Everything decided before loading. All sizes are bytes.
 
-    `activation_bytes` is the largest working memory of a step, `reserve_bytes` what the process
+    `activation_bytes` is the largest working memory of a step and the rotary tables,
+    `reserve_bytes` what the process
     needs besides (interpreter, libraries, tokenizer). `context_tokens` is how many tokens all
     requests together can hold in the KV cache.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 
 from quire.comm.group import Group
 from quire.config.options import Options
-from quire.errors import PlanError
+from quire.errors import ModelError, PlanError
 from quire.hardware.machine import Machine
+from quire.kv.groups import KVGroup
 from quire.layers.build import Build, Kernels
-from quire.layers.linear import Linear
 from quire.models.registry import build_model, read_config
 from quire.plan import memory
 from quire.plan.plan import Choice, Plan, format_bytes
@@ -21,8 +21,11 @@ from quire.plan.plan import Choice, Plan, format_bytes
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A default KV cache holds this many tokens, if a quarter of the memory allows.
+DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
+# A default KV cache holds this many tokens, if half of what is left allows.
 DEFAULT_CONTEXT_TOKENS = 32768
+# No engine starts with room for fewer tokens than this.
+LEAST_CONTEXT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,15 @@ def resolve(
     build = Build(kernels, dtype=dtype, group=group)
     build_model(model.hf_config, build)
     formats = _formats(model, options)
-    weight_bytes = sum(w.nbytes(formats) for w in build.weights)
-    widest = max(w.local_out for w in build.weights if isinstance(w, Linear))
+    weight_bytes = _weight_bytes(build, formats)
     step_tokens, sequences = engine.max_num_batched_tokens, engine.max_num_seqs
-    activations = memory.activation_bytes(config, widest, step_tokens, sequences)
+    activations = memory.activation_bytes(config, build.width, step_tokens, sequences)
+    if kernels_name == "reference":
+        activations += memory.reference_bytes(build, formats)
     groups = memory.kv_groups(build.caches, DTYPES[kv_dtype].itemsize)
-    room = machine.available_bytes - weight_bytes - activations - memory.RESERVE_BYTES
-    max_len, tokens = _choose_context(options, config.max_len, groups, room, choices)
+    room = _room(machine, weight_bytes, activations)
+    table_bytes = sum(build.rotary_bytes.values())
+    max_len, tokens = _choose_context(options, config.max_len, groups, room, table_bytes, choices)
     blocks = memory.pool_blocks(groups, tokens, step_tokens, sequences)
     plan = Plan(
         model=model.name,
@@ -94,7 +99,7 @@ def resolve(
         deterministic=deterministic,
         weight_bytes=weight_bytes,
         kv_bytes=memory.allocated_bytes(groups, blocks),
-        activation_bytes=activations,
+        activation_bytes=activations + table_bytes * max_len,
         graph_bytes=0,
         reserve_bytes=memory.RESERVE_BYTES,
         max_model_len=max_len,
@@ -115,6 +120,33 @@ def resolve(
             fix="remove the cause, or start without --strict",
         )
     return plan
+
+
+def _weight_bytes(build: Build, formats: Callable[[str], str]) -> int:
+    try:
+        return sum(weight.nbytes(formats) for weight in build.weights)
+    except ValueError as error:
+        raise ModelError(
+            "unsupported_format",
+            "a weight has a format or shape that the kernels do not have",
+            why=str(error),
+            fix="use another file of the model, such as bfloat16 safetensors or a q8_0 GGUF",
+        ) from None
+
+
+def _room(machine: Machine, weights: int, activations: int) -> int:
+    """Bytes left for the KV cache. Raises PlanError where the rest alone is too much."""
+    room = machine.available_bytes - weights - activations - memory.RESERVE_BYTES
+    if room <= 0:
+        raise PlanError(
+            "out_of_memory",
+            "the model does not fit in this machine's memory",
+            why=f"weights take {format_bytes(weights)}, activations {format_bytes(activations)}, "
+            f"the process {format_bytes(memory.RESERVE_BYTES)}; "
+            f"{format_bytes(machine.available_bytes)} are available",
+            fix="use a smaller or quantised model, or lower --max-num-batched-tokens",
+        )
+    return room
 
 
 def _choose_kernels(
@@ -149,14 +181,14 @@ def _choose_determinism(options: Options, kernels: str, choices: list[Choice]) -
 
 
 def _formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
-    """The format each tensor will have in memory before packing."""
+    """The format each tensor will have before packing: --dtype changes dense ones."""
     dense = {"float32": "f32", "bfloat16": "bf16"}.get(options.model.dtype)
     declared = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype") or "bfloat16"
     fallback = {"float32": "f32", "float16": "f16"}.get(str(declared), "bf16")
 
     def lookup(name: str) -> str:
         stored = (model.formats or {}).get(name, fallback)
-        return dense if dense is not None and stored in ("f32", "f16", "bf16") else stored
+        return dense if dense is not None and stored in DENSE_FORMATS else stored
 
     return lookup
 
@@ -172,9 +204,15 @@ def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:
 
 
 def _choose_context(
-    options: Options, longest: int, groups: Any, room: int, choices: list[Choice]
+    options: Options,
+    longest: int,
+    groups: Sequence[KVGroup],
+    room: int,
+    table_bytes: int,
+    choices: list[Choice],
 ) -> tuple[int, int]:
-    """(largest context of one request, tokens of KV in all)."""
+    """(largest context of one request, tokens of KV in all). `table_bytes`: rotary tables take
+    this much per position."""
     step, sequences = options.engine.max_num_batched_tokens, options.engine.max_num_seqs
     asked = options.model.max_model_len
     if asked is not None and asked > longest:
@@ -190,35 +228,29 @@ def _choose_context(
         size = memory.bytes_for_tokens(groups, wanted, step, sequences)
         why = f"room for {wanted} tokens"
         if size > room // 2:
-            size, why = max(0, room // 2), "half of the memory that is left"
-    if size > room:
+            size, why = room // 2, "half of the memory that is left"
+    tokens = memory.tokens_that_fit(groups, size, step, sequences)
+    max_len = min(asked or longest, tokens)
+    if size + table_bytes * max_len > room:
         raise PlanError(
             "out_of_memory",
             f"a KV cache of {format_bytes(size)} does not fit",
-            why=f"{format_bytes(max(0, room))} are left after weights, activations and reserve",
-            fix="use a smaller --kv-cache-memory or --max-num-seqs",
+            why=f"{format_bytes(room)} are left after weights, activations and reserve, and "
+            f"rotary tables for {max_len} tokens take {format_bytes(table_bytes * max_len)}",
+            fix="use a smaller --kv-cache-memory or --max-model-len",
         )
-    tokens = memory.tokens_that_fit(groups, size, step, sequences)
-    max_len = min(asked or longest, tokens)
-    if tokens < BLOCK_MINIMUM or (asked is not None and max_len < asked):
-        need = memory.bytes_for_tokens(groups, asked or BLOCK_MINIMUM, step, sequences)
+    needed = asked or min(longest, LEAST_CONTEXT_TOKENS)
+    if tokens < needed:
+        need = memory.bytes_for_tokens(groups, needed, step, sequences)
         raise PlanError(
             "out_of_memory",
-            f"the KV cache would hold {tokens} tokens, {asked or BLOCK_MINIMUM} are needed",
+            f"the KV cache would hold {tokens} tokens, {needed} are needed",
             why=f"its size is {format_bytes(size)} ({why}); {format_bytes(need)} are needed",
             fix="raise --kv-cache-memory, or lower --max-model-len or --max-num-seqs",
         )
-    shortened = max_len < (asked or longest)
     choices.append(Choice("kv cache", f"{tokens} tokens", why))
-    choices.append(
-        Choice(
-            "context",
-            f"{max_len} tokens",
-            f"the model allows {longest}, the KV cache holds {tokens}" if shortened
-            else ("--max-model-len" if asked else "the model's longest"),
-        )
-    )
+    reason = "--max-model-len" if asked else "the model's longest"
+    if max_len < (asked or longest):
+        reason = f"the model allows {longest}, the KV cache holds {tokens}"
+    choices.append(Choice("context", f"{max_len} tokens", reason))
     return max_len, tokens
-
-
-BLOCK_MINIMUM = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,10 @@ from quire.kv.groups import KVGroup
 from quire.layers.build import Build, Kernels
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
-from quire.runner.sampler import Sampler
+from quire.plan.memory import LOGIT_ROWS
+from quire.runner.sampler import NAN_ERROR, Sampler
 from quire.runner.slots import Slots, flatten
 from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
-
-# Prompt log-probabilities take logits of this many tokens at a time, to bound memory.
-LOGIT_ROWS = 64
 
 
 @dataclass
@@ -38,16 +37,22 @@ def allocate_caches(
 ) -> None:
     """Memory for every attention layer: keys [blocks, heads, D, 16], values [.., 16, D].
 
-    Pages are touched when first written, so a large cache costs nothing until it is used.
+    Groups of one pool share its memory, as each block belongs to one of them at a time. Pages are
+    touched when first written, so a large cache costs nothing until it is used.
     """
+    memory: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for group in groups:
         blocks = pool_blocks[group.pool]
-        for layer in group.layers:
+        for i, layer in enumerate(group.layers):
             cache = build.caches[layer]
             heads, size = cache.kv_heads, cache.head_size
+            if (group.pool, i) not in memory:
+                memory[group.pool, i] = (
+                    torch.empty(blocks, heads, size, BLOCK_SIZE, dtype=dtype),
+                    torch.empty(blocks, heads, BLOCK_SIZE, size, dtype=dtype),
+                )
             cache.group = group.index
-            cache.keys = torch.empty(blocks, heads, size, BLOCK_SIZE, dtype=dtype)
-            cache.values = torch.empty(blocks, heads, BLOCK_SIZE, size, dtype=dtype)
+            cache.keys, cache.values = memory[group.pool, i]
 
 
 class EagerRunner:
@@ -95,20 +100,19 @@ class EagerRunner:
             torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
         )
 
-    def _sample(
-        self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]
-    ) -> None:
+    def _sample(self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]) -> None:
         ends, sampling, end = [], [], 0
         for i, row in enumerate(rows):
             end += len(row.tokens)
-            if row.sample:
+            if row.sample and results[i].error is None:
                 ends.append(end - 1)
                 sampling.append(i)
         if not sampling:
             return
         logits_BV = self.model.logits(hidden_TH[ends])
         slots = [self.slots[rows[i].slot] for i in sampling]
-        for i, slot, got in zip(sampling, slots, self.sampler.sample(logits_BV, slots), strict=True):
+        sampled = self.sampler.sample(logits_BV, slots)
+        for i, slot, got in zip(sampling, slots, sampled, strict=True):
             results[i].tokens, results[i].logprobs = got.tokens, got.logprobs
             results[i].error = got.error
             for token in got.tokens:
@@ -123,10 +127,15 @@ class EagerRunner:
             if not row.prompt_logprobs:
                 continue
             slot = self.slots[row.slot]
-            targets = slot.tokens[row.start + 1 : min(row.start + len(row.tokens) + 1, slot.num_prompt)]
-            results[i].prompt_logprobs = self._of_targets(
+            last = min(row.start + len(row.tokens) + 1, slot.num_prompt)
+            targets = slot.tokens[row.start + 1 : last]
+            found = self._of_targets(
                 hidden_TH[begin : begin + len(targets)], targets, slot.params.prompt_logprobs or 0
             )
+            if any(math.isnan(position.logprobs[0]) for position in found):
+                results[i].error = NAN_ERROR
+            else:
+                results[i].prompt_logprobs = found
 
     def _of_targets(
         self, hidden_TH: torch.Tensor, targets: list[int], count: int

@@ -8,14 +8,20 @@ Gumbel-max with noise keyed by (seed, choice, position).
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 
 from quire.layers.build import Kernels
 from quire.runner.slots import Slot
 from quire.step import RowResult, TokenLogprobs
 
-NAN_ERROR = "the model's logits for this request are not numbers (NaN)"
+NAN_ERROR = "the model's logits for this request are not finite numbers"
+FORBIDDEN_ERROR = (
+    "no token is allowed: allowed_token_ids, bad_words and min_tokens exclude them all"
+)
+# vLLM takes lower temperatures for 0; dividing by much less would overflow.
+LEAST_TEMPERATURE = 1e-5
 
 
 class Sampler:
@@ -25,27 +31,28 @@ class Sampler:
         self.kernels = kernels
 
     def sample(self, logits_BV: torch.Tensor, slots: list[Slot]) -> list[RowResult]:
-        """One token per row, for the slots' next positions. A row with NaN gets an error."""
-        greedy = self.kernels.argmax(logits_BV).tolist()
-        results = []
-        for i, slot in enumerate(slots):
-            if greedy[i] < 0:
-                results.append(RowResult(tokens=[], error=NAN_ERROR))
-                continue
-            token = greedy[i]
-            if not _plain_greedy(slot):
-                token = self._choose(logits_BV[i].clone(), slot)
-            logprobs = None
-            if slot.params.logprobs is not None:
-                logprobs = [self.logprobs(logits_BV[i], token, slot.params.logprobs)]
-            results.append(RowResult(tokens=[token], logprobs=logprobs))
-        return results
+        """One token per row, for the slots' next positions. A row whose logits hold NaN or whose
+        largest one is infinite gets an error, and so does one that forbids every token."""
+        best = self.kernels.argmax(logits_BV).tolist()
+        return [self._sample_row(logits_BV[i], best[i], slot) for i, slot in enumerate(slots)]
+
+    def _sample_row(self, logits_V: torch.Tensor, best: int, slot: Slot) -> RowResult:
+        if best < 0 or not math.isfinite(logits_V[best]):
+            return RowResult(tokens=[], error=NAN_ERROR)
+        token = best if _plain_greedy(slot) else self._choose(logits_V.clone(), slot)
+        if token is None:
+            return RowResult(tokens=[], error=FORBIDDEN_ERROR)
+        logprobs = None
+        if slot.params.logprobs is not None:
+            logprobs = [self.logprobs(logits_V, token, slot.params.logprobs)]
+        return RowResult(tokens=[token], logprobs=logprobs)
 
     def logprobs(self, logits_V: torch.Tensor, token: int, count: int) -> TokenLogprobs:
         """Log-probabilities of `token` and of the `count` most likely tokens, with ranks."""
         logprobs_V = logits_V - self.kernels.logsumexp(logits_V[None])
         chosen = logprobs_V[token]
         rank = int((logprobs_V > chosen).sum()) + 1
+        count = min(count, len(logprobs_V))
         top = torch.topk(logprobs_V, count) if count else None
         return TokenLogprobs(
             tokens=[token, *(top.indices.tolist() if top else [])],
@@ -53,17 +60,23 @@ class Sampler:
             ranks=[rank, *range(1, count + 1)],
         )
 
-    def _choose(self, logits_V: torch.Tensor, slot: Slot) -> int:
+    def _choose(self, logits_V: torch.Tensor, slot: Slot) -> int | None:
+        """The token, or None where none is allowed."""
         params = slot.params
         _constrain(logits_V, slot)
         _penalise(logits_V, slot)
+        # A tiny repetition penalty can overflow; infinities would leave nothing to choose by.
+        logits_V.clamp_(max=torch.finfo(torch.float32).max)
+        best = int(self.kernels.argmax(logits_V[None])[0])
+        largest = float(logits_V[best])
+        if largest == -math.inf:
+            return None
         if params.greedy:
-            return int(self.kernels.argmax(logits_V[None])[0])
-        logits_V /= params.temperature
+            return best
+        logits_V -= largest
+        logits_V /= max(params.temperature, LEAST_TEMPERATURE)
         logits_V = _keep_likely(logits_V, params.min_p, params.top_k, params.top_p)
-        noise_V = self.kernels.gumbel(
-            slot.seed, slot.choice, len(slot.tokens), logits_V.shape[0]
-        )
+        noise_V = self.kernels.gumbel(slot.seed, slot.choice, len(slot.tokens), logits_V.shape[0])
         return int(self.kernels.argmax((logits_V + noise_V)[None])[0])
 
 
@@ -114,12 +127,10 @@ def _penalise(logits_V: torch.Tensor, slot: Slot) -> None:
         logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def _keep_likely(
-    logits_V: torch.Tensor, min_p: float, top_k: int, top_p: float
-) -> torch.Tensor:
+def _keep_likely(logits_V: torch.Tensor, min_p: float, top_k: int, top_p: float) -> torch.Tensor:
     """-inf for tokens outside min-p, top-k or top-p. The most likely token always stays."""
     if min_p > 0.0:
-        logits_V = logits_V.masked_fill(logits_V < logits_V.max() + np.log(min_p), -torch.inf)
+        logits_V = logits_V.masked_fill(logits_V < logits_V.max() + math.log(min_p), -torch.inf)
     size = logits_V.shape[0]
     if 0 < top_k < size:
         smallest = torch.topk(logits_V, top_k).values[-1]

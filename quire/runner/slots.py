@@ -63,9 +63,7 @@ class Slots:
     def __init__(self, num_slots: int, max_blocks: int, num_groups: int):
         self._slots: list[Slot | None] = [None] * num_slots
         self._filled = np.zeros((num_groups, num_slots), dtype=np.int64)
-        self.tables = [
-            np.zeros((num_slots, max_blocks), dtype=np.int32) for _ in range(num_groups)
-        ]
+        self.tables = [np.zeros((num_slots, max_blocks), dtype=np.int32) for _ in range(num_groups)]
 
     def __getitem__(self, index: int) -> Slot:
         slot = self._slots[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -18,8 +19,9 @@ from quire.server import about
 from quire.server.auth import KeyRing
 from quire.server.chat import chat_completions
 from quire.server.completions import completions
-from quire.server.errors import HttpError, error_response, unexpected
+from quire.server.errors import HttpError, error_response, not_ready, unexpected
 from quire.server.generation import ClientGone
+from quire.server.sse import last_event
 from quire.server.state import ServerState, Service
 from quire.server.tokenize import detokenize, tokenize
 
@@ -39,6 +41,7 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
 ]
+SHUTDOWN = not_ready("shutdown", "the server was stopped before the answer was complete")
 _METRIC_PATHS = {path for _, path, _ in ROUTES}
 
 
@@ -96,15 +99,22 @@ class Gate:
         """ASGI. Sets scope["quire.tenant"]. Decides by scope["path"], as the router does."""
         assert scope["type"] == "http", "the server has neither lifespan nor websockets"
         path = scope["path"] if scope["path"] in _METRIC_PATHS else "other"
+        started = False
 
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self._state.metrics.count("http_responses", path, str(message["status"]))
             await send(message)
 
         try:
             scope["quire.tenant"] = self._state.keys.authorize(scope["path"], scope["headers"])
+            await self._app(scope, receive, counted)
         except HttpError as error:
             await error_response(error)(scope, receive, counted)
-            return
-        await self._app(scope, receive, counted)
+        except asyncio.CancelledError:  # only `serve` cancels requests, when it stops
+            if started:
+                await send(last_event(SHUTDOWN))
+            else:
+                await error_response(SHUTDOWN)(scope, receive, counted)

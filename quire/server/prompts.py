@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from quire.errors import UsageError
-from quire.server.fields import invalid
+from quire.server.fields import Field, decode_field, invalid
 from quire.server.schemas import COMPLETION, MAX_PROMPTS
 from quire.server.state import ServerState
 
@@ -40,10 +43,10 @@ async def encode_text(state: ServerState, text: str, special: bool, name: str) -
     return await state.tokenizing.run(lambda: tokenizer.encode(text, add_special_tokens=special))
 
 
-async def encode_prompts(state: ServerState, prompt: Any, special: bool) -> list[Prompt]:
+async def encode_prompts(state: ServerState, raw: msgspec.Raw, special: bool) -> list[Prompt]:
     """The prompts of `/v1/completions`: text, ids, or a list of either. Raises UsageError."""
     prompts = []
-    for item in _as_list(prompt):
+    for item in parse_prompts(bytes(raw), state.ready_service().engine.info.max_model_len):
         if isinstance(item, str):
             if not item:
                 raise invalid("prompt", "an empty prompt", "not empty")
@@ -56,19 +59,31 @@ async def encode_prompts(state: ServerState, prompt: Any, special: bool) -> list
     return prompts
 
 
-def _as_list(prompt: Any) -> list[Any]:
+def parse_prompts(raw: bytes, max_model_len: int) -> list[str] | list[list[int]]:
+    """Prompts from JSON. Lists that are far too long are refused before they are decoded, so
+    that they cost the event loop nothing. Raises UsageError."""
+    field = COMPLETION.fields["prompt"]
+    start = re.match(rb"\[\s*([\[\"]?)", raw)
+    if start is None:
+        return [_decode(raw, str)]
+    if start[1] == b'"':
+        prompts: list[str] = _decode(raw, list[str])
+    elif start[1] == b"[":
+        if raw.count(b"[") > MAX_PROMPTS + 1 or raw.count(b",") > MAX_PROMPTS * max_model_len:
+            raise invalid("prompt", "too many prompts or token ids", field.allowed)
+        return list(_decode(raw, list[list[int]]))
+    else:
+        if (commas := raw.count(b",")) >= max_model_len:
+            raise _too_long("prompt", commas + 1, max_model_len)
+        return [_decode(raw, list[int])]
+    if len(prompts) > MAX_PROMPTS:
+        raise invalid("prompt", f"{len(prompts)} prompts in one request", field.allowed)
+    return prompts
+
+
+def _decode(raw: bytes, kind: Any) -> Any:
     allowed = COMPLETION.fields["prompt"].allowed
-    if isinstance(prompt, str):
-        return [prompt]
-    kinds = {type(item) for item in prompt}
-    if len(kinds) != 1:
-        detail = "a list of different kinds" if kinds else "an empty list"
-        raise invalid("prompt", detail, allowed)
-    if kinds == {int}:
-        return [prompt]
-    if len(prompt) > MAX_PROMPTS:
-        raise invalid("prompt", f"{len(prompt)} prompts in one request", allowed)
-    return list(prompt)
+    return decode_field("prompt", msgspec.Raw(raw), Field(kind, allowed, max_bytes=None))
 
 
 def check_ids(state: ServerState, ids: list[int], name: str) -> None:
@@ -76,6 +91,8 @@ def check_ids(state: ServerState, ids: list[int], name: str) -> None:
     info = state.ready_service().engine.info
     if not ids:
         raise invalid(name, "an empty prompt", "at least one token")
+    if len(ids) >= info.max_model_len:
+        raise _too_long(name, len(ids), info.max_model_len)
     if min(ids) < 0 or max(ids) >= info.vocab_size:
         bad = next(i for i in ids if not 0 <= i < info.vocab_size)
         raise invalid(
@@ -83,10 +100,12 @@ def check_ids(state: ServerState, ids: list[int], name: str) -> None:
             f"token id {bad} is outside the vocabulary",
             f"ids from 0 to {info.vocab_size - 1}",
         )
-    if len(ids) >= info.max_model_len:
-        raise UsageError(
-            "context_length_exceeded",
-            f"{name}: {len(ids)} tokens do not fit the context of {info.max_model_len} tokens",
-            why="at least one token must be left for the answer",
-            field=name,
-        )
+
+
+def _too_long(name: str, count: int, max_model_len: int) -> UsageError:
+    return UsageError(
+        "context_length_exceeded",
+        f"{name}: {count} tokens do not fit the context of {max_model_len} tokens",
+        why="at least one token must be left for the answer",
+        field=name,
+    )

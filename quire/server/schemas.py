@@ -113,7 +113,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _PROMPT = Field(
-    str | list[str | int | list[int]],
+    msgspec.Raw,  # decoded by `prompts`, which knows the model's context
     f"a string, a list of token ids, or a list of at most {MAX_PROMPTS} of either",
     max_bytes=None,
 )

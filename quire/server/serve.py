@@ -131,7 +131,12 @@ async def _drain(state: ServerState, service: Service, server: uvicorn.Server) -
     """Refuse new work, finish what runs, and let answers reach their clients."""
     state.draining = True
     log.info("draining: no new requests")
-    await service.engine.drain(state.options.server.drain_timeout)
+    loop, limit = asyncio.get_running_loop(), state.options.server.drain_timeout
+    deadline = loop.time() + limit
+    await service.engine.drain(limit)
+    if loop.time() >= deadline:
+        log.warning("requests that still run after %g seconds are ended", limit)
+        return
     with suppress(TimeoutError):
         async with asyncio.timeout(FLUSH_SECONDS):
             while server.server_state.tasks:
@@ -141,14 +146,19 @@ async def _drain(state: ServerState, service: Service, server: uvicorn.Server) -
 async def _shut_down(
     state: ServerState, server: uvicorn.Server, stop: _Stop, tasks: list[asyncio.Task[None]]
 ) -> None:
-    """Close the socket, the connections and the engine; each step is bounded."""
+    """End requests (each with an error of its own), engine and server; each step is bounded."""
     state.draining = True
-    server.should_exit = True
-    server.force_exit = stop.forced
+    requests = list(server.server_state.tasks)
+    for task in requests:
+        task.cancel()
+    if requests:
+        await asyncio.wait(requests, timeout=1.0)
     if state.service is not None:
         await _close_service(state.service)
+    server.should_exit = True
+    server.force_exit = stop.forced
     await asyncio.wait(tasks[:1], timeout=CLOSE_SECONDS)
-    for task in [*tasks, *server.server_state.tasks]:
+    for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     state.close()
@@ -225,6 +235,7 @@ def _http_server(state: ServerState, options: ServerOptions) -> _Server:
         log_config=None,
         access_log=debug,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on a client's address
         timeout_keep_alive=options.idle_timeout,  # type: ignore[arg-type]
         timeout_graceful_shutdown=1,
         backlog=2048,

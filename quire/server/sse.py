@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from quire.errors import QuireError
 from quire.server.calls import Call
@@ -58,6 +58,11 @@ class FrameWriter:
 def error_frame(error: QuireError) -> bytes:
     """A terminal frame with OpenAI's error object; the `openai` client raises it."""
     return b"data: %b\n\n" % encode(error_object(error))
+
+
+def last_event(error: QuireError) -> Message:
+    """The ASGI message that ends a stream with an error."""
+    return {"type": "http.response.body", "body": error_frame(error), "more_body": False}
 
 
 class EventStream(Response):

@@ -62,8 +62,9 @@ class TemplateRenderer:
 
         `template`: another one than the renderer's own. `kwargs` are the template's other
         variables: tools, add_generation_prompt and the like; no name of theirs can replace
-        messages or template. UsageError template_error if the template refuses or fails, template_timeout,
-        template_too_long; chat_arguments_invalid if an argument cannot be sent as JSON.
+        messages or template. UsageError template_error if the template refuses or fails,
+        template_timeout, template_too_long; chat_arguments_invalid if an argument cannot be sent
+        as JSON.
         """
         request = {
             "template": self.template if template is None else template,

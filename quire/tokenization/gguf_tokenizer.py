@@ -211,7 +211,10 @@ def _add_post_processor(
 ) -> None:
     """Adds bos and eos as the file says; where it does not, as llama.cpp does for the kind."""
     pre = header.text(f"{_PREFIX}.pre", "default")
-    add_bos = header.flag(f"{_PREFIX}.add_bos_token", kind == "llama" or pre in _LLAMA3_NAMES)
+    usual = (
+        kind == "llama" or pre in _LLAMA3_NAMES
+    ) and f"{_PREFIX}.bos_token_id" in header.metadata
+    add_bos = header.flag(f"{_PREFIX}.add_bos_token", usual)
     before = [_token(header, tokens, "bos")] if add_bos else []
     add_eos = header.flag(f"{_PREFIX}.add_eos_token", False)
     after = [_token(header, tokens, "eos")] if add_eos else []

@@ -677,6 +677,22 @@ def test_the_last_in_order_is_preempted_and_its_tokens_stay() -> None:
     assert driver.scheduler.stats().preemptions == 1
 
 
+def test_a_preempted_request_is_not_overtaken_while_its_last_step_is_in_flight() -> None:
+    driver = plain(blocks=5, slots=2, caching=False, depth=2, budget=64)  # 4 blocks
+    driver.add(BASES[0][:30], SamplingParams(max_tokens=10, ignore_eos=True))
+    driver.add(BASES[1][:20], SamplingParams(max_tokens=20, ignore_eos=True))
+    driver.add(BASES[2][:4], SamplingParams(max_tokens=2, ignore_eos=True))
+    while not driver.scheduler.stats().preemptions:
+        driver.iterate()
+    for _ in range(3):
+        # 1 block is free: too few for r1, enough for r2.
+        assert driver.kv.usage() == (3, 4)
+        assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+        driver.iterate()
+    driver.drain()
+    assert driver.scheduler.stats().preemptions == 1
+
+
 def test_a_request_waits_for_its_own_step_before_it_takes_blocks_of_others() -> None:
     driver = plain(blocks=5, slots=2, caching=False, depth=2, budget=64)
     driver.add(BASES[0][:30], SamplingParams(max_tokens=20, ignore_eos=True))
@@ -844,6 +860,12 @@ def test_token_ids_of_options_outside_the_vocabulary_are_refused() -> None:
     add = Add("x", [3], SamplingParams(), seed=0, bad_words=[[3], [4, VOCAB]])
     with pytest.raises(UsageError, match="bad_words"):
         driver.scheduler.add(add)
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("-inf")])
+def test_timeouts_that_are_no_time_are_refused(timeout: float) -> None:
+    with pytest.raises(UsageError, match="timeout"):
+        plain().add([3], timeout=timeout)
 
 
 def test_a_running_request_id_is_refused_and_free_again_after_its_end() -> None:

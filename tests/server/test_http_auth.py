@@ -74,7 +74,7 @@ def test_wrong_keys_are_a_401_with_openais_body(server: RunningServer, header: s
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert answer.headers["www-authenticate"] == "Bearer"
-        twice = headers + [(b"authorization", f"Bearer {KEY}".encode())]
+        twice = [*headers, (b"authorization", f"Bearer {KEY}".encode())]
         assert http.get("/v1/models", headers=twice).status_code == 401
 
 

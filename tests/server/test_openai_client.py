@@ -185,9 +185,7 @@ def test_continue_final_message_ends_the_prompt_inside_it(
 ) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "I am"}]
     extra = {"continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False}}
-    client.chat.completions.create(
-        model=MODEL, messages=messages, max_tokens=1, extra_body=extra
-    )
+    client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1, extra_body=extra)
     assert server.engine.requests[-1].prompt.endswith("<assistant>I am")
     assert server.renderer.kwargs["enable_thinking"] is False
 
@@ -231,9 +229,7 @@ def test_fields_that_cannot_be_served_are_named(
     client: openai.OpenAI, field: str, value: object, code: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, extra_body={field: value}
-        )
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body={field: value})
     assert caught.value.code == code
     assert caught.value.param == field
     assert field in caught.value.message

@@ -107,7 +107,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Threadin
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     served.requests = []  # type: ignore[attr-defined]
-    thread = threading.Thread(target=served.serve_forever, daemon=True)
+    thread = threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{served.server_port}"
     monkeypatch.setattr(hub, "_endpoint", lambda: address)

@@ -1,12 +1,13 @@
 // Causal attention over the paged cache. A tile is up to kMaxRows rows of (query, head of one KV
-// head's group); keys come in blocks of 16 tokens at absolute positions. Softmax runs online inside
-// a piece of kPiece tokens, and pieces are merged in order: the cut depends only on positions, so a
-// query's bits are the same in prefill, in decode and in any batch.
+// head's group). Keys are taken in steps of kStep at absolute positions, with an online softmax
+// inside a piece of kPiece keys; pieces are merged in order. The cut depends only on positions, so
+// a query's bits are the same in prefill, in decode and in any batch.
 #pragma once
 
 namespace {
 
 constexpr Index kPiece = 512;
+constexpr int kStepBlocks = 4, kStep = kStepBlocks * kCacheBlock;
 constexpr float kLowest = -3.4028234663852886e38f;
 
 struct CacheF32 {
@@ -82,110 +83,161 @@ inline void fill_tile(const quire::AttentionArgs& a, Tile& t) {
     t.last_key = t.end[t.rows - 1];
 }
 
-// values[rows][.] = values * correction + weights[rows][tokens] * V, tokens in order.
+inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+constexpr int largest_divisor(int of, int limit) { return of <= limit ? of : of % limit == 0 ? limit : largest_divisor(of, limit - 1); }
+
+// The blocks that a tile needs of one step of kStep keys.
+template <class Cache>
+struct Step {
+    const typename Cache::Stored *keys[kStepBlocks], *values[kStepBlocks];
+    int base;         // position of the step's first key
+    int first, last;  // blocks first..last-1 are there
+};
+
+// scores[R][kStep]: chains of fused multiply-adds over the head, for P blocks side by side.
+template <class Cache, int P, int R>
+inline void score_blocks(const Tile& t, const Step<Cache>& step, int block, Index head_size, float* scores) {
+    F sum[P][R];
+    QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r) sum[p][r] = zero();
+    for (Index i = 0; i < head_size; ++i) {
+        F key[P];
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) key[p] = Cache::read(step.keys[block + p] + i * kCacheBlock);
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+            const F q = splat(t.q[i * R + r]);
+            QUIRE_UNROLL for (int p = 0; p < P; ++p) sum[p][r] = fma(q, key[p], sum[p][r]);
+        }
+    }
+    QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
+        store(scores + r * kStep + (block + p) * kCacheBlock, sum[p][r]);
+}
+
+// values[R][.] = values * correction + weights[R][first..last) * V, keys in order; J registers wide.
 template <class Cache, int R, int J>
-inline void add_values(const typename Cache::Stored* v, Index stride, Index lanes, int first, int last,
+inline void add_values(const Step<Cache>& step, Index column, Index head_size, int first, int last,
                        const float* weights, const float* correction, float* values, Index padded) {
+    const Index lanes = head_size - column;  // fewer than 16: a partial read, what follows may be another's
     F acc[R][J];
     QUIRE_UNROLL for (int r = 0; r < R; ++r) {
         const F factor = splat(correction[r]);
-        QUIRE_UNROLL for (int j = 0; j < J; ++j) acc[r][j] = mul(load(values + r * padded + j * kLanes), factor);
+        QUIRE_UNROLL for (int j = 0; j < J; ++j) acc[r][j] = mul(load(values + r * padded + column + j * kLanes), factor);
     }
-    for (int t = first; t < last; ++t) {
-        F row[J];
-        QUIRE_UNROLL for (int j = 0; j < J; ++j)
-            row[j] = lanes < kLanes ? Cache::read_part(v + t * stride, lanes) : Cache::read(v + t * stride + j * kLanes);
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-            const F weight = splat(weights[r * kLanes + t]);
-            QUIRE_UNROLL for (int j = 0; j < J; ++j) acc[r][j] = fma(weight, row[j], acc[r][j]);
+    while (first < last) {
+        const int block = first / kCacheBlock, stop = last < (block + 1) * kCacheBlock ? last : (block + 1) * kCacheBlock;
+        const auto* v = step.values[block] + (first - block * kCacheBlock) * head_size + column;
+        for (; first < stop; ++first, v += head_size) {
+            F row[J];
+            QUIRE_UNROLL for (int j = 0; j < J; ++j)
+                row[j] = J == 1 && lanes < kLanes ? Cache::read_part(v, lanes) : Cache::read(v + j * kLanes);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+                const F weight = splat(weights[r * kStep + first]);
+                QUIRE_UNROLL for (int j = 0; j < J; ++j) acc[r][j] = fma(weight, row[j], acc[r][j]);
+            }
         }
     }
     QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int j = 0; j < J; ++j)
-        store(values + r * padded + j * kLanes, acc[r][j]);
+        store(values + r * padded + column + j * kLanes, acc[r][j]);
 }
 
 template <class Cache, int R>
-inline void add_values_wide(const typename Cache::Stored* v, Index head_size, int first, int last,
-                            const float* weights, const float* correction, float* values, Index padded) {
-    constexpr int J = kMaxRows > 4 ? 4 : 2;
+inline void add_values(const Step<Cache>& step, Index head_size, int first, int last,
+                       const float* weights, const float* correction, float* values, Index padded) {
     Index i = 0;
-    for (; i + J * kLanes <= head_size; i += J * kLanes)
-        add_values<Cache, R, J>(v + i, head_size, kLanes, first, last, weights, correction, values + i, padded);
-    for (; i + kLanes <= head_size; i += kLanes)
-        add_values<Cache, R, 1>(v + i, head_size, kLanes, first, last, weights, correction, values + i, padded);
-    if (i < head_size)  // a partial read: the row after the last one may be another's memory
-        add_values<Cache, R, 1>(v + i, head_size, head_size - i, first, last, weights, correction, values + i, padded);
+    for (; i + kValueLanes * kLanes <= head_size; i += kValueLanes * kLanes)
+        add_values<Cache, R, kValueLanes>(step, i, head_size, first, last, weights, correction, values, padded);
+    for (; i < head_size; i += kLanes) add_values<Cache, R, 1>(step, i, head_size, first, last, weights, correction, values, padded);
 }
 
-inline int clamp_to_block(int position) { return position < 0 ? 0 : position > kCacheBlock ? kCacheBlock : position; }
-
 template <class Cache, int R>
-void attend_block(const quire::AttentionArgs& a, const Tile& t, const typename Cache::Stored* k,
-                  const typename Cache::Stored* v, int base, Softmax& state, Index padded) {
-    F scores[R];
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) scores[r] = zero();
-    for (Index i = 0; i < a.head_size; ++i) {
-        const F key = Cache::read(k + i * kCacheBlock);
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) scores[r] = fma(splat(t.q[i * R + r]), key, scores[r]);
-    }
-    if (a.softcap > 0) {
-        const F cap = splat(float(a.softcap)), inverse = splat(float(1.0 / a.softcap));
-        for (int r = 0; r < R; ++r) scores[r] = mul(cap, tanh(mul(scores[r], inverse)));
-    }
-    // Rows see the same keys of this block unless the diagonal or the window's edge runs through it.
-    const int first = clamp_to_block(t.begin[0] - base), last = clamp_to_block(t.end[0] - base);
-    const bool uniform = first == clamp_to_block(t.begin[R - 1] - base) && last == clamp_to_block(t.end[R - 1] - base);
-    if (!uniform || first > 0 || last < kCacheBlock)
-        QUIRE_UNROLL for (int r = 0; r < R; ++r)
-            scores[r] = keep_lanes(scores[r], clamp_to_block(t.begin[r] - base), clamp_to_block(t.end[r] - base), -INFINITY);
+void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>& step, Softmax& state, Index padded) {
+    alignas(64) float weights[R * kStep];
+    int block = step.first;
+    for (; block + kScoreBlocks <= step.last; block += kScoreBlocks) score_blocks<Cache, kScoreBlocks, R>(t, step, block, a.head_size, weights);
+    for (; block < step.last; ++block) score_blocks<Cache, 1, R>(t, step, block, a.head_size, weights);
 
-    alignas(64) float weights[R * kLanes], correction[kLanes], before[kLanes] = {}, after[kLanes] = {};
-    bool raised = false;
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-        before[r] = state.top[r];
-        if (any_greater(scores[r], splat(state.top[r]))) {
-            const float here = max_lanes(scores[r]);
-            if (here > state.top[r]) state.top[r] = here;
-            raised = true;
+    // Scores to weights. A key that a row does not see gets -infinity, then the weight 0: neither
+    // changes a maximum or a sum, so a row does not notice which keys its tile looks at for others.
+    alignas(64) float correction[kLanes], before[kLanes] = {}, after[kLanes] = {};
+    const F cap = splat(float(a.softcap)), inverse_cap = splat(a.softcap > 0 ? float(1 / a.softcap) : 0);
+    for (int r = 0; r < R; ++r) {
+        F top = splat(state.top[r]);
+        const F known = top;
+        for (block = step.first; block < step.last; ++block) {
+            float* at = weights + r * kStep + block * kCacheBlock;
+            const int base = step.base + block * kCacheBlock;
+            F score = load(at);
+            if (a.softcap > 0) score = mul(cap, tanh(mul(score, inverse_cap)));
+            if (t.begin[r] > base || t.end[r] < base + kCacheBlock)
+                score = keep_lanes(score, clamp(t.begin[r] - base, 0, kCacheBlock), clamp(t.end[r] - base, 0, kCacheBlock), -INFINITY);
+            if (a.softcap > 0 || t.begin[r] > base || t.end[r] < base + kCacheBlock) store(at, score);
+            top = max(score, top);
         }
+        before[r] = state.top[r];
+        if (any_greater(top, known)) state.top[r] = max_lanes(top);
         after[r] = state.top[r];
     }
-    store(correction, raised ? exp(sub(load(before), load(after))) : splat(1.0f));
-    QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-        const F weight = exp(sub(scores[r], splat(state.top[r])));
-        store(weights + r * kLanes, weight);
-        store(state.sums[r], fma(load(state.sums[r]), splat(correction[r]), weight));
+    store(correction, exp(sub(load(before), load(after))));
+    for (int r = 0; r < R; ++r) {
+        const F top = splat(state.top[r]);
+        F sum = mul(load(state.sums[r]), splat(correction[r]));
+        for (block = step.first; block < step.last; ++block) {
+            float* at = weights + r * kStep + block * kCacheBlock;
+            const F weight = exp(sub(load(at), top));
+            store(at, weight);
+            sum = add(sum, weight);
+        }
+        store(state.sums[r], sum);
     }
 
-    constexpr int kStep = R % 4 == 0 ? 4 : R % 3 == 0 ? 3 : R;
-    if (uniform) {
-        for (int r = 0; r < R; r += kStep)
-            add_values_wide<Cache, kStep>(v, a.head_size, first, last, weights + r * kLanes, correction + r, state.values + r * padded, padded);
+    // Keys that all rows see go together. The others must not reach a row even as 0 * NaN: each row
+    // takes its own before and after.
+    const int from = clamp(t.begin[R - 1] - step.base, 0, kStep), to = clamp(t.end[0] - step.base, 0, kStep);
+    alignas(64) float none[kLanes];
+    store(none, splat(1.0f));
+    if (from >= to) {
+        for (int r = 0; r < R; ++r)
+            add_values<Cache, 1>(step, a.head_size, clamp(t.begin[r] - step.base, 0, kStep), clamp(t.end[r] - step.base, 0, kStep),
+                                 weights + r * kStep, correction + r, state.values + r * padded, padded);
         return;
     }
-    // A key that a row does not see must not reach it even as 0 * NaN.
-    for (int r = 0; r < R; ++r) {
-        const int from = clamp_to_block(t.begin[r] - base), to = clamp_to_block(t.end[r] - base);
-        if (from < to)
-            add_values_wide<Cache, 1>(v, a.head_size, from, to, weights + r * kLanes, correction + r, state.values + r * padded, padded);
+    const float* factor = correction;
+    if (clamp(t.begin[0] - step.base, 0, kStep) < from) {
+        for (int r = 0; r < R; ++r)
+            add_values<Cache, 1>(step, a.head_size, clamp(t.begin[r] - step.base, 0, kStep), from,
+                                 weights + r * kStep, correction + r, state.values + r * padded, padded);
+        factor = none;
     }
+    constexpr int kTogether = largest_divisor(R, kValueRows);
+    for (int r = 0; r < R; r += kTogether)
+        add_values<Cache, kTogether>(step, a.head_size, from, to, weights + r * kStep, factor + r, state.values + r * padded, padded);
+    for (int r = 0; r < R; ++r)
+        if (t.end[r] - step.base > to && to < kStep)
+            add_values<Cache, 1>(step, a.head_size, to, clamp(t.end[r] - step.base, 0, kStep), weights + r * kStep, none,
+                                 state.values + r * padded, padded);
 }
 
-// Keys [first_key, last_key) of one piece, which starts at a multiple of kPiece.
+// The keys of one piece, which starts at a multiple of kPiece.
 template <class Cache>
 void attend_piece(const quire::AttentionArgs& a, const Tile& t, Index piece, Softmax& state, Index padded) {
     using Stored = typename Cache::Stored;
     const Index start = piece * kPiece > t.first_key ? piece * kPiece : t.first_key;
     const Index stop = (piece + 1) * kPiece < t.last_key ? (piece + 1) * kPiece : t.last_key;
     const int32_t* table = a.block_tables + t.sequence * a.table_stride;
-    const Index block_size = a.head_size * kCacheBlock;
+    const Index first_block = start / kCacheBlock, last_block = ceil_div(stop, kCacheBlock);
     with_height<kMaxRows>(t.rows, [&](auto height) {
         constexpr int R = decltype(height)::value;
         state.clear(R, padded);
-        for (Index block = start / kCacheBlock; block * kCacheBlock < stop; ++block) {
-            const Index at = (table[block] * a.kv_heads + t.kv_head) * block_size;
-            attend_block<Cache, R>(a, t, static_cast<const Stored*>(a.k_cache) + at, static_cast<const Stored*>(a.v_cache) + at,
-                                   int(block * kCacheBlock), state, padded);
+        for (Index base = start / kStep * kStepBlocks; base < last_block; base += kStepBlocks) {
+            Step<Cache> step;
+            step.base = int(base * kCacheBlock);
+            step.first = int(first_block > base ? first_block - base : 0);
+            step.last = int(last_block - base < kStepBlocks ? last_block - base : kStepBlocks);
+            for (int i = step.first; i < step.last; ++i) {
+                const Index at = (table[base + i] * a.kv_heads + t.kv_head) * a.head_size * kCacheBlock;
+                step.keys[i] = static_cast<const Stored*>(a.k_cache) + at;
+                step.values[i] = static_cast<const Stored*>(a.v_cache) + at;
+            }
+            attend_step<Cache, R>(a, t, step, state, padded);
         }
     });
 }

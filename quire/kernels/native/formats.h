@@ -24,7 +24,7 @@ constexpr int kLanes = 16;
 constexpr int kBlock = 32;        // k covered by one activation scale
 constexpr int kCacheBlock = 16;   // tokens in one block of the paged KV cache
 
-enum Format { F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, kFormats };
+enum Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, kFormats };
 
 // weight = scale * (code - zero), minus or plus a minimum.
 template <int MaxCode, int Zero, int MinimumSign, int Scales, bool Super>
@@ -43,6 +43,8 @@ struct BlockFormat {
 
 using FormatQ4_0 = BlockFormat<15, 8, 0, 1, false>;
 using FormatQ4_1 = BlockFormat<15, 0, 1, 1, false>;
+using FormatQ5_0 = BlockFormat<31, 16, 0, 1, false>;
+using FormatQ5_1 = BlockFormat<31, 0, 1, 1, false>;
 using FormatQ8_0 = BlockFormat<255, 128, 0, 1, false>;
 using FormatQ4_K = BlockFormat<15, 0, -1, 1, true>;
 using FormatQ5_K = BlockFormat<31, 0, -1, 1, true>;
@@ -54,6 +56,8 @@ inline auto with_block_format(int format, Visit&& visit) -> decltype(visit(Forma
     switch (format) {
         case Q4_0: return visit(FormatQ4_0{});
         case Q4_1: return visit(FormatQ4_1{});
+        case Q5_0: return visit(FormatQ5_0{});
+        case Q5_1: return visit(FormatQ5_1{});
         case Q8_0: return visit(FormatQ8_0{});
         case Q4_K: return visit(FormatQ4_K{});
         case Q5_K: return visit(FormatQ5_K{});

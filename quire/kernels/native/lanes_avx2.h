@@ -9,7 +9,7 @@
 namespace {
 
 constexpr const char* kName = "avx2";
-constexpr int kMaxRows = 4;
+constexpr int kMaxRows = 4, kScoreBlocks = 1, kValueRows = 2, kValueLanes = 2;
 constexpr int kMaxLinearRows = 4;
 constexpr int panels_of(int) { return 1; }
 constexpr int dense_panels_of(int rows) { return rows > 2 ? 1 : 2; }

@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kName = "avx512";
 // Tiles that fit the registers. A 64-byte load costs as much as one and a half multiply-adds here:
 // two panels share each broadcast activation, except where memory is the limit anyway.
-constexpr int kMaxRows = 16;      // attention
+constexpr int kMaxRows = 12, kScoreBlocks = 2, kValueRows = 6, kValueLanes = 4;  // attention
 constexpr int kMaxLinearRows = 12;
 constexpr int panels_of(int rows) { return rows > 4 ? 2 : 1; }
 constexpr int dense_panels_of(int rows) { return rows > 2 ? 2 : 4; }

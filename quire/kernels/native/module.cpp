@@ -276,7 +276,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Kernels of quire fo
 PyMODINIT_FUNC PyInit__native() {
     PyObject* module = PyModule_Create(&definition);
     if (!module) return nullptr;
-    const char* names[kFormats] = {"f32", "f16", "bf16", "q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k"};
+    const char* names[kFormats] = {"f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"};
     PyObject* formats = PyDict_New();
     for (Index i = 0; formats && i < kFormats; ++i) {
         PyObject* number = PyLong_FromLong(i);

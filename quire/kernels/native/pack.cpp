@@ -43,6 +43,29 @@ Source read(FormatQ4_1, const uint8_t* row, Index block) {
     return s;
 }
 
+void add_fifth_bits(const uint8_t* bits, uint8_t* codes) {
+    for (int i = 0; i < kBlock; ++i) codes[i] = uint8_t(codes[i] | ((bits[i / 8] >> (i % 8)) & 1) << 4);
+}
+
+Source read(FormatQ5_0, const uint8_t* row, Index block) {
+    const uint8_t* p = row + block * 22;
+    Source s{};
+    s.scale = load_u16(p);
+    split_nibbles(p + 6, s.codes);
+    add_fifth_bits(p + 2, s.codes);
+    return s;
+}
+
+Source read(FormatQ5_1, const uint8_t* row, Index block) {
+    const uint8_t* p = row + block * 24;
+    Source s{};
+    s.scale = load_u16(p);
+    s.minimum = load_u16(p + 2);
+    split_nibbles(p + 8, s.codes);
+    add_fifth_bits(p + 4, s.codes);
+    return s;
+}
+
 Source read(FormatQ8_0, const uint8_t* row, Index block) {
     const uint8_t* p = row + block * 34;
     Source s{};

@@ -48,7 +48,7 @@ def pack(weight: torch.Tensor | GgufWeight) -> PackedWeight:
     """A dense weight as it is; a quantised one as fp32."""
     format, data, n, k = weight_source(weight)
     if format in DENSE_TYPES:
-        data = data.view(DENSE_TYPES[format]).view(n, k)
+        data = data.reshape(-1).view(DENSE_TYPES[format]).view(n, k)
     else:
         from quire.formats.gguf import dequantize
 

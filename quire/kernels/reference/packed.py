@@ -9,7 +9,7 @@ BLOCK = 16  # tokens in one block of the KV cache
 # Weights in one block of a format, and bytes of that block in a GGUF file (ggml's layouts).
 GGUF_BLOCKS = {
     "f32": (1, 4), "f16": (1, 2), "bf16": (1, 2),
-    "q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34),
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
     "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
 }  # fmt: skip
 DENSE_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

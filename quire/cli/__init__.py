@@ -1,0 +1,1 @@
+"""The `quire` command: run, serve, plan, bench, version."""

@@ -1,0 +1,182 @@
+"""A tiny checkpoint of transformers with random weights, and our engine's view of the same files.
+
+The checkpoint goes through our real loading path: config.json, safetensors or GGUF, plan, build,
+load. All caches start as NaN, block tables are shuffled, and the entries that a window has passed
+point to the null block, so a wrong read cannot go unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from quire import LLM, SamplingParams
+from quire.comm.group import Group
+from quire.engine.startup import kernel_facts
+from quire.kernels import native
+from quire.kv import BLOCK_SIZE, NULL_BLOCK
+from quire.layers.build import Build
+from quire.layers.inputs import GroupInputs, StepInputs
+from quire.models.registry import build_model, load_weights
+from quire.plan.memory import kv_groups
+from quire.runner.eager import allocate_caches
+from quire.weights import open_source
+from quire.weights.hub import resolve
+
+KERNELS = ["reference", *(["native"] if native.available() else [])]
+TOLERANCE = 1e-4  # absolute, float32 against float32
+
+# What all tiny models have in common.
+TINY = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def checkpoint(path: Path, config: PretrainedConfig, seed: int = 0) -> Any:
+    """Writes a checkpoint with random weights, norms and biases; returns the transformers model."""
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:
+                weight.data.add_(torch.empty_like(weight).uniform_(-0.5, 0.5))
+            else:
+                weight.data.normal_(std=0.3 if weight.dim() == 1 else 0.2)
+        model.tie_weights()
+    model.save_pretrained(path)
+    return model
+
+
+def older_config(path: Path, changes: dict[str, Any]) -> Path:
+    """A copy of the checkpoint whose config.json is as transformers 4 wrote it."""
+    older = path.with_name(path.name + "-older")
+    shutil.copytree(path, older)
+    config = json.loads((older / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["torch_dtype"] = config.pop("dtype")
+    for unknown in ("layer_types", "_sliding_window_pattern", "sliding_window_pattern"):
+        config.pop(unknown, None)
+    config["rope_theta"] = rope.pop("rope_theta", None)
+    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    config.update(changes)
+    (older / "config.json").write_text(json.dumps(config))
+    return older
+
+
+@torch.inference_mode()
+def expected_logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    """What transformers computes, float32 [T, V]."""
+    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+class Loaded:
+    """A checkpoint in our own model, and one sequence's cache."""
+
+    def __init__(self, path: Path, kernels: str, group: Group | None = None, max_len: int = 256):
+        facts = kernel_facts()
+        chosen = facts.native if kernels == "native" else facts.reference
+        assert chosen is not None
+        files = resolve(str(path))
+        self.build = Build(chosen, torch.float32, group or Group(), max_len)
+        self.model = build_model(files.config(), self.build)
+        with open_source(files) as source:
+            load_weights(self.build, source)
+        self.groups = kv_groups(self.build.caches, itemsize=4)
+        self.blocks = -(-max_len // BLOCK_SIZE)
+        pools = [1 + len(self.groups) * self.blocks] * len(self.groups)
+        allocate_caches(self.build, self.groups, pools, torch.float32)
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
+        """Logits [T, V] of one sequence, computed `chunk` tokens at a time."""
+        for cache in self.build.caches:
+            cache.keys.fill_(torch.nan)
+            cache.values.fill_(torch.nan)
+        ids = list(range(1, 1 + len(self.groups) * self.blocks))
+        random.Random(7).shuffle(ids)
+        tables = [ids[i * self.blocks : (i + 1) * self.blocks] for i in range(len(self.groups))]
+        found = []
+        for start in range(0, len(tokens), chunk or len(tokens)):
+            part = tokens[start : start + (chunk or len(tokens))]
+            found.append(self._step(part, start, tables))
+        return torch.cat(found)
+
+    def _step(self, tokens: list[int], start: int, tables: list[list[int]]) -> torch.Tensor:
+        end = start + len(tokens)
+        positions = torch.arange(start, end)
+        inputs = []
+        for group, table in zip(self.groups, tables, strict=True):
+            table[: group.first_needed(start)] = [NULL_BLOCK] * group.first_needed(start)
+            used = torch.tensor(table[: -(-end // BLOCK_SIZE)])
+            slots = used[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            inputs.append(GroupInputs(used[None].to(torch.int32), slots))
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        step = StepInputs(bounds, torch.tensor([end], dtype=torch.int32), inputs)
+        hidden = self.model.forward(torch.tensor(tokens), positions, step)
+        return self.model.logits(hidden)
+
+
+def text(length: int, seed: int = 0, vocab: int = TINY["vocab_size"]) -> list[int]:
+    """Random token ids."""
+    return random.Random(seed).choices(range(vocab), k=length)
+
+
+def check_logits(path: Path, model: Any, kernels: str, length: int = 75) -> None:
+    """Our logits are transformers', computed whole, in chunks and token by token."""
+    tokens = text(length)
+    expected = expected_logits(model, tokens)
+    assert expected.std() > 0.5, "the logits have no spread: the comparison would prove little"
+    ours = Loaded(path, kernels)
+    for chunk in (None, 1, 7, 16, 33):
+        difference = (ours.logits(tokens, chunk) - expected).abs().max()
+        assert difference < TOLERANCE, f"chunks of {chunk}: {difference}"
+
+
+def check_greedy(path: Path, model: Any, kernels: str, new_tokens: int = 48) -> None:
+    """The whole engine chooses transformers' most likely token, every time, for prompts together."""
+    llm = LLM(
+        str(path),
+        kernels=kernels,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=24,
+        max_num_seqs=3,
+        kv_cache_memory="8MiB",
+        threads=1,
+    )
+    prompts = [text(length, seed) for seed, length in enumerate((1, 9, 40, 65))]
+    params = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        got = output.outputs[0].token_ids
+        assert len(got) == new_tokens
+        logits = expected_logits(model, prompt + got)
+        assert got == logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def with_values(config: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A copy of a config with some values changed."""
+    return {**copy.deepcopy(config), **values}

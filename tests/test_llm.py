@@ -1,0 +1,104 @@
+"""The Python API on real weights, and its errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.errors import UsageError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> LLM:
+    return LLM("smollm2", max_model_len=512)
+
+
+def test_the_default_model_answers(smollm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    [output] = smollm.chat(messages, GREEDY, use_tqdm=False)
+    assert output.outputs[0].text == "The capital of France is Paris."
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.finished
+
+
+def test_text_is_the_decoding_of_the_tokens(smollm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True)
+    for output in smollm.generate(["Once upon", "def f(x):"], params, use_tqdm=False):
+        choice = output.outputs[0]
+        assert smollm.get_tokenizer().decode(choice.token_ids) == choice.text
+
+
+def test_prompt_logprobs_are_those_of_generation(smollm: LLM) -> None:
+    """The log-probability of a token is the same as output and as part of a prompt."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, ignore_eos=True)
+    [first] = smollm.generate("The sun is", params, use_tqdm=False)
+    ids = first.prompt_token_ids + first.outputs[0].token_ids
+    again = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
+    [second] = smollm.generate({"prompt_token_ids": ids}, again, use_tqdm=False)
+    assert second.prompt_logprobs is not None and second.prompt_logprobs[0] is None
+    assert len(second.prompt_logprobs) == len(ids)
+    assert first.outputs[0].logprobs is not None
+    start = len(first.prompt_token_ids)
+    assert second.prompt_logprobs[start:] == first.outputs[0].logprobs
+    total = first.outputs[0].cumulative_logprob
+    assert total is not None
+    wanted = sum(p[t].logprob for t, p in zip(ids[start:], first.outputs[0].logprobs, strict=True))
+    assert math.isclose(total, wanted)
+
+
+def test_a_second_request_finds_its_prefix_cached(smollm: LLM) -> None:
+    prompt = {"prompt_token_ids": list(range(500, 600))}
+    [first] = smollm.generate(prompt, GREEDY, use_tqdm=False)
+    [second] = smollm.generate(prompt, GREEDY, use_tqdm=False)
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 96
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_stop_strings_cut_the_text(smollm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30, stop=["capital"])
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    [output] = smollm.chat(messages, params, use_tqdm=False)
+    assert output.outputs[0].text == "The "
+    assert output.outputs[0].stop_reason == "capital"
+
+
+def test_a_seed_repeats_and_choices_differ(smollm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=11, n=3, max_tokens=12, ignore_eos=True)
+    runs = [smollm.generate("It was", params, use_tqdm=False)[0] for _ in range(2)]
+    texts = [[c.token_ids for c in run.outputs] for run in runs]
+    assert texts[0] == texts[1]
+    assert len({tuple(t) for t in texts[0]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ("", "empty_prompt"),
+        ({"prompt_token_ids": []}, "empty_prompt"),
+        ({"prompt_token_ids": [10] * 600}, "context_length_exceeded"),
+        ({"prompt_token_ids": [-5]}, "invalid_token"),
+        ({"prompt_token_ids": [10**6]}, "invalid_token"),
+        ({"other": 1}, "invalid_prompt"),
+    ],
+)
+def test_impossible_prompts_are_refused_and_the_engine_stays_usable(
+    smollm: LLM, prompt: Any, code: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        smollm.generate(["fine", prompt], GREEDY, use_tqdm=False)
+    assert caught.value.code == code
+    [output] = smollm.generate("fine", GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) > 0
+
+
+def test_wrong_use_is_explained() -> None:
+    with pytest.raises(UsageError, match="unknown option"):
+        LLM("smollm2", max_modl_len=5)
+    with pytest.raises(UsageError, match="temperature"):
+        SamplingParams(temperature=float("nan"))

@@ -92,9 +92,8 @@ class LLM:
         for conversation in listed:
             text = renderer.render_inline(
                 normalize_messages(conversation, template),
-                **(chat_template_kwargs or {}),
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
+                chat_template,
+                **{**(chat_template_kwargs or {}), "add_generation_prompt": add_generation_prompt},
             )
             ids = self.get_tokenizer().encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})

@@ -29,7 +29,9 @@ def run(invocation: Invocation) -> int:
     if source is not None:
         source.close()
     if invocation.json:
-        print(json.dumps(plan | {"weights_read": source is not None, "summary": five_numbers(plan)}))
+        print(
+            json.dumps(plan | {"weights_read": source is not None, "summary": five_numbers(plan)})
+        )
         return 0
     print("\n".join(plan_lines(plan)))
     if source is None:

@@ -70,9 +70,8 @@ async def start_service(options: Options, progress: Callable[[str, float], None]
     from quire.server.state import Service
     from quire.tokenization.chat_template import TemplateRenderer
 
-    progress("finding the model", 0.0)
-    files = await asyncio.to_thread(find_files, options)
     progress("starting the engine", 0.0)
+    files = await asyncio.to_thread(find_files, options)
     launch = asyncio.create_task(EngineClient.launch(engine_options(options, files), progress))
     try:
         tokenizer = None

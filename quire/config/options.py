@@ -125,7 +125,9 @@ class ServerOptions:
         600.0, "seconds after which a request is ended", low=0.1, live=True
     )
     drain_timeout: float = option(30.0, "seconds that SIGTERM waits for running requests", low=0)
-    template_timeout: float = option(2.0, "seconds that rendering a chat template may take", low=0.1)
+    template_timeout: float = option(
+        2.0, "seconds that rendering a chat template may take", low=0.1
+    )
     log_level: str = option("info", "what to log", choices=("debug", "info", "warning", "error"))
 
 

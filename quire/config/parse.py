@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
 
 
 def base_type(item: Field[Any]) -> str:
-    """"int", "float", "bool" or "str" of an option, without its ` | None`."""
+    """ "int", "float", "bool" or "str" of an option, without its ` | None`."""
     return str(item.type).split("|")[0].strip()
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from quire.formats.blocks import BLOCK_FORMATS, BlockFormat, BlockTensor, row_bytes
+from quire.formats.blocks import BlockTensor
+from quire.formats.layout import BLOCK_FORMATS, BlockFormat, row_bytes
 
 __all__ = [
     "BLOCK_FORMATS",

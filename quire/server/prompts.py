@@ -67,6 +67,8 @@ def parse_prompts(raw: bytes, max_model_len: int) -> list[str] | list[list[int]]
     if start is None:
         return [_decode(raw, str)]
     if start[1] == b'"':
+        if raw.count(b'"') - raw.count(b'\\"') > 2 * MAX_PROMPTS:
+            raise invalid("prompt", "too many prompts", field.allowed)
         prompts: list[str] = _decode(raw, list[str])
     elif start[1] == b"[":
         if raw.count(b"[") > MAX_PROMPTS + 1 or raw.count(b",") > MAX_PROMPTS * max_model_len:

@@ -9,11 +9,11 @@ import msgspec
 from quire.server.fields import (
     SAMPLING_FIELDS,
     Field,
-    RequestSchema,
     bool_field,
     int_field,
     string_field,
 )
+from quire.server.schema import RequestSchema
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 256  # prompts x n of one request
@@ -121,6 +121,7 @@ _MESSAGES = Field(
     list[ChatMessage],
     f"a list of 1 to {MAX_MESSAGES} messages with role and content (a string or text parts)",
     max_bytes=None,
+    most=(b'"role"', 2 * MAX_MESSAGES),  # a content may be "role" too
     check=lambda value: 0 < len(value) <= MAX_MESSAGES,
 )
 _COMMON = {

@@ -10,8 +10,9 @@ from starlette.responses import Response
 from quire.errors import UsageError
 from quire.server.body import read_body
 from quire.server.chat_prompt import render_chat
-from quire.server.fields import RequestSchema, invalid
+from quire.server.fields import invalid
 from quire.server.prompts import INLINE_CHARACTERS, encode_text
+from quire.server.schema import RequestSchema
 from quire.server.schemas import DETOKENIZE, TOKENIZE
 from quire.server.sse import encode
 from quire.server.state import ServerState

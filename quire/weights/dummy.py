@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import torch
 
-from quire.formats.blocks import BLOCK_FORMATS, BlockTensor, row_bytes
+from quire.formats.blocks import BlockTensor
 from quire.formats.gguf import quantize
+from quire.formats.layout import BLOCK_FORMATS, row_bytes
 from quire.weights.source import (
     DENSE_DTYPES,
     TensorInfo,

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from quire.errors import ModelError
-from quire.formats.blocks import BlockTensor, row_bytes
+from quire.formats.blocks import BlockTensor
+from quire.formats.layout import row_bytes
 from quire.weights.gguf_header import GgufHeader, StoredTensor, corrupt, read_header
 from quire.weights.gguf_names import Mapped, map_names
 from quire.weights.source import (

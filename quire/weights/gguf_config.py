@@ -10,9 +10,9 @@ import struct
 from math import pi
 from typing import Any
 
+from quire.formats.layout import FLOAT_FORMATS
 from quire.weights.gguf_header import GgufHeader, corrupt, unsupported
 from quire.weights.gguf_names import architecture
-from quire.weights.source import DENSE_DTYPES
 
 GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 GEMMA3_WINDOW_PATTERN = 6  # every sixth layer sees everything
@@ -205,7 +205,7 @@ def _llama3_scaling(header: GgufHeader, kind: str) -> dict[str, Any]:
     from quire.weights.gguf import GgufSource
 
     info = header.tensors["rope_freqs.weight"].info
-    if info.packed or len(info.shape) != 1 or not DENSE_DTYPES[info.format].is_floating_point:
+    if info.packed or len(info.shape) != 1 or info.format not in FLOAT_FORMATS:
         raise corrupt(header.path, "rope_freqs.weight is not a vector")
     with GgufSource(header) as source:
         assert isinstance(source, GgufSource)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ModelError
-from quire.weights.source import TensorInfo
+from quire.weights.tensor_info import TensorInfo
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

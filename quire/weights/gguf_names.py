@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from quire.errors import ModelError
 from quire.weights.gguf_header import GgufHeader, corrupt
-from quire.weights.source import TensorInfo
+from quire.weights.tensor_info import TensorInfo
 
 ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3", "qwen3moe")
 MAX_EXPERTS = 4096

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from math import prod
 from types import TracebackType
 
 import torch
 
 from quire.errors import ModelError
-from quire.formats.blocks import BLOCK_FORMATS, BlockTensor, row_bytes
+from quire.formats.blocks import BlockTensor
+from quire.weights.tensor_info import TensorInfo as TensorInfo
 
 # Formats whose values stand alone, by the names used everywhere in Quire.
 DENSE_DTYPES: dict[str, torch.dtype] = {
@@ -35,29 +34,6 @@ DENSE_DTYPES: dict[str, torch.dtype] = {
 
 SAMPLE_PIECES = 4
 SAMPLE_PIECE_BYTES = 1024
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor without reading it.
-
-    `shape` counts values, outermost dimension first; `format` is a key of DENSE_DTYPES or of
-    BLOCK_FORMATS.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    format: str
-
-    @property
-    def nbytes(self) -> int:
-        if self.format in DENSE_DTYPES:
-            return prod(self.shape) * DENSE_DTYPES[self.format].itemsize
-        return prod(self.shape[:-1]) * row_bytes(self.format, self.shape[-1])
-
-    @property
-    def packed(self) -> bool:
-        return self.format not in DENSE_DTYPES and self.format in BLOCK_FORMATS
 
 
 class WeightSource(ABC):

@@ -677,6 +677,17 @@ def test_the_last_in_order_is_preempted_and_its_tokens_stay() -> None:
     assert driver.scheduler.stats().preemptions == 1
 
 
+def test_nobody_is_admitted_while_a_running_request_is_short_of_blocks() -> None:
+    driver = Driver(LAYOUTS["window"], [6], depth=3, budget=32, slots=2)  # 5 blocks
+    driver.add(BASES[0][:90], SamplingParams(max_tokens=1))
+    assert driver.schedule() and driver.schedule()
+    assert driver.kv.usage() == (4, 5)  # the next 26 tokens need 2 blocks more
+    driver.add(BASES[1][:4], SamplingParams(max_tokens=1))  # needs 1
+    assert driver.scheduler.schedule() is None
+    assert driver.kv.usage() == (4, 5)
+    driver.drain()
+
+
 def test_a_preempted_request_is_not_overtaken_while_its_last_step_is_in_flight() -> None:
     driver = plain(blocks=5, slots=2, caching=False, depth=2, budget=64)  # 4 blocks
     driver.add(BASES[0][:30], SamplingParams(max_tokens=10, ignore_eos=True))

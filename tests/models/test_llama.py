@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "multi-head": {"num_key_value_heads": 4, "rms_norm_eps": 1e-3},
-    "head size": {"head_dim": 24, "num_attention_heads": 6, "num_key_value_heads": 1},
+    "head size": {"head_dim": 24, "num_key_value_heads": 1},
 }
 
 

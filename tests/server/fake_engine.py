@@ -22,6 +22,16 @@ CONTEXT = 2048
 VOCABULARY = 256
 
 
+INFO = EngineInfo(
+    model=MODEL,
+    max_model_len=CONTEXT,
+    vocab_size=VOCABULARY,
+    fingerprint="fp_test",
+    plan={"kv_blocks": 7},
+    default_params={"temperature": 0.25, "unknown_to_us": 1},
+)
+
+
 class FakeTokenizer:
     chat_template = "{{ messages }}"
 
@@ -59,14 +69,7 @@ class FakeEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finished: int = 0
-    info: EngineInfo = EngineInfo(
-        model=MODEL,
-        max_model_len=CONTEXT,
-        vocab_size=VOCABULARY,
-        fingerprint="fp_test",
-        plan={"kv_blocks": 7},
-        default_params={"temperature": 0.25, "unknown_to_us": 1},
-    )
+    info: EngineInfo = INFO
 
     def check(self, request: GenerateRequest) -> None:
         if self.dead:

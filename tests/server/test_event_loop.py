@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -98,38 +99,65 @@ def test_too_many_waiting_texts_are_a_503() -> None:
         assert http.get("/health").is_success
 
 
+def reads_slowly(port: int) -> socket.socket:
+    """A client with a small receive buffer, so that its stream soon stands still."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(10)
+    sock.connect(("127.0.0.1", port))
+    body = {"prompt": "abcdefgh", "max_tokens": 2000, "stream": True, "logprobs": 5}
+    sock.sendall(post("/v1/completions", json.dumps(body).encode()))
+    return sock
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process uses next to no processor time."""
+    return psutil.Process(pid).cpu_percent(0.3) < 10
+
+
 def test_200_slow_readers_leave_memory_flat_and_others_unhindered() -> None:
-    body = {"prompt": "abcdefgh" * 16, "max_tokens": 1900, "stream": True, "logprobs": 1}
-    with process("--delay", "0.001") as (child, url):
+    quick = {"prompt": "abc", "max_tokens": 50, "stream": True}
+    with process() as (child, url):
         server = RunningServer(url, None, None)
         memory = psutil.Process(child.pid).memory_info
         with server.client() as http:
-            quick = {"prompt": "abc", "max_tokens": 50, "stream": True}
             http.post("/v1/completions", json=quick)
             before = memory().rss
-            socks = [server.connect() for _ in range(200)]
-            for sock in socks:
-                sock.sendall(post("/v1/completions", json.dumps(body).encode()))
+            socks = [reads_slowly(server.port) for _ in range(200)]
             for _ in range(3):
-                for sock in socks:
-                    assert sock.recv(1)
-                start = time.perf_counter()
-                answer = http.post("/v1/completions", json=quick)
-                assert answer.text.endswith("[DONE]\n\n")
-                assert time.perf_counter() - start < 5
-                time.sleep(0.3)
+                assert all(sock.recv(1) for sock in socks)
+            assert wait_until(lambda: stands_still(child.pid), 20)
+            start = time.perf_counter()
+            assert http.post("/v1/completions", json=quick).text.endswith("[DONE]\n\n")
+            assert time.perf_counter() - start < 1
+            assert "quire:requests_running 200.0" in http.get("/metrics").text
             assert memory().rss - before < 64 * 2**20
             for sock in socks:
                 sock.close()
-            assert wait_until(
-                lambda: "running 0.0" in http.get("/metrics").text.replace("quire:requests_", "")
-            )
+            assert wait_until(lambda: "quire:requests_running 0.0" in http.get("/metrics").text)
 
 
-@pytest.mark.parametrize("body", [
-    b'{"prompt": [' + b"5," * 4_000_000 + b"5]}",
-    b'{"messages": [' + b'{"role":"user","content":"a"},' * 250_000 + b'{"role":"user","content":"a"}]}',
-])  # fmt: skip
+def test_a_reader_that_stands_still_is_cut_off_after_the_request_timeout() -> None:
+    with running(options(request_timeout=0.5)) as server, server.client() as http:
+        sock = reads_slowly(server.port)
+        assert wait_until(lambda: 'reason="stalled"} 1.0' in http.get("/metrics").text)
+        assert wait_until(lambda: not server.engine.running)
+        sock.close()
+
+
+MESSAGE = b'{"role":"user","content":"a"}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": [' + b"5," * 4_000_000 + b"5]}",
+        b'{"messages": [' + (MESSAGE + b",") * 250_000 + MESSAGE + b"]}",
+        b'{"prompt": "a", "allowed_token_ids": [' + b"5," * 4_000_000 + b"5]}",
+        b"{" + b",".join(b'"%06d":1' % i for i in range(700_000)) + b"}",
+    ],
+    ids=["prompt", "messages", "ids", "names"],
+)
 def test_large_hostile_bodies_hold_the_loop_only_for_a_moment(body: bytes) -> None:
     with running() as server, health_latency(server) as seconds, server.client() as http:
         path = "/v1/chat/completions" if b"messages" in body[:12] else "/v1/completions"

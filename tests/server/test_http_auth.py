@@ -1,4 +1,4 @@
-"""Who may ask: every route but health and readiness needs a key, whatever the request looks like."""
+"""Who may ask: every route but health and readiness needs a key, however a request looks."""
 
 from __future__ import annotations
 

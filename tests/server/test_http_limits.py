@@ -1,4 +1,4 @@
-"""Wrong input: every field outside its limits is a quick 4xx that names it, and the server lives."""
+"""Wrong input: a field outside its limits is a quick 4xx that names it, and the server lives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refused(http: httpx.Client, path: str, body: str | bytes, status: int = 400)
     """Post raw JSON; check the refusal's form, time, and that the next request works."""
     start = time.perf_counter()
     answer = http.post(path, content=body, headers={"content-type": "application/json"})
-    assert time.perf_counter() - start < QUICK_SECONDS
+    assert time.perf_counter() - start < QUICK_SECONDS + len(body) / 20e6
     assert answer.status_code == status, answer.text[:500]
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -134,9 +134,9 @@ def test_messages_are_checked(http: httpx.Client, messages: str) -> None:
      json.dumps({f"k{i}": 1 for i in range(33)}), json.dumps({"a": "x" * 20000})],
 )  # fmt: skip
 def test_template_arguments_are_checked(http: httpx.Client, kwargs: str) -> None:
+    messages = '[{"role": "user", "content": "x"}]'
     for path in ("/v1/chat/completions", "/tokenize"):
-        body = f'{{"messages": [{{"role": "user", "content": "x"}}], "chat_template_kwargs": {kwargs}}}'
-        refused(http, path, body)
+        refused(http, path, f'{{"messages": {messages}, "chat_template_kwargs": {kwargs}}}')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""`quire bench offline`: the engine's speed on fixed work, without a server."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quire.cli import workload
+from quire.cli.bench_record import Record, read_bandwidth
+from quire.cli.flags import CommandLineError, Invocation, Parser
+from quire.cli.terminal import Phases
+from quire.cli.workload import CPU_DEFAULT, SCENARIOS, Scenario, find_scenarios, make_prompts
+from quire.errors import PlanError
+
+if TYPE_CHECKING:
+    from quire.cli.local import LocalEngine
+    from quire.config.options import Options
+
+MOST_REQUESTS = 256
+Metrics = dict[str, float]
+
+
+def add_flags(parser: Parser) -> None:
+    """Flags of the measurement, the model and the engine."""
+    group = parser.add_argument_group(
+        "measurement", "; ".join(f"{s.name}: {s.about}" for s in SCENARIOS)
+    )
+    group.add_argument(
+        "--scenarios", default=CPU_DEFAULT, metavar="NAMES", help=f"[{CPU_DEFAULT}]; bN, dBxC too"
+    )
+    group.add_argument("--repeat", default="3", metavar="N", help="report the median of N [3]")
+    group.add_argument(
+        "--scale", default="1", metavar="X", help="shrink counts and lengths, 0 to 1 [1]"
+    )
+    group.add_argument("--output", metavar="FILE", help="write the record as JSON")
+    parser.add_sections("model", "engine")
+
+
+def run(invocation: Invocation) -> int:
+    """Measure and print."""
+    flags = invocation.flags
+    options = invocation.options(invocation.words[0] if invocation.words else None)
+    scenarios = find_scenarios(flags.scenarios)
+    repeat = int(number("--repeat", flags.repeat, 1, 100, whole=True))
+    scale = number("--scale", flags.scale, 0.0001, 1)
+    from quire.cli.local import LocalEngine
+    from quire.cli.main import set_up_logging
+
+    set_up_logging(options.server.log_level)
+    phases = Phases(quiet=invocation.json)
+    options = _room_for(options, invocation.given(), scenarios, scale, invocation.json)
+    engine = LocalEngine(options, phases)
+    took = phases.finish()
+    record = Record(invocation.command, engine.info.model, engine.info.plan, {"start_s": took})
+    bench = Bench(engine)
+    bench.warm_up()
+    record.ceilings["memory_read_gb_s"] = read_bandwidth()
+    for scenario in scenarios:
+        sized = scenario.scaled(scale, engine.info.max_model_len)
+        if not invocation.json:
+            print(f"{scenario.name}: {_size(sized)} ...", file=sys.stderr, flush=True)
+        runs = [bench.measure(sized) for _ in range(repeat)]
+        record.add(sized, cut=sized != scenario, runs=runs)
+    record.finish(as_json=invocation.json, output=flags.output)
+    return 0
+
+
+def number(flag: str, text: str, low: float, high: float, whole: bool = False) -> float:
+    """A flag's number. Raises CommandLineError."""
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        why = f"it must be {kind} from {low:g} to {high:g}"
+        raise CommandLineError("invalid_flag", f"{flag}: {text!r} is not allowed", why, field=flag)
+    return value
+
+
+def _size(scenario: Scenario) -> str:
+    return f"{scenario.requests} x {scenario.prompt} in, {scenario.output} out"
+
+
+def _room_for(
+    options: Options, given: dict[str, Any], scenarios: list[Scenario], scale: float, quiet: bool
+) -> Options:
+    """Options with slots and KV cache for the largest scenario, where they were not given."""
+    from quire.engine.startup import find_model, kernel_facts, make_plan
+    from quire.plan.memory import bytes_for_tokens
+
+    engine = options.engine
+    if "max_num_seqs" not in given:
+        most = max(round(s.requests * scale) for s in scenarios)
+        slots = max(engine.max_num_seqs, min(MOST_REQUESTS, most))
+        engine = replace(engine, max_num_seqs=slots)
+    sized = replace(options, engine=engine)
+    if engine.kv_cache_memory is not None:
+        return sized
+    files, found = find_model(options), kernel_facts()
+    plan = make_plan(sized, files, None, found)
+    longest, seats = plan.max_model_len, engine.max_num_seqs
+    work = [s.scaled(scale, longest) for s in scenarios]
+    need = max(min(s.requests, seats) * (s.prompt + s.output) for s in work)
+    if need <= plan.context_tokens:
+        return sized
+    size = bytes_for_tokens(plan.groups, need, engine.max_num_batched_tokens, seats)
+    larger = replace(sized, engine=replace(engine, kv_cache_memory=size))
+    try:
+        make_plan(larger, files, None, found)
+    except PlanError as error:
+        if not quiet:
+            print(f"some requests will wait or be preempted: {error}", file=sys.stderr)
+        return sized
+    return larger
+
+
+@dataclass
+class Timed:
+    """One pass: seconds to the first token, to the last, and in all; tokens of output."""
+
+    first: float
+    last: float
+    seconds: float
+    tokens: int
+    cached: int
+
+
+class Bench:
+    """Runs scenarios on one engine. No two passes share a prompt, so the prefix cache serves
+    only what a scenario means it to."""
+
+    def __init__(self, engine: LocalEngine):
+        self.engine = engine
+        self._passes = 0
+
+    def warm_up(self) -> None:
+        """First calls pay for allocations and caches; they are not measured."""
+        length = max(1, min(64, self.engine.info.max_model_len // 2))
+        output = min(8, self.engine.info.max_model_len - length)
+        self._pass(Scenario("warm-up", workload.TOTAL, 2, length, output, ""))
+
+    def measure(self, scenario: Scenario) -> Metrics:
+        """One repetition."""
+        before = self.engine.engine.core.scheduler.stats().preemptions
+        metrics: Metrics = getattr(self, f"_{scenario.kind}")(scenario)
+        preempted = self.engine.engine.core.scheduler.stats().preemptions - before
+        return metrics | ({"preemptions": float(preempted)} if preempted else {})
+
+    def _decode(self, scenario: Scenario) -> Metrics:
+        """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""
+        first = self._pass(replace(scenario, output=1)).seconds
+        whole = self._pass(scenario).seconds
+        gaps = scenario.output - 1
+        itl = max(whole - first, 1e-9) / gaps
+        return {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl, "t1_ms": first * 1e3}
+
+    def _total(self, scenario: Scenario) -> Metrics:
+        timed = self._pass(scenario)
+        return {"output_tok_s": timed.tokens / timed.seconds, "seconds": timed.seconds}
+
+    def _prefill(self, scenario: Scenario) -> Metrics:
+        timed = self._pass(scenario)
+        prompts = scenario.requests * scenario.prompt
+        return {"prefill_tok_s": prompts / timed.seconds, "seconds": timed.seconds}
+
+    def _prefix(self, scenario: Scenario) -> Metrics:
+        """The shared tokens are computed before, and not timed."""
+        prompts = self._prompts(scenario)
+        opening = replace(scenario, requests=1, output=1)
+        self._run([prompts[0][: scenario.shared + 1]], opening.output)
+        timed = self._run(prompts, scenario.output)
+        return {
+            "output_tok_s": timed.tokens / timed.seconds,
+            "seconds": timed.seconds,
+            "cached_share": timed.cached / (scenario.requests * scenario.prompt),
+        }
+
+    def _single(self, scenario: Scenario) -> Metrics:
+        timed = self._pass(scenario)
+        rate = (timed.tokens - 1) / max(timed.last - timed.first, 1e-9)
+        return {"decode_tok_s": rate, "ttft_ms": timed.first * 1e3}
+
+    def _pass(self, scenario: Scenario) -> Timed:
+        return self._run(self._prompts(scenario), scenario.output)
+
+    def _prompts(self, scenario: Scenario) -> list[list[int]]:
+        self._passes += 1
+        return make_prompts(scenario, self.engine.info.vocab_size, self._passes)
+
+    def _run(self, prompts: list[list[int]], output: int) -> Timed:
+        from quire.params import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        requests = [self.engine.request(prompt, params) for prompt in prompts]
+        timed = Timed(0.0, 0.0, 0.0, 0, 0)
+        start = time.perf_counter()
+        for news in self.engine.stream(requests):
+            timed.last = time.perf_counter() - start
+            timed.first = timed.first or timed.last
+            timed.tokens += sum(len(choice.token_ids) for choice in news.choices)
+            timed.cached += news.num_cached_tokens if news.finished else 0
+        timed.seconds = time.perf_counter() - start
+        return timed

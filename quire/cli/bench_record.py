@@ -1,0 +1,133 @@
+"""A benchmark's record: results with the machine, the versions, the command and the ceiling."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quire.cli.version import versions
+from quire.errors import UsageError
+
+if TYPE_CHECKING:
+    from quire.cli.workload import Scenario
+
+BANDWIDTH_BYTES = 256 * 2**20
+_KEPT = ("device", "device_name", "threads", "kernels", "isa", "dtype", "kv_dtype")
+_KEPT += ("weight_formats", "weight_bytes", "max_num_seqs", "max_num_batched_tokens")
+_KEPT += ("deterministic", "fingerprint")
+
+
+class Record:
+    """Everything one run of a benchmark measured. `facts`: numbers of the whole run."""
+
+    def __init__(self, command: str, model: str, plan: dict[str, Any], facts: dict[str, float]):
+        self.command = command
+        self.model = model
+        self.plan = {name: plan[name] for name in _KEPT if name in plan}
+        self.facts = dict(facts)
+        self.ceilings: dict[str, float] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def add(self, scenario: Scenario, cut: bool, runs: list[dict[str, float]]) -> None:
+        """The repetitions of a scenario. `cut`: it is smaller than its name says."""
+        names = dict.fromkeys(name for run in runs for name in run)
+        median = {n: statistics.median(run.get(n, 0.0) for run in runs) for n in names}
+        if scenario.name == "single" and self.ceilings and self.plan.get("weight_bytes"):
+            # A decode step reads every weight once.
+            bytes_per_s = self.ceilings["memory_read_gb_s"] * 1e9
+            median["ceiling_tok_s"] = bytes_per_s / self.plan["weight_bytes"]
+        self.results[scenario.name] = {
+            "requests": scenario.requests,
+            "prompt_tokens": scenario.prompt,
+            "output_tokens": scenario.output,
+            "full_size": not cut,
+            "median": {name: round(value, 4) for name, value in median.items()},
+            "runs": [{name: round(v, 4) for name, v in run.items()} for run in runs],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "command": self.command,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": self.model,
+            "machine": machine(),
+            "versions": versions(),
+            "plan": self.plan,
+            "ceilings": {name: round(value, 2) for name, value in self.ceilings.items()},
+            **{name: round(value, 3) for name, value in self.facts.items()},
+            "results": self.results,
+        }
+
+    def lines(self) -> list[str]:
+        """A table: one line for each scenario and metric."""
+        plan = self.plan
+        lines = [
+            f"{self.model} on {plan['device_name']}, {plan['threads']} threads, "
+            f"{plan['kernels']} kernels ({plan['isa']}), {plan['weight_formats']}",
+            "",
+            f"{'scenario':12}{'requests':>9}{'in':>7}{'out':>6}  results (median)",
+        ]
+        for name, result in self.results.items():
+            values = ", ".join(f"{k} {v:.4g}" for k, v in result["median"].items())
+            counts = f"{result['requests']:>9}{result['prompt_tokens']:>7}"
+            note = "" if result["full_size"] else "  (smaller than the scenario: not comparable)"
+            lines.append(f"{name:12}{counts}{result['output_tokens']:>6}  {values}{note}")
+        ceilings = ", ".join(f"{name} {value:.4g}" for name, value in self.ceilings.items())
+        return [*lines, "", f"measured ceilings: {ceilings}"]
+
+    def finish(self, as_json: bool, output: str | None) -> None:
+        """Print, and write the file if asked. Raises UsageError where it cannot be written."""
+        self.facts["peak_memory_mib"] = peak_memory() / 2**20
+        print(json.dumps(self.to_dict()) if as_json else "\n".join(self.lines()))
+        if output:
+            write_json(output, self.to_dict())
+
+
+def write_json(path: str, data: dict[str, Any]) -> None:
+    """Write a record. Raises UsageError where it cannot be written."""
+    try:
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError("cannot_write", f"cannot write {path}", why=str(error)) from None
+
+
+def machine() -> dict[str, Any]:
+    """The machine of this run."""
+    from quire.hardware.machine import detect
+
+    found = detect()
+    return {
+        "processor": found.name,
+        "architecture": found.architecture,
+        "cores": found.cores,
+        "memory_bytes": found.memory_bytes,
+        "system": platform.platform(),
+    }
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had in memory."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_bandwidth() -> float:
+    """GB/s at which torch reads memory: the fastest of five sums over 256 MiB."""
+    import torch
+
+    data = torch.ones(BANDWIDTH_BYTES // 4)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return BANDWIDTH_BYTES / best / 1e9

@@ -1,0 +1,31 @@
+"""What is known of a tensor from a file's header."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from quire.formats.layout import BLOCK_FORMATS, DENSE_BYTES, row_bytes
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    `shape` counts values, outermost dimension first; `format` is a key of DENSE_BYTES or of
+    BLOCK_FORMATS.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+
+    @property
+    def nbytes(self) -> int:
+        if self.format in DENSE_BYTES:
+            return prod(self.shape) * DENSE_BYTES[self.format]
+        return prod(self.shape[:-1]) * row_bytes(self.format, self.shape[-1])
+
+    @property
+    def packed(self) -> bool:
+        return self.format not in DENSE_BYTES and self.format in BLOCK_FORMATS

@@ -11,7 +11,14 @@ if sys.platform == "win32":
 else:
     # Contraction off: a compiler that fuses a*b+c where it likes would break bit-invariance.
     # Instruction sets are chosen inside the sources (isa_*.cpp) and at run time, never here.
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-pthread",
+    ]
     link = ["-pthread"]
 
 native = Extension(
@@ -23,8 +30,16 @@ native = Extension(
     depends=[
         f"quire/kernels/native/{name}.h"
         for name in (
-            "pool", "formats", "kernels", "linear", "attention", "rows",
-            "vector_math", "lanes_avx512", "lanes_avx2", "lanes_portable",
+            "pool",
+            "formats",
+            "kernels",
+            "linear",
+            "attention",
+            "rows",
+            "vector_math",
+            "lanes_avx512",
+            "lanes_avx2",
+            "lanes_portable",
         )
     ],
     define_macros=[("Py_LIMITED_API", hex(ABI))],

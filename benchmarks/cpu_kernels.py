@@ -19,7 +19,12 @@ from quire.kernels.reference.packed import GGUF_BLOCKS
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 576, 1536, 30, 49152
 HEADS, KV_HEADS, HEAD_SIZE = 9, 3, 64
-WEIGHTS = {"qkv": (960, HIDDEN), "out": (HIDDEN, HIDDEN), "gate_up": (2 * INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
+WEIGHTS = {
+    "qkv": (960, HIDDEN),
+    "out": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+}
 
 
 def best(run: Callable[[], object], seconds: float = 0.6) -> float:
@@ -37,7 +42,9 @@ def random_weight(format: str, n: int, k: int) -> ops.PackedWeight:
         dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[format]
         return ops.pack(torch.randn(n, k).to(dtype))
     elements, size = GGUF_BLOCKS[format]
-    return ops.pack((format, torch.randint(0, 60, (n, k // elements * size), dtype=torch.uint8), n, k))
+    return ops.pack(
+        (format, torch.randint(0, 60, (n, k // elements * size), dtype=torch.uint8), n, k)
+    )
 
 
 def memory_ceiling() -> float:
@@ -47,15 +54,23 @@ def memory_ceiling() -> float:
 
 
 def linears(format: str, head_format: str, row_counts: list[int], ceiling: float) -> None:
-    layers = [{name: random_weight(format, n, k) for name, (n, k) in WEIGHTS.items()} for _ in range(LAYERS)]
+    layers = [
+        {name: random_weight(format, n, k) for name, (n, k) in WEIGHTS.items()}
+        for _ in range(LAYERS)
+    ]
     head = random_weight(head_format, VOCABULARY, HIDDEN)
     body_bytes = sum(w.data.nbytes for layer in layers for w in layer.values())
     macs = LAYERS * sum(n * k for n, k in WEIGHTS.values())
     for rows in row_counts:
         inputs = {k: torch.randn(rows, k) for k in (HIDDEN, INTERMEDIATE)}
-        outputs = {n: torch.empty(rows, n) for n in {n for n, _ in WEIGHTS.values()} | {VOCABULARY if rows <= 16 else 1}}
+        outputs = {
+            n: torch.empty(rows, n)
+            for n in {n for n, _ in WEIGHTS.values()} | {VOCABULARY if rows <= 16 else 1}
+        }
 
-        def body(inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs) -> None:
+        def body(
+            inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs
+        ) -> None:
             for layer in layers:
                 for weight in layer.values():
                     ops.linear(inputs[weight.k], weight, out=outputs[weight.n])
@@ -65,7 +80,9 @@ def linears(format: str, head_format: str, row_counts: list[int], ceiling: float
         line += f" ({100 * body_bytes / seconds / 1e9 / ceiling:3.0f}% of memory) {2 * macs * rows / seconds / 1e9:7.0f} GOP/s"
         if rows <= 16:
 
-            def with_head(inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs) -> None:
+            def with_head(
+                inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs
+            ) -> None:
                 body(inputs, outputs)
                 ops.linear(inputs[HIDDEN], head, out=outputs[VOCABULARY])
 
@@ -80,7 +97,9 @@ def cached_linear(format: str) -> None:
     weight = random_weight(format, 256, HIDDEN * 2 if HIDDEN * 2 % 256 == 0 else 1024)
     x, out = torch.randn(256, weight.k), torch.empty(256, 256)
     seconds = best(lambda: ops.linear(x, weight, out=out), 0.3)
-    print(f"linear {format:5} cached 256x256x{weight.k}  {2 * 256 * 256 * weight.k / seconds / 1e9:7.0f} GOP/s")
+    print(
+        f"linear {format:5} cached 256x256x{weight.k}  {2 * 256 * 256 * weight.k / seconds / 1e9:7.0f} GOP/s"
+    )
 
 
 def caches(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,7 +112,10 @@ def caches(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
 def attention(queries: int, context: int, dtype: torch.dtype) -> None:
     k, v, table = caches(context, dtype)
     q = torch.randn(queries, HEADS * HEAD_SIZE)
-    start, length = torch.tensor([0, queries], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    start, length = (
+        torch.tensor([0, queries], dtype=torch.int32),
+        torch.tensor([context], dtype=torch.int32),
+    )
     seconds = best(lambda: ops.attention(q, k, v, table, start, length, 0.125), 0.4)
     pairs = queries * (context - queries) + queries * (queries + 1) // 2
     print(
@@ -105,7 +127,11 @@ def attention(queries: int, context: int, dtype: torch.dtype) -> None:
 
 def small_operations() -> None:
     for rows in (1, 512):
-        x, residual, weight = torch.randn(rows, HIDDEN), torch.randn(rows, HIDDEN), torch.randn(HIDDEN)
+        x, residual, weight = (
+            torch.randn(rows, HIDDEN),
+            torch.randn(rows, HIDDEN),
+            torch.randn(HIDDEN),
+        )
         gate = torch.randn(rows, 2 * INTERMEDIATE)
         qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_SIZE)
         k, v, _ = caches(max(rows, 16), torch.float32)
@@ -113,7 +139,9 @@ def small_operations() -> None:
         table = random_weight("q8_0", VOCABULARY, HIDDEN) if rows == 1 else None
         runs: dict[str, Callable[[], object]] = {
             "rms_norm": lambda x=x, weight=weight: ops.rms_norm(x, weight, 1e-5),
-            "add_rms_norm": lambda x=x, residual=residual, weight=weight: ops.add_rms_norm(x, residual, weight, 1e-5),
+            "add_rms_norm": lambda x=x, residual=residual, weight=weight: ops.add_rms_norm(
+                x, residual, weight, 1e-5
+            ),
             "gated_activation": lambda gate=gate: ops.gated_activation(gate, "silu"),
             "rotary_cache": lambda qkv=qkv, k=k, v=v, c=cos_sin, p=positions: ops.rotary_cache(
                 qkv, p, c, None, None, 1e-5, k, v, p

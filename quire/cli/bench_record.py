@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from quire.cli.workload import Scenario
 
 BANDWIDTH_BYTES = 256 * 2**20
-_KEPT = ("device", "device_name", "threads", "kernels", "isa", "dtype", "kv_dtype")
-_KEPT += ("weight_formats", "weight_bytes", "max_num_seqs", "max_num_batched_tokens")
-_KEPT += ("deterministic", "fingerprint")
+# What of the plan a record keeps.
+_KEPT = """device device_name threads kernels isa dtype kv_dtype weight_formats weight_bytes
+max_num_seqs max_num_batched_tokens deterministic fingerprint"""
 
 
 class Record:
@@ -28,7 +28,7 @@ class Record:
     def __init__(self, command: str, model: str, plan: dict[str, Any], facts: dict[str, float]):
         self.command = command
         self.model = model
-        self.plan = {name: plan[name] for name in _KEPT if name in plan}
+        self.plan = {name: plan[name] for name in _KEPT.split()}
         self.facts = dict(facts)
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, dict[str, Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Chat:
         if not text.strip():
             return
         word, _, rest = text.partition(" ")
-        commands = {
+        commands: dict[str, Callable[[str], None]] = {
             "/set": self._set,
             "/unset": self._unset,
             "/system": self._system,

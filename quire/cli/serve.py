@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import quire
 from quire.cli.flags import Invocation, Parser
 from quire.cli.plan_table import five_numbers
+from quire.cli.report import EXIT_INTERRUPTED
 from quire.cli.terminal import Phases
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(invocation: Invocation) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C. Exit code 130 if that came before it was ready."""
     options = invocation.options(invocation.words[0] if invocation.words else None)
     from quire.cli.main import set_up_logging
     from quire.server.serve import run as run_server
@@ -37,6 +38,7 @@ def run(invocation: Invocation) -> int:
     set_up_logging(options.server.log_level)
     phases = Phases(quiet=invocation.json)
     services: list[Service] = []
+    ready: list[str] = []
 
     async def factory(progress: Callable[[str, float], None]) -> Service:
         def both(phase: str, fraction: float) -> None:
@@ -48,6 +50,7 @@ def run(invocation: Invocation) -> int:
 
     def on_ready(url: str) -> None:
         took = phases.finish()
+        ready.append(url)
         service = services[0]
         facts = ready_facts(options, service, url)
         if invocation.json:
@@ -61,7 +64,7 @@ def run(invocation: Invocation) -> int:
         run_server(options, factory, on_ready)
     finally:
         phases.finish()
-    return 0
+    return 0 if ready else EXIT_INTERRUPTED
 
 
 async def start_service(options: Options, progress: Callable[[str, float], None]) -> Service:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 from starlette.requests import Request
@@ -19,7 +18,6 @@ from quire.server.state import ServerState
 
 MAX_STEP_AGE_SECONDS = 30.0
 STATS_TIMEOUT_SECONDS = 1.0
-_STARTED = int(time.time())
 
 
 def _json(body: Any, status: int = 200) -> Response:
@@ -31,7 +29,7 @@ def _model(state: ServerState) -> dict[str, Any]:
     return {
         "id": state.model_name(),
         "object": "model",
-        "created": _STARTED,
+        "created": int(info.started),
         "owned_by": "quire",
         "root": info.model,
         "max_model_len": info.max_model_len,

@@ -20,6 +20,7 @@ from quire.server.generation import (
     Deltas,
     Usage,
     collect,
+    has_news,
     run_call,
     until_disconnect,
 )
@@ -123,7 +124,7 @@ async def _frames(call: Call, deltas: Deltas) -> AsyncGenerator[bytes, None]:
     async with aclosing(deltas):
         async for index, delta in deltas:
             usage.update(index, delta)
-            frames = [_frame(writer, call, choice) for choice in delta.choices]
+            frames = [_frame(writer, call, c) for c in delta.choices if has_news(c)]
             if frames:
                 yield b"".join(frames)
     if call.include_usage:

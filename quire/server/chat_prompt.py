@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from quire.errors import UsageError
@@ -50,8 +51,11 @@ async def render_chat(state: ServerState, fields: dict[str, Any]) -> str:
             "continue_final_message", "given with add_generation_prompt", "only one of the two"
         )
     kwargs["add_generation_prompt"] = not resume if generate is None else generate
+    marker = secrets.token_hex(16)  # of which no message can have a part by accident
+    if resume:
+        messages[-1]["content"] += marker
     text = await state.rendering.run(lambda: renderer.render(messages, **kwargs))
-    return _cut_after(text, messages[-1]["content"]) if resume else text
+    return _cut_at(text, marker) if resume else text
 
 
 def _renderer(state: ServerState) -> tuple[MessageRenderer, str]:
@@ -110,17 +114,13 @@ def _checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def _cut_after(text: str, final: str) -> str:
-    """`text` up to the end of the final message's content, for the model to continue it.
-
-    Templates may strip a message; then its stripped form is the end.
-    """
-    for candidate in (final, final.strip()):
-        at = text.rfind(candidate) if candidate else -1
-        if at >= 0:
-            return text[: at + len(candidate)]
-    raise UsageError(
-        "template_error",
-        "continue_final_message: the final message is empty or the template changes it",
-        field="continue_final_message",
-    )
+def _cut_at(text: str, marker: str) -> str:
+    """`text` up to the marker at the end of the final message, for the model to continue it."""
+    before, found, _ = text.partition(marker)
+    if not found:
+        raise UsageError(
+            "template_error",
+            "continue_final_message: the chat template leaves out or changes the final message",
+            field="continue_final_message",
+        )
+    return before

@@ -19,6 +19,7 @@ from quire.server.generation import (
     Deltas,
     Usage,
     collect,
+    has_news,
     run_call,
     until_disconnect,
 )
@@ -135,12 +136,16 @@ class _Answer:
         call = self._call
         writer, usage = FrameWriter(call, "text_completion"), Usage()
         lengths: dict[int, int] = {}
+        positions: dict[int, list[PositionLogprobs | None]] = {}
         async with aclosing(deltas):
             async for index, delta in deltas:
                 usage.update(index, delta)
+                if delta.prompt_logprobs is not None:  # in pieces, as the prompt is computed
+                    positions.setdefault(index, []).extend(delta.prompt_logprobs)
                 frames = [
-                    self._frame(writer, index, choice, delta.prompt_logprobs, lengths)
+                    self._frame(writer, index, choice, positions.get(index), lengths)
                     for choice in delta.choices
+                    if has_news(choice)
                 ]
                 if frames:
                     yield b"".join(frames)

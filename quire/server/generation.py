@@ -52,6 +52,11 @@ class Usage:
         }
 
 
+def has_news(choice: ChoiceDelta) -> bool:
+    """Whether a client should hear of it: not while a prompt is still being computed."""
+    return bool(choice.token_ids or choice.text) or choice.finish_reason is not None
+
+
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client leaves (then ClientGone).
 
@@ -148,7 +153,8 @@ async def collect(deltas: Deltas, call: Call) -> Collected:
         async for index, delta in deltas:
             result.usage.update(index, delta)
             if delta.prompt_logprobs is not None:
-                result.prompt_logprobs[index] = delta.prompt_logprobs
+                known = result.prompt_logprobs[index] or []
+                result.prompt_logprobs[index] = known + delta.prompt_logprobs
             for change in delta.choices:
                 _append(choices[index][change.index], change)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -22,24 +23,26 @@ class WorkPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"quire-{name}")
         self._name = name
         self._limit = limit
-        self.pending = 0
+        self._pending = 0
+        self._lock = threading.Lock()
 
     async def run(self, job: Callable[[], T]) -> T:
         """The result of `job` on a thread. Raises what it raises, or Overloaded."""
-        if self.pending >= self._limit:
+        if self._pending >= self._limit:
             raise Overloaded(
                 "queue_full",
                 f"too many requests wait for the {self._name}",
                 fix="send this request again later",
             )
-        loop = asyncio.get_running_loop()
-        self.pending += 1
+        with self._lock:
+            self._pending += 1
         future = self._executor.submit(job)
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done))
+        future.add_done_callback(self._done)
         return await asyncio.wrap_future(future)
 
-    def _done(self) -> None:
-        self.pending -= 1
+    def _done(self, _: object) -> None:
+        with self._lock:  # on a worker's thread
+            self._pending -= 1
 
     def close(self) -> None:
         """Drop what waits. Running jobs end by themselves."""

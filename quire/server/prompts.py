@@ -49,7 +49,7 @@ async def encode_prompts(state: ServerState, raw: msgspec.Raw, special: bool) ->
     for item in parse_prompts(bytes(raw), state.ready_service().engine.info.max_model_len):
         if isinstance(item, str):
             if not item:
-                raise invalid("prompt", "an empty prompt", "not empty")
+                raise _empty("prompt")
             ids = await encode_text(state, item, special, "prompt")
             prompts.append(Prompt(ids, item))
         else:
@@ -92,16 +92,21 @@ def check_ids(state: ServerState, ids: list[int], name: str) -> None:
     """Raise UsageError for no ids, ids outside the vocabulary, or more than the context holds."""
     info = state.ready_service().engine.info
     if not ids:
-        raise invalid(name, "an empty prompt", "at least one token")
+        raise _empty(name)
     if len(ids) >= info.max_model_len:
         raise _too_long(name, len(ids), info.max_model_len)
     if min(ids) < 0 or max(ids) >= info.vocab_size:
         bad = next(i for i in ids if not 0 <= i < info.vocab_size)
-        raise invalid(
-            name,
-            f"token id {bad} is outside the vocabulary",
-            f"ids from 0 to {info.vocab_size - 1}",
+        raise UsageError(
+            "invalid_token",
+            f"{name}: token id {bad} is outside the vocabulary",
+            why=f"ids of this model run from 0 to {info.vocab_size - 1}",
+            field=name,
         )
+
+
+def _empty(name: str) -> UsageError:
+    return UsageError("empty_prompt", f"{name}: the prompt is empty", field=name)
 
 
 def _too_long(name: str, count: int, max_model_len: int) -> UsageError:

@@ -30,6 +30,8 @@ log = logging.getLogger("quire.server")
 Progress = Callable[[str, float], None]
 ServiceFactory = Callable[[Progress], Awaitable[Service]]
 
+# Of the kernel, per connection (they inherit it): a slow reader must not have it hold megabytes.
+SEND_BUFFER_BYTES = 64 * 1024
 FLUSH_SECONDS = 5.0  # for clients to take the rest of answers that are complete
 CLOSE_SECONDS = 10.0  # for the engine to end
 DEATH_NOTICE_SECONDS = 2.0  # a dead engine's clients get their error before the server ends
@@ -187,6 +189,7 @@ def bind(options: ServerOptions) -> socket.socket:
         raise UsageError("bad_host", f"cannot listen on {host}", why=str(error)) from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         sock.bind(address)
         sock.setblocking(False)
     except OSError as error:

@@ -86,6 +86,13 @@ class Asked:
     def visible(self) -> list[int]:
         return self.tokens if self.abort_length is None else self.tokens[: self.abort_length]
 
+    @property
+    def confirmed(self) -> list[int]:
+        """Output that others may find: with stop strings only what the frontend has confirmed."""
+        if not self.add.params.stop:
+            return self.tokens
+        return [] if self.abort_length is None else self.visible
+
 
 class Driver:
     """The engine loop and the frontends around one Scheduler, with `depth` steps in flight."""
@@ -114,6 +121,7 @@ class Driver:
         self.nans: set[int] = set()
         self.fault = False  # the next step raises, whoever is in it
         self.late = False  # it does so only when its result is asked for
+        self.commits_first = self.rng.random() < 0.5  # ... steps before one that raised
         self.iterations = 0
         self.faults = 0
 
@@ -241,7 +249,7 @@ class Driver:
             except StepFailed:
                 if not self.late:
                     self.pending.append((batch, None))
-                    while self.rng.random() < 0.5 and self.pending[0][1] is not None:
+                    while self.commits_first and self.pending[0][1] is not None:
                         self.commit()
                     self.recover()
                     return True
@@ -295,9 +303,7 @@ class Driver:
         right: dict[bytes, tuple[int, list[int]]] = {}
         beyond: set[bytes] = set()
         for asked in self.asked.values():
-            tokens = asked.add.prompt_token_ids + (
-                asked.visible if asked.add.params.stop else asked.tokens
-            )
+            tokens = asked.add.prompt_token_ids + asked.confirmed
             for identity, value in self._chain(asked, tokens):
                 right[identity] = value
             full = asked.add.prompt_token_ids + asked.ref.tokens + asked.ref.beyond
@@ -704,6 +710,24 @@ def test_a_preempted_request_is_not_overtaken_while_its_last_step_is_in_flight()
     assert driver.scheduler.stats().preemptions == 1
 
 
+def test_a_request_with_a_row_in_the_step_is_not_preempted_by_one_before_it() -> None:
+    groups = LAYOUTS["window"]
+    driver = Driver(groups, [5], budget=8, slots=2, priority=True, caching=False)  # 4 blocks
+    driver.add(BASES[0][:14], SamplingParams(max_tokens=30, ignore_eos=True), priority=5)
+    driver.iterate()
+    driver.iterate()
+    driver.add(BASES[1][:90], SamplingParams(max_tokens=1))
+    for _ in range(4):
+        driver.iterate()
+    # r1 has 28 of 90 tokens in 2 blocks and needs a third; r0 decodes in the other 2.
+    assert driver.scheduler.requests["r1"].computed == 28
+    assert driver.kv.usage() == (4, 4)
+    batch = driver.scheduler.schedule()
+    assert batch is not None and ids(driver, batch) == ["r0"]
+    driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
+    driver.drain()
+
+
 def test_a_request_waits_for_its_own_step_before_it_takes_blocks_of_others() -> None:
     driver = plain(blocks=5, slots=2, caching=False, depth=2, budget=64)
     driver.add(BASES[0][:30], SamplingParams(max_tokens=20, ignore_eos=True))
@@ -769,6 +793,20 @@ def test_output_of_a_request_with_stop_strings_is_found_only_as_far_as_confirmed
     assert driver.scheduler.stats().generated_tokens == 30
 
 
+@pytest.mark.parametrize("end", ["abort", "deadline", "length"])
+def test_without_confirmation_only_the_prompt_is_found(end: str) -> None:
+    driver = plain()
+    params = SamplingParams(max_tokens=40, ignore_eos=True, stop=["x"])
+    driver.add(BASES[0][:24], params, timeout=9.0)
+    for _ in range(30 if end != "length" else 40):
+        driver.iterate()
+    if end == "abort":
+        driver.abort("r0")
+    driver.now += 9.0
+    driver.drain()
+    assert len(driver.kv.pools[0]._index) == 1
+
+
 def test_a_deadline_ends_a_request_wherever_it_is() -> None:
     driver = plain(slots=1)
     running = driver.add(BASES[0][:8], FOREVER, timeout=5.0)
@@ -799,15 +837,18 @@ def test_late_and_unknown_aborts_do_nothing() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("commits_first", [True, False])
 def test_the_request_that_makes_steps_raise_is_found_and_all_others_finish(
-    depth: int, slots: int
+    depth: int, slots: int, commits_first: bool
 ) -> None:
     driver = plain(depth=depth, slots=slots, blocks=16)
+    driver.commits_first = commits_first
     for i in range(4):
         driver.add(BASES[i % 3][: 30 + i], SamplingParams(max_tokens=9), kills=i == 2)
     driver.drain()
     reasons = [a.end.finish_reason for a in driver.asked.values() if a.end]
     assert [reason == "error" for reason in reasons] == [False, False, True, False]
+    assert driver.faults <= 2, "once among others and once alone"
     assert driver.asked["r2"].end is not None
     assert driver.asked["r2"].end.error == ["step_failed", "the step raised", "", ""]
 
@@ -821,6 +862,18 @@ def test_a_request_alone_in_a_later_step_is_not_blamed_for_an_earlier_one() -> N
     assert [len(batch.rows) for batch, _ in driver.pending] == [2, 1]
     driver.drain()
     assert all(a.end and a.end.finish_reason != "error" for a in driver.asked.values())
+
+
+def test_a_window_request_computed_again_still_fits_the_least_pools() -> None:
+    groups = LAYOUTS["window"]
+    blocks = least_blocks(groups, MODEL_LEN - 1, 7)
+    driver = Driver(groups, blocks, budget=7, slots=1, caching=False)
+    driver.add(BASES[0][:70], SamplingParams(max_tokens=9, ignore_eos=True))
+    for _ in range(12):
+        driver.iterate()
+    driver.runner.reset()
+    driver.scheduler.quarantine([], ERROR)
+    driver.drain()
 
 
 def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:

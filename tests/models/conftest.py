@@ -1,5 +1,17 @@
+from collections.abc import Iterator
+
 import pytest
+import torch
 from models.harness import KERNELS
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products are fastest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=KERNELS)

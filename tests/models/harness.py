@@ -7,13 +7,13 @@ point to the null block, so a wrong read cannot go unseen.
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -81,6 +81,39 @@ def older_config(path: Path, changes: dict[str, Any]) -> Path:
     config.update(changes)
     (older / "config.json").write_text(json.dumps(config))
     return older
+
+
+def gguf_checkpoint(path: Path, model: Any, arch: gguf.MODEL_ARCH) -> Path:
+    """The model in a float32 GGUF file, as llama.cpp's converter would write it."""
+    config, name = model.config, gguf.MODEL_ARCH_NAMES[arch]
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for key, weight in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = weight.numpy()
+        projection = key.split(".")[-2]
+        if arch == gguf.MODEL_ARCH.LLAMA and projection in heads:
+            # LlamaModel.permute of convert_hf_to_gguf.py: rotary pairs become neighbours.
+            pairs = values.reshape(heads[projection], 2, -1, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), values.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @torch.inference_mode()
@@ -176,7 +209,3 @@ def check_greedy(path: Path, model: Any, kernels: str, new_tokens: int = 48) -> 
         logits = expected_logits(model, prompt + got)
         assert got == logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
-
-def with_values(config: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy of a config with some values changed."""
-    return {**copy.deepcopy(config), **values}

@@ -3,8 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
-from models.harness import TINY, check_greedy, check_logits, checkpoint, older_config
+from models.harness import (
+    TINY,
+    check_greedy,
+    check_logits,
+    checkpoint,
+    gguf_checkpoint,
+    older_config,
+)
 from transformers import LlamaConfig
 
 LLAMA3 = {
@@ -49,3 +57,10 @@ def test_greedy_tokens_of_the_engine_are_those_of_transformers(
 ) -> None:
     model = make(tmp_path, case)
     check_greedy(tmp_path / case, model, kernels)
+
+
+@pytest.mark.parametrize("case", ["plain", "tied", "head size"])
+def test_a_gguf_file_gives_the_same_logits(case: str, kernels: str, tmp_path: Path) -> None:
+    model = make(tmp_path, case)
+    file = gguf_checkpoint(tmp_path / "model.gguf", model, gguf.MODEL_ARCH.LLAMA)
+    check_logits(file, model, kernels)

@@ -115,7 +115,12 @@ class FakeEngine:
                 if params.logprobs is not None:
                     logprobs = [position(i, params.logprobs) for i in ids]
                 choices.append(ChoiceDelta(c, text, ids, logprobs, reason))
-            first = sent == 0 and params.prompt_logprobs is not None
+            pieces = None
+            if sent == 0 and params.prompt_logprobs is not None:
+                positions = prompt_positions(request)  # in two pieces, as of a chunked prompt
+                half, pieces = positions[: len(prompt) // 2], positions[len(prompt) // 2 :]
+                empty = [ChoiceDelta(c) for c in range(params.n)]
+                yield RequestDelta(request.request_id, empty, len(prompt), prompt_logprobs=half)
             sent = due
             yield RequestDelta(
                 request.request_id,
@@ -123,7 +128,7 @@ class FakeEngine:
                 num_prompt_tokens=len(prompt),
                 num_cached_tokens=3,
                 num_output_tokens=sent * params.n,
-                prompt_logprobs=prompt_positions(request) if first else None,
+                prompt_logprobs=pieces,
                 finished=reason is not None,
             )
             if reason is not None:

@@ -98,6 +98,19 @@ def test_echo_with_logprobs_covers_the_prompt(client: openai.OpenAI, stream: boo
     assert [t for part in parts for t in part.logprobs.text_offset] == [0, 1, 2, 3, 4]
 
 
+def test_prompt_logprobs_have_one_entry_per_prompt_token(server: RunningServer) -> None:
+    with server.client() as http:
+        body = {"prompt": "abc", "max_tokens": 1, "prompt_logprobs": 1}
+        choice = http.post("/v1/completions", json=body).json()["choices"][0]
+        chat = {"messages": MESSAGES, "max_tokens": 1, "prompt_logprobs": 0}
+        whole = http.post("/v1/chat/completions", json=chat).json()
+    assert choice["prompt_logprobs"][0] is None
+    expected = {"logprob": -3.0, "rank": 3, "decoded_token": "b"}
+    assert choice["prompt_logprobs"][1]["98"] == expected
+    assert len(choice["prompt_logprobs"]) == 3
+    assert len(whole["prompt_logprobs"]) == len(RENDERED.encode())
+
+
 def test_chat_answers_from_the_rendered_messages(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8)
     assert answer.choices[0].message.content == RENDERED[:8]
@@ -183,10 +196,10 @@ def test_extra_parameters_reach_the_engine_and_defaults_fill_in(
 def test_continue_final_message_ends_the_prompt_inside_it(
     client: openai.OpenAI, server: RunningServer
 ) -> None:
-    messages = [*MESSAGES, {"role": "assistant", "content": "I am"}]
+    messages = [*MESSAGES, {"role": "assistant", "content": "I am "}]
     extra = {"continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False}}
     client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1, extra_body=extra)
-    assert server.engine.requests[-1].prompt.endswith("<assistant>I am")
+    assert server.engine.requests[-1].prompt.endswith("<assistant>I am ")
     assert server.renderer.kwargs["enable_thinking"] is False
 
 

@@ -4,7 +4,7 @@ try:
     from quire.kernels.native import _native
 except ImportError as error:
     _native = None  # type: ignore[assignment]
-    _reason = f"the extension quire.kernels.native._native cannot be loaded ({error}); reinstall with a C++17 compiler"
+    _reason = f"the native extension cannot be loaded ({error}); reinstall with a C++17 compiler"
 else:
     _reason = ""
 

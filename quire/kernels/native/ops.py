@@ -9,12 +9,18 @@ A wrong shape or type raises ValueError.
 import torch
 
 from quire.kernels.native import _native
-from quire.kernels.reference.packed import BLOCK, GgufWeight, PackedWeight, check_format, weight_source
+from quire.kernels.reference.packed import (
+    BLOCK,
+    GgufWeight,
+    PackedWeight,
+    check_format,
+    weight_source,
+)
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding", "gated_activation", "gumbel", "isa",
-    "linear", "logsumexp", "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "set_isa",
-    "set_num_threads", "unpack_rows",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding",
+    "gated_activation", "gumbel", "isa", "linear", "logsumexp", "num_threads", "pack",
+    "packed_nbytes", "rms_norm", "rotary_cache", "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
 
 set_num_threads = _native.set_num_threads
@@ -28,13 +34,20 @@ _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _reject(name: str, tensor: torch.Tensor, expected: str) -> ValueError:
-    found = f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())} on {tensor.device}"
+    found = (
+        f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())} on {tensor.device}"
+    )
     return ValueError(f"{name}: expected a contiguous CPU tensor, {expected}, not {found}")
 
 
 def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> int:
     """The address of a contiguous CPU tensor of exactly this type and shape."""
-    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
+    if (
+        tensor.dtype is not dtype
+        or tensor.shape != shape
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
         raise _reject(name, tensor, f"{dtype} {list(shape)}")
     return tensor.data_ptr()
 
@@ -45,7 +58,12 @@ def _optional(name: str, tensor: torch.Tensor | None, size: int) -> int:
 
 def _rows(name: str, tensor: torch.Tensor, width: int) -> tuple[int, int]:
     """Address and row stride of fp32 rows of `width`, which may be columns of a wider matrix."""
-    if tensor.dtype is not torch.float32 or tensor.dim() != 2 or tensor.shape[1] != width or not tensor.is_cpu:
+    if (
+        tensor.dtype is not torch.float32
+        or tensor.dim() != 2
+        or tensor.shape[1] != width
+        or not tensor.is_cpu
+    ):
         raise _reject(name, tensor, f"fp32 [T, {width}]")
     stride, step = tensor.stride()
     if step != 1 and width > 1:
@@ -85,12 +103,16 @@ def embedding(ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0) -> to
 
 
 def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] times the weight's transpose plus bias [N]: fp32 [T, N]. x and out may be column slices.
+    """x [T, K] times the weight's transpose plus bias [N]: fp32 [T, N].
 
-    With a block format, x is rounded to int8 in blocks of 32 (scale = largest / 127) and products
-    within a block are exact; a row with an infinity or a NaN gives NaNs.
+    x and out may be column slices of wider matrices. With a block format, x is rounded to int8 in
+    blocks of 32 (scale = largest / 127) and products within a block are exact; a row with an
+    infinity or a NaN gives NaNs.
     """
     n, k, rows = weight.n, weight.k, x.shape[0]
     x_address, x_stride = _rows("x", x, k)
@@ -108,24 +130,30 @@ def linear(
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [T, H]."""
     rows, width = x.shape
     if out is None:
         out = torch.empty(rows, width)
     _native.norm(
-        _address("x", x, torch.float32, rows, width), 0, _address("weight", weight, torch.float32, width),
-        eps, _address("out", out, torch.float32, rows, width), rows, width,
+        _address("x", x, torch.float32, rows, width), 0,
+        _address("weight", weight, torch.float32, width), eps,
+        _address("out", out, torch.float32, rows, width), rows, width,
     )  # fmt: skip
     return out
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
     """residual += x in place; returns rms_norm(residual, weight): [T, H]."""
     rows, width = x.shape
     out = torch.empty(rows, width)
     _native.norm(
-        _address("x", x, torch.float32, rows, width), _address("residual", residual, torch.float32, rows, width),
+        _address("x", x, torch.float32, rows, width),
+        _address("residual", residual, torch.float32, rows, width),
         _address("weight", weight, torch.float32, width), eps, out.data_ptr(), rows, width,
     )  # fmt: skip
     return out
@@ -135,7 +163,11 @@ def _cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int,
     """Addresses of the two caches, then blocks, KV heads and head size."""
     blocks, kv_heads, head_size, _ = k_cache.shape
     if k_cache.dtype not in _CACHE_TYPES or head_size % 8 or not 8 <= head_size <= 256:
-        raise _reject("k_cache", k_cache, f"fp32 or bf16 [blocks, Hkv, D, {BLOCK}] with D a multiple of 8 up to 256")
+        raise _reject(
+            "k_cache",
+            k_cache,
+            f"fp32 or bf16 [blocks, Hkv, D, {BLOCK}] with D a multiple of 8 up to 256",
+        )
     k_address = _address("k_cache", k_cache, k_cache.dtype, blocks, kv_heads, head_size, BLOCK)
     v_address = _address("v_cache", v_cache, k_cache.dtype, blocks, kv_heads, BLOCK, head_size)
     return k_address, v_address, blocks, kv_heads, head_size
@@ -167,7 +199,9 @@ def rotary_cache(
         raise _reject("qkv", qkv, f"fp32 [T, (Hq + 2 * {kv_heads}) * {head_size}]")
     limit, rotary_size = (0, 0) if cos_sin is None else cos_sin.shape
     if rotary_size % 2 or rotary_size > head_size:
-        raise ValueError(f"cos_sin: its width {rotary_size} must be even and at most the head size {head_size}")
+        raise ValueError(
+            f"cos_sin: its width {rotary_size} must be even and at most the head size {head_size}"
+        )
     if out is None:
         out = torch.empty(rows, query_heads * head_size)
     _native.rotary_cache(
@@ -175,8 +209,9 @@ def rotary_cache(
         _address("out", out, torch.float32, rows, query_heads * head_size),
         _address("positions", positions, torch.int64, rows),
         0 if cos_sin is None else _address("cos_sin", cos_sin, torch.float32, limit, rotary_size),
-        rotary_size, _optional("q_norm", q_norm, head_size), _optional("k_norm", k_norm, head_size), eps,
-        k_address, v_address, _CACHE_TYPES[k_cache.dtype], _address("slots", slots, torch.int64, rows),
+        rotary_size, _optional("q_norm", q_norm, head_size),
+        _optional("k_norm", k_norm, head_size), eps, k_address, v_address,
+        _CACHE_TYPES[k_cache.dtype], _address("slots", slots, torch.int64, rows),
         rows, query_heads, kv_heads, head_size, limit, blocks * BLOCK,
     )  # fmt: skip
     return out
@@ -195,9 +230,9 @@ def attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last tokens of B sequences over their cached keys and values: [T, Hq*D].
+    """Causal attention of the last tokens of B sequences over what is cached of them: [T, Hq*D].
 
-    q [T, Hq*D]: rows query_start[b]..query_start[b+1] (int32 [B+1]) are the last ones of sequence b,
+    q [T, Hq*D]: rows query_start[b]..query_start[b+1] (int32 [B+1]) are the last of sequence b,
     which has context_len[b] tokens (int32 [B]) in blocks block_tables[b] (int32 [B, blocks]).
     `window`: a query at p sees keys p-window+1..p only, and older table entries are not read.
     `softcap`: scores become cap * tanh(score / cap). `sinks` [Hq]: a logit per head that joins the
@@ -216,12 +251,14 @@ def attention(
     if out is None:
         out = torch.empty(rows, width)
     _native.attention(
-        _address("q", q, torch.float32, rows, width), k_address, v_address, _CACHE_TYPES[k_cache.dtype],
+        _address("q", q, torch.float32, rows, width),
+        k_address, v_address, _CACHE_TYPES[k_cache.dtype],
         _address("block_tables", block_tables, torch.int32, sequences, table_width), table_width,
         _address("query_start", query_start, torch.int32, sequences + 1),
         _address("context_len", context_len, torch.int32, sequences),
         sequences, query_heads, kv_heads, head_size, scale, window or 0, softcap or 0.0,
-        _optional("sinks", sinks, query_heads), _address("out", out, torch.float32, rows, width), rows, blocks,
+        _optional("sinks", sinks, query_heads),
+        _address("out", out, torch.float32, rows, width), rows, blocks,
     )  # fmt: skip
     return out
 

@@ -1,1 +1,1 @@
-"""Plain torch references of the kernels: what each computes, and the fallback without a compiler."""
+"""Plain torch references of the kernels: what each computes; the fallback without a compiler."""

@@ -19,9 +19,9 @@ from quire.kernels.reference.packed import (
 )
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding", "gated_activation", "gumbel", "isa",
-    "linear", "logsumexp", "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "set_isa",
-    "set_num_threads", "unpack_rows",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding",
+    "gated_activation", "gumbel", "isa", "linear", "logsumexp", "num_threads", "pack",
+    "packed_nbytes", "rms_norm", "rotary_cache", "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
 
 
@@ -72,18 +72,25 @@ def embedding(ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0) -> to
 
 
 def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if x.dim() != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x: expected [T, {weight.k}], not {list(x.shape)}")
     return _into(out, functional.linear(x, weight.data.float(), bias))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return _into(out, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
     residual += x
     return rms_norm(residual, weight, eps)
 
@@ -101,8 +108,8 @@ def rotary_cache(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     blocks, kv_heads, head_size, _ = k_cache.shape
-    heads = qkv.view(qkv.shape[0], -1, head_size)
-    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_size, head_size)
+    q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:
@@ -121,7 +128,7 @@ def rotary_cache(
 
 def _rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     half = cosine.shape[-1]
-    a, b, rest = heads.split([half, half, heads.shape[-1] - 2 * half], dim=-1)
+    a, b, rest = torch.split(heads, [half, half, heads.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], dim=-1)
 
 
@@ -147,9 +154,13 @@ def attention(
         oldest = max(0, context - (last - first) + 1 - window) if window else 0
         start = oldest // BLOCK * BLOCK
         table = block_tables[b, oldest // BLOCK : -(-context // BLOCK)].long()
-        k = k_cache[table].float().permute(1, 0, 3, 2).flatten(1, 2)[:, : context - start]  # [Hkv, keys, D]
+        k = (
+            k_cache[table].float().permute(1, 0, 3, 2).flatten(1, 2)[:, : context - start]
+        )  # [Hkv, keys, D]
         v = v_cache[table].float().permute(1, 0, 2, 3).flatten(1, 2)[:, : context - start]
-        heads = q[first:last].view(last - first, kv_heads, -1, head_size).permute(1, 2, 0, 3)  # [Hkv, G, T, D]
+        heads = (
+            q[first:last].view(last - first, kv_heads, -1, head_size).permute(1, 2, 0, 3)
+        )  # [Hkv, G, T, D]
         scores = torch.einsum("hgtd,hsd->hgts", heads, k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -201,7 +212,7 @@ def gumbel(seed: int, choice: int, position: int, size: int) -> torch.Tensor:
 
 
 def _philox(seed: int, choice: int, position: int, groups: int) -> numpy.ndarray:
-    """The words of Philox-4x32-10 (Salmon et al., SC 2011) at counters (0..groups-1, position, choice, 0)."""
+    """Philox-4x32-10 (Salmon et al., SC 2011) of counters (0..groups-1, position, choice, 0)."""
     low, shift = numpy.uint64(0xFFFF_FFFF), numpy.uint64(32)
     counter = numpy.zeros((4, groups), dtype=numpy.uint64)
     counter[0] = numpy.arange(groups)
@@ -209,9 +220,9 @@ def _philox(seed: int, choice: int, position: int, groups: int) -> numpy.ndarray
     key = [seed & 0xFFFF_FFFF, seed >> 32 & 0xFFFF_FFFF]
     for _ in range(10):
         a, b = counter[0] * numpy.uint64(0xD2511F53), counter[2] * numpy.uint64(0xCD9E8D57)
-        counter = numpy.stack(
-            [(b >> shift) ^ counter[1] ^ numpy.uint64(key[0]), b & low, (a >> shift) ^ counter[3] ^ numpy.uint64(key[1]), a & low]
-        )
+        first = (b >> shift) ^ counter[1] ^ numpy.uint64(key[0])
+        third = (a >> shift) ^ counter[3] ^ numpy.uint64(key[1])
+        counter = numpy.stack([first, b & low, third, a & low])
         key = [(key[0] + 0x9E3779B9) & 0xFFFF_FFFF, (key[1] + 0xBB67AE85) & 0xFFFF_FFFF]
     return counter.T.reshape(-1)
 

@@ -31,10 +31,14 @@ class PackedWeight:
 def check_format(format: str, n: int, k: int) -> None:
     """Raises ValueError unless a weight [n, k] can have this format."""
     if format not in GGUF_BLOCKS:
-        raise ValueError(f"weight format {format!r} is not supported; supported: {', '.join(GGUF_BLOCKS)}")
+        raise ValueError(
+            f"weight format {format!r} is not supported; supported: {', '.join(GGUF_BLOCKS)}"
+        )
     block = GGUF_BLOCKS[format][0]
     if n < 0 or k <= 0 or k % block:
-        raise ValueError(f"a {format} weight needs n >= 0 and k a positive multiple of {block}, not [{n}, {k}]")
+        raise ValueError(
+            f"a {format} weight needs n >= 0 and k a positive multiple of {block}, not [{n}, {k}]"
+        )
 
 
 def weight_source(weight: torch.Tensor | GgufWeight) -> GgufWeight:
@@ -44,16 +48,19 @@ def weight_source(weight: torch.Tensor | GgufWeight) -> GgufWeight:
     """
     if isinstance(weight, torch.Tensor):
         if weight.dim() != 2 or weight.dtype not in DENSE_FORMATS:
-            raise ValueError(f"weight: expected [n, k] of f32, f16 or bf16, not {weight.dtype} {list(weight.shape)}")
+            found = f"{weight.dtype} {list(weight.shape)}"
+            raise ValueError(f"weight: expected [n, k] of f32, f16 or bf16, not {found}")
         format, data, (n, k) = DENSE_FORMATS[weight.dtype], weight, weight.shape
         check_format(format, n, k)
     else:
         format, data, n, k = weight
         check_format(format, n, k)
         elements, size = GGUF_BLOCKS[format]
-        if data.dtype != torch.uint8 or data.numel() != n * k // elements * size:
+        expected = n * k // elements * size
+        if data.dtype != torch.uint8 or data.numel() != expected:
+            found = f"{data.numel()} of {data.dtype}"
             raise ValueError(
-                f"weight: {format} [{n}, {k}] is {n * k // elements * size} bytes of uint8, not {data.numel()} of {data.dtype}"
+                f"weight: {format} [{n}, {k}] is {expected} bytes of uint8, not {found}"
             )
     if data.device.type != "cpu":
         raise ValueError(f"weight: expected a CPU tensor, not {data.device}")

@@ -223,20 +223,16 @@ class Scheduler:
         """Give rows to `running`. Returns the budget left for admissions: none where blocks are
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
-        decoding, prefilling = [], []
-        for request in running:
-            gap = request.gap
-            if gap == 1:
-                decoding.append(request)
-            elif gap > 1:
-                prefilling.append(request)
+        gaps = [(request, request.gap) for request in running]
+        decoding = [item for item in gaps if item[1] == 1]
+        prefilling = [item for item in gaps if item[1] > 1]
         short = False
-        for request in decoding + prefilling:
+        for request, gap in decoding + prefilling:
             if budget == 0:
                 break
             if request.state is not State.RUNNING:
                 continue
-            count = min(request.gap, budget)
+            count = gap if gap < budget else budget
             end = request.computed + request.inflight + count
             new_blocks = self._no_blocks
             if end > request.covered:
@@ -432,13 +428,13 @@ class Scheduler:
         if not accepted and not prompt_logprobs:
             return None
         return Delta(
-            request.request_id,
+            request.add.request_id,
             accepted,
-            logprobs=got.logprobs[: len(accepted)] if got.logprobs else None,
-            prompt_logprobs=prompt_logprobs or None,
-            finish_reason=reason,
-            stop_reason=stop_token,
-            cached_tokens=request.cached_tokens or 0,
+            got.logprobs[: len(accepted)] if got.logprobs else None,
+            prompt_logprobs or None,
+            reason,
+            stop_token,
+            request.cached_tokens or 0,
         )
 
     def _accept(self, request: Request, tokens: list[int]) -> tuple[str | None, int | None]:

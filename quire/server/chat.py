@@ -24,7 +24,7 @@ from quire.server.generation import (
     run_call,
     until_disconnect,
 )
-from quire.server.logprobs import chat_logprobs, prompt_logprobs
+from quire.server.logprobs import asked_positions, chat_logprobs, prompt_logprobs
 from quire.server.prompts import Prompt, check_ids, encode_text
 from quire.server.schemas import CHAT
 from quire.server.sse import EventStream, FrameWriter, encode
@@ -109,8 +109,9 @@ def _whole(call: Call, result: Collected) -> dict[str, Any]:
         "choices": choices,
         "usage": result.usage.to_dict(),
     }
-    if result.prompt_logprobs[0] is not None:
-        body["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs[0])
+    positions = asked_positions(call.requests[0], result.prompt_logprobs[0])
+    if positions is not None:
+        body["prompt_logprobs"] = prompt_logprobs(positions)
     if call.return_token_ids:
         body["prompt_token_ids"] = call.requests[0].prompt_token_ids
     return body

@@ -23,7 +23,7 @@ from quire.server.generation import (
     run_call,
     until_disconnect,
 )
-from quire.server.logprobs import completion_logprobs, prompt_logprobs
+from quire.server.logprobs import asked_positions, completion_logprobs, prompt_logprobs
 from quire.server.prompts import encode_prompts
 from quire.server.schemas import COMPLETION
 from quire.server.sse import EventStream, FrameWriter, encode
@@ -104,7 +104,7 @@ class _Answer:
         """The body of an answer that is not streamed."""
         call, choices = self._call, []
         for index, request in enumerate(call.requests):
-            positions = result.prompt_logprobs[index]
+            positions = asked_positions(request, result.prompt_logprobs[index])
             text = self._prompt_text(request) if call.echo else ""
             for choice in result.choices[index]:
                 echoed = positions if call.echo else None
@@ -165,7 +165,8 @@ class _Answer:
         number = index * call.n + choice.index
         first = number not in lengths
         offset = lengths.setdefault(number, 0)
-        echoed = positions if first and call.echo else None
+        asked = asked_positions(request, positions)
+        echoed = asked if first and call.echo else None
         logprobs = self._logprobs(choice, request, echoed, offset)
         text = (self._prompt_text(request) if first and call.echo else "") + choice.text
         lengths[number] += len(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quire.engine.api import GenerateRequest
 from quire.outputs import Logprob, PositionLogprobs
 
 # JSON has no minus infinity; OpenAI's own floor for an impossible token.
@@ -50,6 +51,14 @@ def chat_logprobs(ids: list[int], positions: list[PositionLogprobs], count: int)
         entry["top_logprobs"] = [_chat_entry(i, candidate) for i, candidate in ranked]
         content.append(entry)
     return {"content": content, "refusal": None}
+
+
+def asked_positions(
+    request: GenerateRequest, found: list[PositionLogprobs | None] | None
+) -> list[PositionLogprobs | None] | None:
+    """What to show of a prompt: None unless asked for; a prompt of one token has nothing to find
+    but that token's None."""
+    return None if request.params.prompt_logprobs is None else found or [None]
 
 
 def prompt_logprobs(positions: list[PositionLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -11,6 +11,7 @@ import codecs
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from quire.engine.api import EngineInfo, EngineStats, GenerateRequest
@@ -116,7 +117,7 @@ class FakeEngine:
                     logprobs = [position(i, params.logprobs) for i in ids]
                 choices.append(ChoiceDelta(c, text, ids, logprobs, reason))
             pieces = None
-            if sent == 0 and params.prompt_logprobs is not None:
+            if sent == 0 and params.prompt_logprobs is not None and len(prompt) > 1:
                 positions = prompt_positions(request)  # in two pieces, as of a chunked prompt
                 half, pieces = positions[: len(prompt) // 2], positions[len(prompt) // 2 :]
                 empty = [ChoiceDelta(c) for c in range(params.n)]
@@ -160,6 +161,7 @@ class FakeEngine:
         self.closed = True
 
 
+@lru_cache(maxsize=4096)
 def position(token: int, count: int) -> PositionLogprobs:
     """The chosen token has rank 3 and log-probability -3, whoever is asked for."""
     result = {(token + k) % VOCABULARY: entry(token + k, k) for k in range(1, count + 1)}

@@ -105,7 +105,7 @@ def reads_slowly(port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.settimeout(10)
     sock.connect(("127.0.0.1", port))
-    body = {"prompt": "abcdefgh", "max_tokens": 2000, "stream": True, "logprobs": 5}
+    body = {"prompt": "abcdefgh", "max_tokens": 2000, "stream": True, "logprobs": 100}
     sock.sendall(post("/v1/completions", json.dumps(body).encode()))
     return sock
 

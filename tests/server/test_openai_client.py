@@ -111,6 +111,16 @@ def test_prompt_logprobs_have_one_entry_per_prompt_token(server: RunningServer) 
     assert len(whole["prompt_logprobs"]) == len(RENDERED.encode())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_a_prompt_of_one_token_has_its_place(client: openai.OpenAI, stream: bool) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt="a", max_tokens=1, echo=True, logprobs=0, stream=stream
+    )
+    choice = next(iter(answer)).choices[0] if stream else answer.choices[0]
+    assert choice.logprobs.tokens == ["a", "a"]
+    assert choice.logprobs.token_logprobs == [None, -3.0]
+
+
 def test_chat_answers_from_the_rendered_messages(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8)
     assert answer.choices[0].message.content == RENDERED[:8]

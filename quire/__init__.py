@@ -1,7 +1,7 @@
 """Quire: an LLM inference and serving engine.
 
-    from quire import LLM, SamplingParams
-    print(LLM("smollm2").generate("Hello", SamplingParams(max_tokens=20))[0].outputs[0].text)
+from quire import LLM, SamplingParams
+print(LLM("smollm2").generate("Hello", SamplingParams(max_tokens=20))[0].outputs[0].text)
 """
 
 from __future__ import annotations

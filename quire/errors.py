@@ -13,7 +13,9 @@ class QuireError(Exception):
 
     status = 500
 
-    def __init__(self, code: str, what: str, why: str = "", fix: str = "", field: str | None = None):
+    def __init__(
+        self, code: str, what: str, why: str = "", fix: str = "", field: str | None = None
+    ):
         super().__init__(what)
         self.code = code
         self.what = what

@@ -220,7 +220,11 @@ class _Progress:
         self.done += news.finished
         self.tokens += sum(len(c.token_ids) for c in news.choices)
         if self.show:
-            print(f"\r{self.done}/{self.total} requests, {self.tokens} tokens", end="", file=sys.stderr)
+            print(
+                f"\r{self.done}/{self.total} requests, {self.tokens} tokens",
+                end="",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         if self.show:

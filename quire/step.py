@@ -34,7 +34,7 @@ class Enter(msgspec.Struct, array_like=True):
     bad_words: list[list[int]]
 
 
-class Row(msgspec.Struct, array_like=True):
+class Row(msgspec.Struct, array_like=True, gc=False):
     """One request's share of a step.
 
     `tokens` are computed at positions start, start+1, ...; DEVICE_TOKEN stands for the token
@@ -65,7 +65,7 @@ class Batch(msgspec.Struct, array_like=True):
         return sum(len(row.tokens) for row in self.rows)
 
 
-class TokenLogprobs(msgspec.Struct, array_like=True):
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities at one position: the chosen token first, then the most likely ones."""
 
     tokens: list[int]
@@ -73,7 +73,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     ranks: list[int]
 
 
-class RowResult(msgspec.Struct, array_like=True):
+class RowResult(msgspec.Struct, array_like=True, gc=False):
     """What one row gave: sampled tokens (none where Row.sample is false), or an error."""
 
     tokens: list[int]

@@ -129,8 +129,9 @@ class Load:
         for one in (job, short):
             await send(client, one, self.flags.endpoint == "chat", self.fields, kept)
         long_result, short_result = (outcome(one, reply) for one, reply in kept)
-        if long_result.error or short_result.error:
-            raise HttpFailure(long_result.error or short_result.error)
+        for result in (long_result, short_result):
+            if result.error and not result.prompt_tokens:  # an answer without text teaches too
+                raise HttpFailure(result.error)
         tokens = long_result.prompt_tokens - short_result.prompt_tokens
         return (CALIBRATION_WORDS - 1) / tokens if tokens > 0 else 1.0
 

@@ -130,7 +130,7 @@ def outcome(job: Job, reply: Any) -> Outcome:
             if choice.get("text") or (choice.get("delta") or {}).get("content"):
                 times.append(when - reply.sent)
     if not times:
-        return Outcome(error="the answer has no text")
+        return Outcome(error="the answer has no text", prompt_tokens=result.prompt_tokens)
     result.output_tokens = result.output_tokens or len(times)
     result.ttft, result.total = times[0], times[-1]
     result.gaps = [later - before for before, later in pairwise(times)]

@@ -78,7 +78,8 @@ class AsyncEngine(Protocol):
         cancelling its task) aborts the request. Raises QuireError for a failed request."""
 
     async def stats(self) -> EngineStats:
-        """The latest counters (at most one second old). Never waits for the engine."""
+        """The latest counters (at most one second old). Never waits for the engine. Raises
+        EngineDead once the engine has ended."""
 
     async def drain(self, timeout: float) -> None:
         """Accept nothing new, and wait until running requests are done or time is up."""

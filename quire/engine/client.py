@@ -10,7 +10,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import msgspec
+
+from quire import errors
 from quire.engine import wire
+from quire.engine.admission import check_request
 from quire.engine.api import EngineInfo, EngineStats, GenerateRequest
 from quire.engine.collect import Collector
 from quire.errors import EngineDead, Overloaded, QuireError, UsageError
@@ -102,30 +106,14 @@ class EngineClient:
         """Raise what the engine would refuse, without asking it."""
         if self._dead is not None:
             raise self._dead
-        length = len(request.prompt_token_ids)
-        if length == 0:
-            raise UsageError("empty_prompt", "the prompt has no tokens", field="prompt")
-        if length >= self.info.max_model_len:
-            raise UsageError(
-                "context_length_exceeded",
-                f"the prompt has {length} tokens; with at least one token of output it does not "
-                f"fit the context of {self.info.max_model_len}",
-                fix="shorten the prompt",
-                field="prompt",
-            )
-        size = self.info.vocab_size
-        bad = next((t for t in request.prompt_token_ids if not 0 <= t < size), None)
-        if bad is not None:
-            raise UsageError(
-                "invalid_token",
-                f"prompt token id {bad} is outside the vocabulary of {size}",
-                field="prompt",
-            )
-        request.params.check_vocabulary(size)
-        waiting = len(self._owners) - int(self.info.plan["max_num_seqs"])
-        if waiting >= self.info.max_queue:
+        info = self.info
+        check_request(request.prompt_token_ids, request.params, info.max_model_len, info.vocab_size)
+        waiting = len(self._owners) + request.params.n - int(info.plan["max_num_seqs"])
+        if waiting > info.max_queue:
             raise Overloaded(
-                "queue_full", f"{waiting} requests are waiting already", fix="try again later"
+                "queue_full",
+                f"with this request {waiting} would be waiting, {info.max_queue} may",
+                fix="try again later",
             )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
@@ -162,8 +150,6 @@ class EngineClient:
         """See AsyncEngine.stats. Raises EngineDead."""
         if self._dead is not None:
             raise self._dead
-        import msgspec
-
         return msgspec.structs.replace(self._stats, step_age=time.monotonic() - self._stats_time)
 
     async def drain(self, timeout: float) -> None:
@@ -245,7 +231,5 @@ class _Running:
 
 
 def _failure(message: wire.Failed) -> QuireError:
-    from quire import errors
-
     kind = getattr(errors, message.kind, QuireError)
-    return kind(message.code, message.what, message.why, message.fix)  # type: ignore[no-any-return]
+    return kind(message.code, message.what, message.why, message.fix)

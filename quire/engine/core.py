@@ -42,7 +42,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.depth = depth
-        self._inflight: deque[tuple[int, Pending | None]] = deque()
+        self._inflight: deque[tuple[int, Pending]] = deque()
 
     @property
     def idle(self) -> bool:
@@ -67,36 +67,48 @@ class EngineCore:
     def step(self) -> list[Delta]:
         """Submit what can be in flight, commit the oldest step; deltas in order of requests."""
         self.scheduler.expire()
-        try:
-            while len(self._inflight) < self.depth:
-                batch = self.scheduler.schedule()
-                if batch is None:
-                    break
-                self._submit(batch)
-            deltas = self._commit() if self._inflight else []
-        except Exception as error:  # a step's fault must not end the engine
-            self._recover(error)
-            deltas = []
+        deltas: list[Delta] = []
+        while len(self._inflight) < self.depth:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            try:
+                pending = self.runner.submit(batch)
+            except Exception as error:  # a step's fault must not end the engine
+                deltas += self._recover(error, batch.step)
+                break
+            self._inflight.append((batch.step, pending))
+        if self._inflight:
+            deltas += self._commit()
         return deltas + self.scheduler.take_finished()
 
-    def _submit(self, batch: Batch) -> None:
-        self._inflight.append((batch.step, None))
-        self._inflight[-1] = (batch.step, self.runner.submit(batch))
-
     def _commit(self) -> list[Delta]:
-        _, pending = self._inflight[0]
-        assert pending is not None
-        result = pending.result()
-        self._inflight.popleft()
+        step, pending = self._inflight.popleft()
+        try:
+            result = pending.result()
+        except Exception as error:  # a step's fault must not end the engine
+            return self._recover(error, step)
         return self.scheduler.commit(result)
 
-    def _recover(self, error: Exception) -> None:
-        """A step raised: find out by recomputation whose fault it is."""
-        log.exception("a step failed; its requests are computed one by one to find the cause")
-        steps = [step for step, _ in self._inflight]
-        self._inflight.clear()
+    def _recover(self, error: Exception, failed: int) -> list[Delta]:
+        """A step raised: commit what came before it, recompute to find out whose fault it is."""
+        log.error("a step failed; its requests are computed one by one", exc_info=error)
+        deltas, lost = [], [failed]
+        while self._inflight:
+            step, pending = self._inflight.popleft()
+            if step > failed:
+                lost.append(step)
+                continue
+            try:
+                result = pending.result()
+            except Exception as earlier:
+                log.error("an earlier step had failed already", exc_info=earlier)
+                lost.append(step)
+            else:
+                deltas += self.scheduler.commit(result)
         self.runner.reset()
-        reason = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         self.scheduler.quarantine(
-            steps, QuireError("step_failed", "computing this request failed", why=reason)
+            lost, QuireError("step_failed", "computing this request failed", why=why)
         )
+        return deltas

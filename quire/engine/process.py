@@ -7,6 +7,7 @@ closes, so it never outlives its frontend.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -62,6 +63,8 @@ class EngineProcess:
 
         options = build_options(start.options)
         engine = start_engine(options, lambda phase, done: self._send(wire.Progress(phase, done)))
+        gc.collect()
+        gc.freeze()  # what start-up made stays: later collections need not look at it
         self._send(wire.Ready(engine.info))
         return engine.core
 

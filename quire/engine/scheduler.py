@@ -14,6 +14,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quire.engine.admission import check_request, check_timeout, check_tokens
 from quire.engine.api import EngineStats
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
@@ -87,28 +88,13 @@ class Scheduler:
         """The checks of `add`, without adding."""
         if add.request_id in self.requests:
             raise UsageError("duplicate_request", f"request id {add.request_id!r} is running")
-        length, longest = len(add.prompt_token_ids), self.limits.max_model_len
-        if length == 0:
-            raise UsageError("empty_prompt", "the prompt has no tokens", field="prompt")
-        if length >= longest:
-            raise UsageError(
-                "context_length_exceeded",
-                f"the prompt has {length} tokens; with at least one token of output it does not "
-                f"fit the context of {longest}",
-                fix="shorten the prompt, or start with a larger --max-model-len",
-                field="prompt",
-            )
-        self._check_tokens("prompt", add.prompt_token_ids)
+        vocab_size = self.limits.vocab_size
+        prompt, params = add.prompt_token_ids, add.params
+        check_request(prompt, params, self.limits.max_model_len, vocab_size)
         for word in add.bad_words:
-            self._check_tokens("bad_words", word)
-        if add.timeout is not None and not add.timeout >= 0:
-            raise UsageError(
-                "invalid_value",
-                f"timeout: {add.timeout} is not allowed",
-                why="timeout must be a number of seconds of at least 0",
-                field="timeout",
-            )
-        add.params.check_vocabulary(self.limits.vocab_size)
+            check_tokens("bad_words", word, vocab_size)
+        check_timeout(add.timeout)
+        length = len(prompt)
         output = self._max_tokens(add)
         # The last token's KV is never computed.
         if not self.kv.fits_ever(length + output - 1, self.limits.max_num_batched_tokens):
@@ -126,17 +112,6 @@ class Scheduler:
                 "queue_full",
                 f"{len(self._waiting)} requests are waiting already",
                 fix="try again later, or raise --max-queue",
-            )
-
-    def _check_tokens(self, name: str, tokens: list[int]) -> None:
-        vocab_size = self.limits.vocab_size
-        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            bad = next(t for t in tokens if not 0 <= t < vocab_size)
-            raise UsageError(
-                "invalid_token",
-                f"{name}: token id {bad} is outside the vocabulary",
-                why=f"ids of this model run from 0 to {vocab_size - 1}",
-                field=name,
             )
 
     def _max_tokens(self, add: Add) -> int:

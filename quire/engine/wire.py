@@ -91,7 +91,7 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     fix: str = ""
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """What a step gave one request. `error`: [code, what, why, fix] of a failed request."""
 
     request_id: str

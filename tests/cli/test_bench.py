@@ -139,18 +139,21 @@ def test_an_outcome_by_hand() -> None:
     assert "gone" in outcome(Job("x", 4), failed).error
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "body"),
     [
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x\r\nde\r\n0\r\n\r\n", b"abcde"),
+        (CHUNKED + b"3\r\nabc\r\n2;x\r\nde\r\n0\r\n\r\n", b"abcde"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
         (b"HTTP/1.0 200 OK\r\n\r\nabc", b"abc"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", None),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", None),
+        (CHUNKED + b"zz\r\n", None),
         (b"SSH-2.0-x\r\n", None),
         (b"", None),
     ],
-)  # fmt: skip
+)
 def test_the_client_reads_http(answer: bytes, body: bytes | None) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")

@@ -50,6 +50,11 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C, once readline waits: before, Python sees it only with the next key."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def ask(self, text: str) -> str:
         """Type a line; returns what came until the next prompt."""
         self.type(text + "\n")
@@ -77,18 +82,18 @@ def test_a_conversation_in_a_terminal(chat_model: str, tmp_path: Path) -> None:
     assert "from 0 to 100" in user.ask("/set temperature 500")
     assert "'temperature'" in user.ask("/set tempreture 1")
     assert "/help lists them" in user.ask("/sett x")
-    first = user.ask("hello")
+    first = user.ask("hello, this is more than two blocks of tokens")
     assert "40 tokens" in first and "TTFT" in first and "tok/s" in first
     assert "(0 cached)" in first and "finish length" in first
     second = user.ask('"""two\nlines"""')
-    assert re.search(r"\((16|32|48|64) cached\)", second), second  # whole blocks of the history
+    # Whole blocks of the history; the random answer's bytes are no text that comes back alike.
+    assert re.search(r"\((32|48) cached\)", second), second
     assert "max_tokens 30000" in user.ask("/set max_tokens 30000")
     user.type("go on\n")
     user.expect("go on\r\n")
-    time.sleep(0.5)
-    user.type("\x03")
+    user.interrupt()
     assert "finish abort" in user.expect(PROMPT)
-    user.type("\x03")  # the second in a row leaves
+    user.interrupt()  # the second in a row leaves
     assert user.exit_code() == 130
     assert "Traceback" not in user.seen
     saved = (tmp_path / ".cache/quire/chat_history").read_text()
@@ -98,7 +103,7 @@ def test_a_conversation_in_a_terminal(chat_model: str, tmp_path: Path) -> None:
 def test_the_end_of_input_leaves(chat_model: str, tmp_path: Path) -> None:
     user = Typist(tmp_path, chat_model, *DUMMY)
     user.expect(PROMPT)
-    user.type("\x03")
+    user.interrupt()
     user.expect("again leaves")
     user.type("\x04")
     assert user.exit_code() == 0

@@ -45,6 +45,8 @@ def test_serve_is_ready_answers_its_curl_line_and_is_measured(
         record = tmp_path / "record.json"
         load = ["--requests", "6", "--concurrency", "3", "--input-len", "200", "--repeat", "2"]
         load += ["--output-len", "5", "--shared-prefix", "100", "--output", str(record)]
+        letters = json.dumps({"allowed_token_ids": list(range(32, 90))})  # text comes every step
+        load += ["--extra", letters]
         ran = quire("bench", "serve", "--base-url", ready["url"], *load, "--json")
         assert ran.code == 0, ran.err
         found = json.loads(ran.out)
@@ -59,6 +61,7 @@ def test_serve_is_ready_answers_its_curl_line_and_is_measured(
         workload.write_text(json.dumps({"short": [{"text": "hi", "max_tokens": 2}]}))
         spec = f"{workload}:short"
         argv = ["--workload", spec, "--endpoint", "completions", "--requests", "2"]
+        argv += ["--extra", letters]
         ran = quire("bench", "serve", "--base-url", ready["url"], *argv)
         assert ran.code == 0 and "output_tok_s" in ran.out
         ran = quire("bench", "serve", "--base-url", ready["url"], "--model", "other")

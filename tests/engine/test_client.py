@@ -126,7 +126,9 @@ def test_a_slow_consumer_gets_merged_deltas(tiny_llama: str) -> None:
 def test_a_deadline_ends_a_request(tiny_llama: str) -> None:
     async def body(client: EngineClient) -> None:
         asked = request("late", [5] * 4, max_tokens=500)
-        asked = GenerateRequest(asked.request_id, asked.prompt_token_ids, asked.params, timeout=0.05)
+        asked = GenerateRequest(
+            asked.request_id, asked.prompt_token_ids, asked.params, timeout=0.05
+        )
         deltas = await collect(client, asked)
         assert deltas[-1].choices[0].finish_reason == "abort"
         await becomes_idle(client)

@@ -13,9 +13,7 @@ from quire.step import Batch
 
 
 def load(model: str, **options: Any) -> LLM:
-    return LLM(
-        model, load_format="dummy", skip_tokenizer_init=True, kernels="reference", **options
-    )
+    return LLM(model, load_format="dummy", skip_tokenizer_init=True, kernels="reference", **options)
 
 
 def drain(core: EngineCore, adds: list[Add]) -> dict[str, list[Delta]]:
@@ -83,7 +81,10 @@ def test_a_fault_in_every_step_fails_every_request_and_the_engine_lives(tiny_lla
     found = drain(core, [add(f"r{i}", [7] * 5) for i in range(5)])
     assert all(deltas[-1].error is not None for deltas in found.values())
     core.runner = healthy
-    assert len(tokens(drain(core, [add("after", [7] * 5, max_tokens=3, ignore_eos=True)])["after"])) == 3
+    assert (
+        len(tokens(drain(core, [add("after", [7] * 5, max_tokens=3, ignore_eos=True)])["after"]))
+        == 3
+    )
 
 
 def test_running_ahead_gives_the_same_answers(tiny_llama: str) -> None:
@@ -117,13 +118,18 @@ def test_nan_logits_fail_their_request_only(tiny_llama: str) -> None:
     model.forward = broken
     found = drain(
         core,
-        [add("bad", [4] * 18 + [poisoned], max_tokens=4), add("good", [5] * 20, max_tokens=6, ignore_eos=True)],
+        [
+            add("bad", [4] * 18 + [poisoned], max_tokens=4),
+            add("good", [5] * 20, max_tokens=6, ignore_eos=True),
+        ],
     )
     assert tokens(found["good"]) == alone
     assert found["bad"][-1].error is not None and found["bad"][-1].error[0] == "numerical_error"
     # None of its blocks can be found: the same prompt is computed anew.
     model.forward = forward
-    again = drain(core, [add("again", [4] * 18 + [poisoned], max_tokens=2, ignore_eos=True)])["again"]
+    again = drain(core, [add("again", [4] * 18 + [poisoned], max_tokens=2, ignore_eos=True)])[
+        "again"
+    ]
     assert again[-1].cached_tokens == 0
 
 

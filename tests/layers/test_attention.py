@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from layers.source import load
 from torch.nn import functional
 
+from layers.source import load
 from quire.comm.group import Group
 from quire.errors import PlanError
 from quire.kernels.reference import ops
@@ -97,6 +97,4 @@ def test_several_requests_in_one_step_equal_each_alone(settings: dict[str, objec
 def test_kv_heads_that_ranks_cannot_share_are_an_error_for_people() -> None:
     build = Build(ops, group=Group(0, 3))
     with pytest.raises(PlanError, match="3 ranks"):
-        Attention(
-            build, "a", hidden=H, heads=6, kv_heads=2, head_size=D, rope=rope_parameters({})
-        )
+        Attention(build, "a", hidden=H, heads=6, kv_heads=2, head_size=D, rope=rope_parameters({}))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from layers.source import Tensors, load
 
+from layers.source import Tensors, load
 from quire.comm.group import Group
 from quire.formats.blocks import BlockTensor
 from quire.formats.gguf import quantize

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from layers.source import load
 from torch.nn import functional
 
+from layers.source import load
 from quire.kernels.reference import ops
 from quire.layers.build import Build
 from quire.layers.mlp import GatedMLP
@@ -25,7 +25,11 @@ def test_down_of_activated_gate_times_up(activation: str, bias: bool) -> None:
     gate, up = (
         functional.linear(x, weights[f"{p}_proj"], biases[f"{p}_proj"]) for p in ("gate", "up")
     )
-    act = functional.silu if activation == "silu" else (lambda v: functional.gelu(v, approximate="tanh"))
+    act = (
+        functional.silu
+        if activation == "silu"
+        else (lambda v: functional.gelu(v, approximate="tanh"))
+    )
     expected = functional.linear(act(gate) * up, weights["down_proj"], biases["down_proj"])
     assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-3)
     assert build.width == 3 * 48

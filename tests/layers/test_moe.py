@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from layers.source import load
 from models.harness import KERNELS
 from torch.nn import functional
 
+from layers.source import load
 from quire.engine.startup import kernel_facts
 from quire.kernels.reference import ops
 from quire.layers.build import Build, Kernels
 from quire.layers.moe import MoE
 
-H, I, E = 32, 16, 8
+H, WIDTH, E = 32, 16, 8
 
 
 def make(kernels: Kernels, k: int, normalize: bool) -> tuple[MoE, dict[str, torch.Tensor]]:
@@ -20,7 +20,7 @@ def make(kernels: Kernels, k: int, normalize: bool) -> tuple[MoE, dict[str, torc
         build,
         "m",
         hidden=H,
-        intermediate=I,
+        intermediate=WIDTH,
         experts=E,
         experts_per_token=k,
         normalize=normalize,
@@ -28,7 +28,7 @@ def make(kernels: Kernels, k: int, normalize: bool) -> tuple[MoE, dict[str, torc
     torch.manual_seed(3)
     tensors = {"m.gate.weight": torch.randn(E, H)}
     for e in range(E):
-        for name, shape in (("gate", (I, H)), ("up", (I, H)), ("down", (H, I))):
+        for name, shape in (("gate", (WIDTH, H)), ("up", (WIDTH, H)), ("down", (H, WIDTH))):
             tensors[f"m.experts.{e}.{name}_proj.weight"] = torch.randn(shape) * 0.3
     load(build, dict(tensors))
     return layer, tensors

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from layers.source import load
 
+from layers.source import load
 from quire.kernels.reference import ops
 from quire.layers.build import Build
 from quire.layers.norm import RMSNorm

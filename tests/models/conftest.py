@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from models.harness import KERNELS
 
 

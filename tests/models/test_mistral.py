@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 from transformers import MistralConfig
+
+from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 
 # Below, at and above a block of the cache; 20 and 33 are no multiples of it.
 WINDOWS = [1, 16, 20, 33, None]

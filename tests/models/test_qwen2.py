@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 from transformers import Qwen2Config
+
+from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

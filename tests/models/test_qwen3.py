@@ -5,6 +5,8 @@ from typing import Any
 
 import gguf
 import pytest
+from transformers import Qwen3Config
+
 from models.harness import (
     TINY,
     check_greedy,
@@ -13,7 +15,6 @@ from models.harness import (
     gguf_checkpoint,
     older_config,
 )
-from transformers import Qwen3Config
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"head_dim": 16},

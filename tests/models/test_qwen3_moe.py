@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 from transformers import Qwen3MoeConfig
 
+from models.harness import TINY, Loaded, check_greedy, check_logits, checkpoint, older_config
 from quire.layers.moe import MoE
 
 MOE = {

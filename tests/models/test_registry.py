@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from models.test_config import LLAMA
 
+from models.test_config import LLAMA
 from quire.errors import ModelError
 from quire.kernels.reference import ops
 from quire.layers.build import Build

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def generate(count, length):
     prompts = [{"prompt_token_ids": [(i * 37 + j) % 9999 for j in range(length)]}
                for i in range(count)]
     llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False))
+generate(1, 2)
 loaded = memory()
 threading.Thread(target=watch, daemon=True).start()
 generate(6, 400)
@@ -55,13 +57,14 @@ print(json.dumps({"plan": llm.plan.to_dict(), "libraries": libraries, "resident"
 """
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)]
+    ("kernels", "dtype"),
+    [
+        pytest.param(kernels, dtype, marks=[pytest.mark.full] if i else [])
+        for i, (kernels, dtype) in enumerate(product(KERNELS[::-1], ("float32", "bfloat16")))
+    ],
 )
-def test_a_real_process_takes_what_the_plan_says(
-    kernels: str, dtype: str, tmp_path: Path
-) -> None:
+def test_a_real_process_takes_what_the_plan_says(kernels: str, dtype: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), kernels, dtype],
@@ -70,16 +73,16 @@ def test_a_real_process_takes_what_the_plan_says(
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     plan = seen["plan"]
-    # The dummy source's pool of random values (16 MiB) goes with the source.
     weights = seen["loaded"] - seen["libraries"]
-    assert 100 * MIB < plan["weight_bytes"]
-    assert plan["weight_bytes"] * 0.95 < weights < plan["weight_bytes"] * 1.05 + 24 * MIB
+    assert plan["weight_bytes"] > 100 * MIB
+    # 32 MiB for the modules, threads and buffers that come with the first step.
+    assert plan["weight_bytes"] * 0.95 < weights < plan["weight_bytes"] * 1.05 + 32 * MIB
     page = sum(g["page_bytes"] for g in plan["groups"])
     touched = page * (seen["tokens"] / 16 + 6)
     working = seen["peak"] - seen["loaded"]
-    assert touched * 0.9 < working
-    # 24 MiB for what allocators keep; the reference's attention makes scores of the whole step.
+    # The reference's attention makes scores of the whole step; 48 MiB for what the heap keeps.
     scores = 3 * 4 * 10 * 512 * 512 if kernels == "reference" else 0
-    assert working < touched + plan["activation_bytes"] + scores + 24 * MIB
-    assert seen["libraries"] < plan["reserve_bytes"]
-    assert seen["peak"] < plan["total_bytes"]
+    assert touched * 0.9 < working < touched + plan["activation_bytes"] + scores + 48 * MIB
+    assert seen["resident"] < plan["reserve_bytes"]
+    # The part of the cache that was never written takes no memory.
+    assert seen["total"] < plan["total_bytes"] - plan["kv_bytes"] + touched

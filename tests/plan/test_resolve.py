@@ -52,7 +52,6 @@ def plan(
     return resolve(build_options(options), ModelFacts("m", hf, formats), machine, found, group)
 
 
-
 LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 160 * 64
 MATRICES = 3 * LAYER + 2 * 1000 * 64
 NORMS = (2 * 3 + 1) * 64
@@ -91,7 +90,7 @@ def test_formats_of_the_files_count_and_dtype_changes_only_dense_ones() -> None:
     assert plan(formats={name: "f64"}, dtype="float32").weight_formats == "f32 x 23"
 
 
-@pytest.mark.parametrize("kind", ["f8_e4m3", "f64", "q5_1", "i8"])
+@pytest.mark.parametrize("kind", ["f8_e4m3", "f64", "q3_k", "i8"])
 def test_a_format_that_the_kernels_lack_is_refused_before_loading(kind: str) -> None:
     with pytest.raises(ModelError) as caught:
         plan(formats={"model.layers.0.mlp.up_proj.weight": kind})
@@ -170,7 +169,7 @@ def test_a_context_that_does_not_fit_the_kv_cache_is_refused_with_the_need() -> 
 
 
 def test_a_kv_cache_that_does_not_fit_the_machine_is_refused() -> None:
-    with pytest.raises(PlanError, match="KV cache of 100.0 GiB"):
+    with pytest.raises(PlanError, match=r"KV cache of 100\.0 GiB"):
         plan(kv_cache_memory=100 * GIB)
 
 
@@ -181,7 +180,7 @@ def test_a_model_that_does_not_fit_the_machine_is_refused_with_the_numbers() -> 
 
 
 def test_on_a_small_machine_the_kv_cache_takes_half_of_what_is_left() -> None:
-    spare = 40 * 2**20
+    spare = 16 * 2**20
     fixed = plan().total_bytes - plan().kv_bytes
     made = plan(machine=replace(MACHINE, available_bytes=fixed + spare))
     assert spare * 0.4 < made.kv_bytes <= spare / 2 + 2**20

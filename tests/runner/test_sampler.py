@@ -10,13 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runner.numpy_sampler import distribution, processed
 
 from quire.kernels.reference import ops
 from quire.params import SamplingParams
-from quire.runner.sampler import FORBIDDEN_ERROR, NAN_ERROR, Sampler, _constrain, _keep_likely, _penalise
+from quire.runner.sampler import (
+    FORBIDDEN_ERROR,
+    NAN_ERROR,
+    Sampler,
+    _constrain,
+    _keep_likely,
+    _penalise,
+)
 from quire.runner.slots import Slot, new_slot
 from quire.step import Enter
+from runner.numpy_sampler import distribution, processed
 
 V = 24
 PROMPT, OUTPUT = [1, 2, 2, 3], [5, 6, 5, 3]
@@ -105,9 +112,7 @@ LIKELY = [
 
 @pytest.mark.parametrize("fields", LIKELY)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_the_same_tokens_stay_likely_as_in_vllm(
-    fields: dict[str, Any], temperature: float
-) -> None:
+def test_the_same_tokens_stay_likely_as_in_vllm(fields: dict[str, Any], temperature: float) -> None:
     params = SamplingParams(temperature=temperature, **fields)
     for seed in range(20):
         logits = row(seed)

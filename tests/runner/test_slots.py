@@ -15,7 +15,9 @@ from quire.step import DEVICE_TOKEN, Batch, Enter, Row
 PLAIN = SamplingParams()
 
 
-def enter(slot: int, tokens: list[int], blocks: list[list[int]], prompt: int | None = None) -> Enter:
+def enter(
+    slot: int, tokens: list[int], blocks: list[list[int]], prompt: int | None = None
+) -> Enter:
     count = len(tokens) if prompt is None else prompt
     return Enter(slot, PLAIN, tokens, count, 0, 0, blocks, [], [])
 

@@ -1,13 +1,17 @@
 // Causal attention over the paged cache. A tile is up to kMaxRows rows of (query, head of one KV
-// head's group). Keys are taken in steps of kStep at absolute positions, with an online softmax
-// inside a piece of kPiece keys; pieces are merged in order. The cut depends only on positions, so
-// a query's bits are the same in prefill, in decode and in any batch.
+// head's group), a strip a few tiles that use the same keys one after the other. Keys are taken in
+// steps of kStep at absolute positions, with an online softmax inside a piece of kPiece keys, and
+// pieces are merged in order. These cuts depend only on positions, so a query's bits are the same
+// in prefill, in decode and in any batch.
 #pragma once
 
 namespace {
 
 constexpr Index kPiece = 512;
-constexpr int kStepBlocks = 4, kStep = kStepBlocks * kCacheBlock;
+constexpr int kStepBlocks = 2, kStep = kStepBlocks * kCacheBlock;
+constexpr int kMaxHead = 256;
+constexpr int kStripTiles = 4;
+constexpr Index kStripFloats = kStripTiles * (kLanes + kMaxRows * (kLanes + kMaxHead));
 constexpr float kLowest = -3.4028234663852886e38f;
 
 struct CacheF32 {
@@ -21,63 +25,72 @@ struct CacheBF16 {
     static F read_part(const uint16_t* p, Index n) { return load_bf16_part(p, n); }
 };
 
-// Online softmax of some rows: largest score, sums by position modulo 16, weighted values.
+// Online softmax of the rows of a tile: largest score, sums by position modulo 16, weighted values.
 struct Softmax {
-    static constexpr int kMaxHead = 256;
-    alignas(64) float top[kMaxRows];
-    alignas(64) float sums[kMaxRows][kLanes];
-    alignas(64) float values[kMaxRows * kMaxHead];  // [rows][padded]
+    float *top, *sums, *values;  // [kLanes], [height][kLanes], [height][padded]
+    Index padded;
 
-    void clear(int rows, Index padded) {
-        for (int r = 0; r < rows; ++r) {
-            top[r] = kLowest;
-            store(sums[r], zero());
-            for (Index i = 0; i < padded; i += kLanes) store(values + r * padded + i, zero());
-        }
+    static Index floats(int height, Index padded) { return kLanes + height * (kLanes + padded); }
+
+    Softmax(float* memory, int height, Index padded)
+        : top(memory), sums(memory + kLanes), values(sums + height * kLanes), padded(padded) {}
+
+    void clear(int height) {
+        store(top, splat(kLowest));
+        for (Index i = 0; i < height * (kLanes + padded); i += kLanes) store(sums + i, zero());
+    }
+
+    void copy(const Softmax& from, int r) {
+        top[r] = from.top[r];
+        store(sums + r * kLanes, load(from.sums + r * kLanes));
+        for (Index i = r * padded; i < (r + 1) * padded; i += kLanes) store(values + i, load(from.values + i));
     }
 
     // Adds a later piece of row r. (A NaN in it arrives through its sums and values.)
-    void merge(const Softmax& later, int r, Index padded) {
+    void merge(const Softmax& later, int r) {
         const float joint = top[r] > later.top[r] ? top[r] : later.top[r];
         const F mine = exp(splat(top[r] - joint)), theirs = exp(splat(later.top[r] - joint));
         top[r] = joint;
-        store(sums[r], fma(load(later.sums[r]), theirs, mul(load(sums[r]), mine)));
-        for (Index i = 0; i < padded; i += kLanes) {
-            float* to = values + r * padded + i;
-            store(to, fma(load(later.values + r * padded + i), theirs, mul(load(to), mine)));
-        }
+        const auto join = [&](float* to, const float* from) { store(to, fma(load(from), theirs, mul(load(to), mine))); };
+        join(sums + r * kLanes, later.sums + r * kLanes);
+        for (Index i = r * padded; i < (r + 1) * padded; i += kLanes) join(values + i, later.values + i);
     }
 };
 
 struct Tile {
-    Index sequence, kv_head, first;  // first row, counted as query * group + head
-    int rows;
+    int rows, height;                    // height: rows padded to one that there is code for
     int begin[kMaxRows], end[kMaxRows];  // positions that each row sees
     int first_key, last_key;             // of any row: [first_key, last_key)
-    alignas(64) float q[kMaxRows * Softmax::kMaxHead];  // [head_size][R], times the scale
+    Index offset[kMaxRows];              // of each row in q and out
+    alignas(64) float q[kMaxRows * kMaxHead];  // [head_size][height], times the scale
 };
 
-inline Index group_size(const quire::AttentionArgs& a) { return a.query_heads / a.kv_heads; }
+// Consecutive tiles of one sequence and KV head: they share each step of keys while it is near.
+struct Strip {
+    Index sequence, kv_head, padded;  // padded: head_size in whole registers
+    int count, height, first_key, last_key;
+    Tile tiles[kStripTiles];
 
-inline Index row_offset(const quire::AttentionArgs& a, const Tile& t, int r) {
-    const Index row = t.first + r, group = group_size(a);
-    const Index query = a.query_start[t.sequence] + row / group, head = t.kv_head * group + row % group;
-    return (query * a.query_heads + head) * a.head_size;
-}
+    Softmax softmax(float* memory, int tile) const {
+        return Softmax(memory + tile * Softmax::floats(height, padded), height, padded);
+    }
+};
 
-inline void fill_tile(const quire::AttentionArgs& a, Tile& t) {
-    const Index queries = a.query_start[t.sequence + 1] - a.query_start[t.sequence], group = group_size(a);
-    const Index all = queries * group, left = all - t.first;
-    t.rows = int(left < kMaxRows ? left : kMaxRows);
-    const int height = padded_height(kMaxRows, t.rows);
-    const float scale = float(a.scale);
-    for (int r = 0; r < height; ++r) {
-        const int row = r < t.rows ? r : t.rows - 1;  // padding repeats the last row
-        const Index position = a.context_len[t.sequence] - queries + (t.first + row) / group;
+// Rows count queries * group + head. Padding repeats the last row.
+inline void fill_tile(const quire::AttentionArgs& a, const Strip& strip, Index first, Index all, Tile& t) {
+    const Index group = a.query_heads / a.kv_heads, start = a.query_start[strip.sequence];
+    const Index before = a.context_len[strip.sequence] - (a.query_start[strip.sequence + 1] - start);
+    t.rows = int(all - first < kMaxRows ? all - first : kMaxRows);
+    t.height = padded_height(kMaxRows, t.rows);
+    Index query = first / group, head = first % group;
+    for (int r = 0; r < t.height; ++r) {
+        const Index position = before + query;
         t.end[r] = int(position + 1);
         t.begin[r] = a.window && position >= a.window ? int(position + 1 - a.window) : 0;
-        const float* q = a.q + row_offset(a, t, row);
-        for (Index i = 0; i < a.head_size; ++i) t.q[i * height + r] = q[i] * scale;
+        t.offset[r] = ((start + query) * a.query_heads + strip.kv_head * group + head) * a.head_size;
+        const float *q = a.q + t.offset[r], scale = float(a.scale);
+        for (Index i = 0; i < a.head_size; ++i) t.q[i * t.height + r] = q[i] * scale;
+        if (r + 1 < t.rows && ++head == group) head = 0, ++query;
     }
     t.first_key = t.begin[0];  // positions only grow with r
     t.last_key = t.end[t.rows - 1];
@@ -149,7 +162,8 @@ inline void add_values(const Step<Cache>& step, Index head_size, int first, int 
 }
 
 template <class Cache, int R>
-void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>& step, Softmax& state, Index padded) {
+void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>& step, Softmax state) {
+    const Index padded = state.padded;
     alignas(64) float weights[R * kStep];
     int block = step.first;
     for (; block + kScoreBlocks <= step.last; block += kScoreBlocks) score_blocks<Cache, kScoreBlocks, R>(t, step, block, a.head_size, weights);
@@ -179,14 +193,14 @@ void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>
     store(correction, exp(sub(load(before), load(after))));
     for (int r = 0; r < R; ++r) {
         const F top = splat(state.top[r]);
-        F sum = mul(load(state.sums[r]), splat(correction[r]));
+        F sum = mul(load(state.sums + r * kLanes), splat(correction[r]));
         for (block = step.first; block < step.last; ++block) {
             float* at = weights + r * kStep + block * kCacheBlock;
             const F weight = exp(sub(load(at), top));
             store(at, weight);
             sum = add(sum, weight);
         }
-        store(state.sums[r], sum);
+        store(state.sums + r * kLanes, sum);
     }
 
     // Keys that all rows see go together. The others must not reach a row even as 0 * NaN: each row
@@ -218,41 +232,53 @@ void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>
 
 // The keys of one piece, which starts at a multiple of kPiece.
 template <class Cache>
-void attend_piece(const quire::AttentionArgs& a, const Tile& t, Index piece, Softmax& state, Index padded) {
+void attend_piece(const quire::AttentionArgs& a, const Strip& strip, Index piece, float* memory) {
     using Stored = typename Cache::Stored;
-    const Index start = piece * kPiece > t.first_key ? piece * kPiece : t.first_key;
-    const Index stop = (piece + 1) * kPiece < t.last_key ? (piece + 1) * kPiece : t.last_key;
-    const int32_t* table = a.block_tables + t.sequence * a.table_stride;
+    const Index start = piece * kPiece > strip.first_key ? piece * kPiece : strip.first_key;
+    const Index stop = (piece + 1) * kPiece < strip.last_key ? (piece + 1) * kPiece : strip.last_key;
+    const int32_t* table = a.block_tables + strip.sequence * a.table_stride;
     const Index first_block = start / kCacheBlock, last_block = ceil_div(stop, kCacheBlock);
-    with_height<kMaxRows>(t.rows, [&](auto height) {
-        constexpr int R = decltype(height)::value;
-        state.clear(R, padded);
-        for (Index base = start / kStep * kStepBlocks; base < last_block; base += kStepBlocks) {
-            Step<Cache> step;
-            step.base = int(base * kCacheBlock);
-            step.first = int(first_block > base ? first_block - base : 0);
-            step.last = int(last_block - base < kStepBlocks ? last_block - base : kStepBlocks);
-            for (int i = step.first; i < step.last; ++i) {
-                const Index at = (table[base + i] * a.kv_heads + t.kv_head) * a.head_size * kCacheBlock;
-                step.keys[i] = static_cast<const Stored*>(a.k_cache) + at;
-                step.values[i] = static_cast<const Stored*>(a.v_cache) + at;
-            }
-            attend_step<Cache, R>(a, t, step, state, padded);
+    for (int i = 0; i < strip.count; ++i) strip.softmax(memory, i).clear(strip.height);
+    for (Index block = start / kStep * kStepBlocks; block < last_block; block += kStepBlocks) {
+        Step<Cache> step;
+        step.base = int(block * kCacheBlock);
+        const int first = int(first_block > block ? first_block - block : 0);
+        const int last = int(last_block - block < kStepBlocks ? last_block - block : kStepBlocks);
+        for (int i = first; i < last; ++i) {
+            const Index at = (table[block + i] * a.kv_heads + strip.kv_head) * a.head_size * kCacheBlock;
+            step.keys[i] = static_cast<const Stored*>(a.k_cache) + at;
+            step.values[i] = static_cast<const Stored*>(a.v_cache) + at;
         }
-    });
+        for (int i = 0; i < strip.count; ++i) {
+            const Tile& t = strip.tiles[i];
+            if (t.first_key >= step.base + kStep || t.last_key <= step.base) continue;
+            step.first = clamp((t.first_key - step.base) / kCacheBlock, first, last);
+            step.last = clamp((t.last_key - step.base + kCacheBlock - 1) / kCacheBlock, first, last);
+            with_height<kMaxRows>(t.rows, [&](auto height) {
+                attend_step<Cache, decltype(height)::value>(a, t, step, strip.softmax(memory, i));
+            });
+        }
+    }
 }
 
-// A row without keys in the piece stays as it is, to the bit.
-inline void merge_piece(const Tile& t, Index piece, const Softmax& part, Softmax& total, Index padded) {
-    for (int r = 0; r < t.rows; ++r)
-        if (t.begin[r] < (piece + 1) * kPiece && t.end[r] > piece * kPiece) total.merge(part, r, padded);
+// For rows that see keys of the piece it is the first one or a later one; others stay as they are.
+inline void merge_piece(const Strip& strip, Index piece, float* part, float* total) {
+    for (int i = 0; i < strip.count; ++i) {
+        const Tile& t = strip.tiles[i];
+        for (int r = 0; r < t.rows; ++r) {
+            if (t.begin[r] >= (piece + 1) * kPiece || t.end[r] <= piece * kPiece) continue;
+            Softmax to = strip.softmax(total, i);
+            if (t.begin[r] >= piece * kPiece) to.copy(strip.softmax(part, i), r);
+            else to.merge(strip.softmax(part, i), r);
+        }
+    }
 }
 
-inline void finish_tile(const quire::AttentionArgs& a, const Tile& t, const Softmax& state, Index padded) {
+inline void finish_tile(const quire::AttentionArgs& a, const Tile& t, const Softmax& state) {
     for (int r = 0; r < t.rows; ++r) {
-        float factor = 1, sum = sum_lanes(load(state.sums[r]));
+        float factor = 1, sum = sum_lanes(load(state.sums + r * kLanes));
         if (a.sinks) {  // one more logit in the denominator, with no value
-            const float sink = a.sinks[t.kv_head * group_size(a) + (t.first + r) % group_size(a)];
+            const float sink = a.sinks[t.offset[r] / a.head_size % a.query_heads];
             const float joint = sink > state.top[r] ? sink : state.top[r];
             alignas(64) float parts[kLanes] = {state.top[r] - joint, sink - joint};
             store(parts, exp(load(parts)));
@@ -260,65 +286,88 @@ inline void finish_tile(const quire::AttentionArgs& a, const Tile& t, const Soft
             sum = sum * factor + parts[1];
         }
         const F scale = splat(factor / sum);
-        float* out = a.out + row_offset(a, t, r);
-        for_lanes(a.head_size, [&](Index i, Index n) { store_lanes(out + i, mul(load(state.values + r * padded + i), scale), n); });
+        const float* values = state.values + r * state.padded;
+        float* out = a.out + t.offset[r];
+        for_lanes(a.head_size, [&](Index i, Index n) { store_lanes(out + i, mul(load(values + i), scale), n); });
     }
 }
 
-inline Index tiles_of(const quire::AttentionArgs& a, Index sequence) {
-    return ceil_div((a.query_start[sequence + 1] - a.query_start[sequence]) * group_size(a), kMaxRows);
+inline Index rows_of(const quire::AttentionArgs& a, Index sequence) {
+    return (a.query_start[sequence + 1] - a.query_start[sequence]) * (a.query_heads / a.kv_heads);
 }
 
-// Finds which (sequence, tile, KV head) a chunk is; the longest contexts of a sequence come first.
-inline void locate(const quire::AttentionArgs& a, Index chunk, Tile& t) {
-    Index tile = chunk / a.kv_heads;
-    t.kv_head = chunk % a.kv_heads;
-    for (t.sequence = 0; tile >= tiles_of(a, t.sequence); ++t.sequence) tile -= tiles_of(a, t.sequence);
-    t.first = (tiles_of(a, t.sequence) - 1 - tile) * kMaxRows;
-    fill_tile(a, t);
+// Fills in the strip of one chunk; starts[i] is the number of strips before sequence i. The longest
+// contexts of a sequence come first, so that the last chunks to finish are short ones.
+inline void find_strip(const quire::AttentionArgs& a, const Index* starts, Index chunk, Strip& strip) {
+    const Index index = chunk / a.kv_heads;
+    Index low = 0, high = a.sequences;
+    while (high - low > 1) {
+        const Index middle = (low + high) / 2;
+        (starts[middle] <= index ? low : high) = middle;
+    }
+    strip.sequence = low;
+    strip.kv_head = chunk % a.kv_heads;
+    strip.padded = ceil_div(a.head_size, kLanes) * kLanes;
+    strip.count = 0;
+    const Index first = (starts[low + 1] - 1 - index) * kStripTiles * kMaxRows, all = rows_of(a, low);
+    for (Index row = first; row < all && strip.count < kStripTiles; row += kMaxRows)
+        fill_tile(a, strip, row, all, strip.tiles[strip.count++]);
+    strip.height = strip.tiles[0].height;
+    strip.first_key = strip.tiles[0].first_key;
+    strip.last_key = strip.tiles[strip.count - 1].last_key;
+}
+
+// Merges attend(piece), where a piece's softmax states lie, for every piece in order.
+template <class Attend>
+inline void all_pieces(const quire::AttentionArgs& a, const Strip& strip, Attend&& attend) {
+    alignas(64) float merged[kStripFloats];
+    const Index first = strip.first_key / kPiece, last = ceil_div(strip.last_key, kPiece);
+    float* total = last - first == 1 ? attend(first) : merged;
+    for (Index piece = first; last - first > 1 && piece < last; ++piece) merge_piece(strip, piece, attend(piece), merged);
+    for (int i = 0; i < strip.count; ++i) finish_tile(a, strip.tiles[i], strip.softmax(total, i));
 }
 
 template <class Cache>
 void attention_with(const quire::AttentionArgs& a) {
-    const Index padded = ceil_div(a.head_size, kLanes) * kLanes;
-    Index tiles = 0, pieces = 1;
+    auto* starts = static_cast<Index*>(quire::thread_scratch(1, sizeof(Index) * std::size_t(a.sequences + 1)));
+    Index pieces = 1, most_rows = 1;
+    starts[0] = 0;
     for (Index i = 0; i < a.sequences; ++i) {
-        tiles += tiles_of(a, i);
-        if (pieces < ceil_div(a.context_len[i], kPiece)) pieces = ceil_div(a.context_len[i], kPiece);
+        const Index rows = rows_of(a, i);
+        starts[i + 1] = starts[i] + ceil_div(rows, kStripTiles * kMaxRows);
+        if (rows > most_rows) most_rows = rows;
+        if (rows && pieces < ceil_div(a.context_len[i], kPiece)) pieces = ceil_div(a.context_len[i], kPiece);
     }
-    const Index chunks = tiles * a.kv_heads;
+    const Index chunks = starts[a.sequences] * a.kv_heads;
     if (!chunks) return;
-    const bool few = pieces > 1 && chunks < Index(4) * quire::thread_count() && quire::thread_count() > 1;
-    if (!few) {
+    if (pieces == 1 || quire::thread_count() == 1 || chunks >= 4 * quire::thread_count()) {
         parallel_for(chunks, [&](Index chunk) {
-            Tile t;
-            locate(a, chunk, t);
-            Softmax total, part;
-            total.clear(t.rows, padded);
-            for (Index piece = t.first_key / kPiece; piece * kPiece < t.last_key; ++piece) {
-                attend_piece<Cache>(a, t, piece, part, padded);
-                merge_piece(t, piece, part, total, padded);
-            }
-            finish_tile(a, t, total, padded);
+            Strip strip;
+            find_strip(a, starts, chunk, strip);
+            alignas(64) float part[kStripFloats];
+            all_pieces(a, strip, [&](Index piece) {
+                attend_piece<Cache>(a, strip, piece, part);
+                return part;
+            });
         });
         return;
     }
     // Long contexts, few rows: threads share the pieces of one row; the merge is the same.
-    auto* parts = static_cast<Softmax*>(quire::thread_scratch(1, sizeof(Softmax) * (std::size_t)(chunks * pieces)));
+    const Index tiles = ceil_div(most_rows, kMaxRows) < kStripTiles ? ceil_div(most_rows, kMaxRows) : kStripTiles;
+    const int height = padded_height(kMaxRows, int(most_rows < kMaxRows ? most_rows : kMaxRows));
+    const Index floats = tiles * Softmax::floats(height, ceil_div(a.head_size, kLanes) * kLanes);
+    auto* parts = static_cast<float*>(quire::thread_scratch(2, sizeof(float) * std::size_t(chunks * pieces * floats)));
     parallel_for(chunks * pieces, [&](Index index) {
-        Tile t;
-        locate(a, index / pieces, t);
+        Strip strip;
+        find_strip(a, starts, index / pieces, strip);
         const Index piece = index % pieces;
-        if ((piece + 1) * kPiece > t.first_key && piece * kPiece < t.last_key) attend_piece<Cache>(a, t, piece, parts[index], padded);
+        if ((piece + 1) * kPiece > strip.first_key && piece * kPiece < strip.last_key)
+            attend_piece<Cache>(a, strip, piece, parts + index * floats);
     });
     parallel_for(chunks, [&](Index chunk) {
-        Tile t;
-        locate(a, chunk, t);
-        Softmax total;
-        total.clear(t.rows, padded);
-        for (Index piece = t.first_key / kPiece; piece * kPiece < t.last_key; ++piece)
-            merge_piece(t, piece, parts[chunk * pieces + piece], total, padded);
-        finish_tile(a, t, total, padded);
+        Strip strip;
+        find_strip(a, starts, chunk, strip);
+        all_pieces(a, strip, [&](Index piece) { return parts + (chunk * pieces + piece) * floats; });
     });
 }
 

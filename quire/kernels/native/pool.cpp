@@ -174,7 +174,7 @@ void run_chunks(Index chunks, Task task, void* context) {
 }
 
 void* thread_scratch(int slot, std::size_t bytes) {
-    thread_local Buffer buffers[2];
+    thread_local Buffer buffers[kScratchSlots];
     Buffer& buffer = buffers[slot];
     if (buffer.bytes < bytes) {
         ::operator delete(buffer.data, Buffer::kAlign);

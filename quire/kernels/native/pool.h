@@ -17,6 +17,7 @@ void set_thread_count(int count);
 int thread_count();
 
 // A grow-only, 64-byte aligned scratch buffer of the calling thread, one for each `slot`.
+constexpr int kScratchSlots = 3;
 void* thread_scratch(int slot, std::size_t bytes);
 
 }  // namespace quire

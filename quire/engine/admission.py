@@ -1,0 +1,50 @@
+"""What a request must satisfy before it is queued: one set of checks for frontends and engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quire.errors import UsageError
+from quire.params import SamplingParams
+
+
+def check_request(
+    prompt: Sequence[int], params: SamplingParams, max_model_len: int, vocab_size: int
+) -> None:
+    """Raise UsageError for a prompt or parameters that this model can never run."""
+    length = len(prompt)
+    if length == 0:
+        raise UsageError("empty_prompt", "the prompt has no tokens", field="prompt")
+    if length >= max_model_len:
+        raise UsageError(
+            "context_length_exceeded",
+            f"the prompt has {length} tokens; with at least one token of output it does not "
+            f"fit the context of {max_model_len}",
+            fix="shorten the prompt, or start with a larger --max-model-len",
+            field="prompt",
+        )
+    check_tokens("prompt", prompt, vocab_size)
+    params.check_vocabulary(vocab_size)
+
+
+def check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise UsageError where a token id is outside the vocabulary."""
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        bad = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise UsageError(
+            "invalid_token",
+            f"{name}: token id {bad} is outside the vocabulary",
+            why=f"ids of this model run from 0 to {vocab_size - 1}",
+            field=name,
+        )
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise UsageError for a timeout that is negative or not a number."""
+    if timeout is not None and not timeout >= 0:
+        raise UsageError(
+            "invalid_value",
+            f"timeout: {timeout} is not allowed",
+            why="timeout must be a number of seconds of at least 0",
+            field="timeout",
+        )

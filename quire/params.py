@@ -35,11 +35,11 @@ class Limit:
         if self.kind in bounds:
             text = bounds[self.kind]
             if self.low != -math.inf and self.high != math.inf:
-                text += f" from {self.low:g} to {self.high:g}"
+                text += f" from {_plain(self.low)} to {_plain(self.high)}"
             elif self.low != -math.inf:
-                text += f" of at least {self.low:g}"
+                text += f" of at least {_plain(self.low)}"
             if self.exclusive_low:
-                text += f", above {self.low:g}"
+                text += f", above {_plain(self.low)}"
         elif self.kind == "strings":
             text = f"a list of at most {self.items} strings of 1 to {self.characters} characters"
         elif self.kind == "ids":
@@ -50,6 +50,11 @@ class Limit:
                 f"from {self.low:g} to {self.high:g}"
             )
         return text + (" or null" if self.optional else "")
+
+
+def _plain(bound: float) -> str:
+    """A bound for people: 2147483647 rather than 2.14748e+09."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 LIMITS: dict[str, Limit] = {

@@ -70,7 +70,7 @@ def test_rooms_import_downwards_only() -> None:
     for path in FILES:
         here = room(path)
         for name, line in imports(path) if here in RANK else ():
-            there = (name.split(".") + [""])[1] if name.startswith("quire.") else ""
+            there = name.split(".")[1] if name.startswith("quire.") else ""
             if there != here and there in RANK and RANK[there] > RANK[here]:
                 upwards.append(f"{path}:{line}: {here} imports {name}")
     assert not upwards

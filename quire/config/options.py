@@ -64,7 +64,7 @@ class ModelOptions:
     max_model_len: int | None = option(
         None, "longest context in tokens; by default the model's, or what memory allows", low=1
     )
-    seed: int = option(0, "seeds dummy weights, and the seeds of requests that bring none", low=0)
+    seed: int = option(0, "seeds dummy weights", low=0)
     skip_tokenizer_init: bool = option(False, "load no tokenizer: prompts are token ids")
     offline: bool = option(False, "never use the network, only files already on this machine")
 

@@ -50,6 +50,8 @@ class EngineProcess:
         except QuireError as error:
             self._fail(type(error).__name__, error)
             return 1
+        except BrokenPipeError:
+            return EXIT_PARENT_GONE
         except Exception as error:
             log.error("the engine ends:\n%s", traceback.format_exc())
             reason = f"{type(error).__name__}: {error}"
@@ -62,6 +64,7 @@ class EngineProcess:
         from quire.engine.startup import start_engine
 
         options = build_options(start.options)
+        logging.getLogger().setLevel(options.server.log_level.upper())
         engine = start_engine(options, lambda phase, done: self._send(wire.Progress(phase, done)))
         gc.collect()
         gc.freeze()  # what start-up made stays: later collections need not look at it
@@ -130,10 +133,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
-    try:
-        return EngineProcess(connection).run()
-    except BrokenPipeError:
-        return EXIT_PARENT_GONE
+    return EngineProcess(connection).run()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build
-from quire.models.registry import build_model, load_weights
+from quire.models.registry import build_model, load_weights, read_config
 from quire.plan.plan import Plan
 from quire.plan.resolve import DTYPES, KernelFacts, ModelFacts, resolve
 from quire.runner.eager import EagerRunner, allocate_caches
@@ -93,6 +93,7 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     say = progress or (lambda phase, fraction: None)
     say("finding the model", 0.0)
     files = find_model(options)
+    read_config(files.config())  # a config that cannot be used comes before missing weights
     say("planning", 0.0)
     source = open_weights(options, files)
     if source is None:

@@ -10,6 +10,7 @@ namespace {
 constexpr Index kPiece = 512;
 constexpr int kStepBlocks = 2, kStep = kStepBlocks * kCacheBlock;
 constexpr int kMaxHead = 256;
+constexpr int kQueryStride = kMaxHead + kLanes;  // a power of two would crowd a few cache sets
 constexpr int kStripTiles = 4;
 constexpr Index kStripFloats = kStripTiles * (kLanes + kMaxRows * (kLanes + kMaxHead));
 constexpr float kLowest = -3.4028234663852886e38f;
@@ -62,7 +63,7 @@ struct Tile {
     int begin[kMaxRows], end[kMaxRows];  // positions that each row sees
     int first_key, last_key;             // of any row: [first_key, last_key)
     Index offset[kMaxRows];              // of each row in q and out
-    alignas(64) float q[kMaxRows * kMaxHead];  // [head_size][height], times the scale
+    alignas(64) float q[kMaxRows][kQueryStride];  // times the scale
 };
 
 // Consecutive tiles of one sequence and KV head: they share each step of keys while it is near.
@@ -88,10 +89,11 @@ inline void fill_tile(const quire::AttentionArgs& a, const Strip& strip, Index f
         t.end[r] = int(position + 1);
         t.begin[r] = a.window && position >= a.window ? int(position + 1 - a.window) : 0;
         t.offset[r] = ((start + query) * a.query_heads + strip.kv_head * group + head) * a.head_size;
-        const float *q = a.q + t.offset[r], scale = float(a.scale);
-        for (Index i = 0; i < a.head_size; ++i) t.q[i * t.height + r] = q[i] * scale;
         if (r + 1 < t.rows && ++head == group) head = 0, ++query;
     }
+    const F scale = splat(float(a.scale));
+    for (int r = 0; r < t.height; ++r)
+        for_lanes(a.head_size, [&](Index i, Index n) { store_lanes(t.q[r] + i, mul(load_lanes(a.q + t.offset[r] + i, n), scale), n); });
     t.first_key = t.begin[0];  // positions only grow with r
     t.last_key = t.end[t.rows - 1];
 }
@@ -117,7 +119,7 @@ inline void score_blocks(const Tile& t, const Step<Cache>& step, int block, Inde
         F key[P];
         QUIRE_UNROLL for (int p = 0; p < P; ++p) key[p] = Cache::read(step.keys[block + p] + i * kCacheBlock);
         QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-            const F q = splat(t.q[i * R + r]);
+            const F q = splat(t.q[r][i]);
             QUIRE_UNROLL for (int p = 0; p < P; ++p) sum[p][r] = fma(q, key[p], sum[p][r]);
         }
     }
@@ -161,6 +163,48 @@ inline void add_values(const Step<Cache>& step, Index head_size, int first, int 
     for (; i < head_size; i += kLanes) add_values<Cache, R, 1>(step, i, head_size, first, last, weights, correction, values, padded);
 }
 
+// Scores [height][kStep] of P blocks from position `base` become weights; correction[r] is what the
+// row's earlier sums are to be multiplied with. A key that a row does not see gets the score
+// -infinity and so the weight 0: neither changes a maximum or a sum, so a row does not notice which
+// keys its tile looks at for others.
+template <int P>
+void weigh(const quire::AttentionArgs& a, const Tile& t, int base, float* scores, const Softmax& state, float* correction) {
+    const bool masked = t.begin[t.rows - 1] > base || t.end[0] < base + P * kCacheBlock;
+    const F before = load(state.top);
+    if (a.softcap > 0) {
+        const F cap = splat(float(a.softcap)), inverse = splat(float(1 / a.softcap));
+        for (int r = 0; r < t.height; ++r)
+            for (float* at = scores + r * kStep; at < scores + r * kStep + P * kCacheBlock; at += kCacheBlock)
+                store(at, mul(cap, tanh(mul(load(at), inverse))));
+    }
+    for (int r = 0; r < t.height; ++r) {
+        F top = splat(state.top[r]);
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) {
+            float* at = scores + r * kStep + p * kCacheBlock;
+            F score = load(at);
+            if (masked) {
+                const int first = base + p * kCacheBlock;
+                score = keep_lanes(score, clamp(t.begin[r] - first, 0, kCacheBlock), clamp(t.end[r] - first, 0, kCacheBlock), -INFINITY);
+                store(at, score);
+            }
+            top = max(score, top);  // a NaN is passed over here, and spoils the weights below
+        }
+        state.top[r] = max_lanes(top);
+    }
+    store(correction, exp(sub(before, load(state.top))));
+    for (int r = 0; r < t.height; ++r) {
+        const F top = splat(state.top[r]);
+        F sum = mul(load(state.sums + r * kLanes), splat(correction[r]));
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) {
+            float* at = scores + r * kStep + p * kCacheBlock;
+            const F weight = exp(sub(load(at), top));
+            store(at, weight);
+            sum = add(sum, weight);
+        }
+        store(state.sums + r * kLanes, sum);
+    }
+}
+
 template <class Cache, int R>
 void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>& step, Softmax state) {
     const Index padded = state.padded;
@@ -169,45 +213,15 @@ void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>
     for (; block + kScoreBlocks <= step.last; block += kScoreBlocks) score_blocks<Cache, kScoreBlocks, R>(t, step, block, a.head_size, weights);
     for (; block < step.last; ++block) score_blocks<Cache, 1, R>(t, step, block, a.head_size, weights);
 
-    // Scores to weights. A key that a row does not see gets -infinity, then the weight 0: neither
-    // changes a maximum or a sum, so a row does not notice which keys its tile looks at for others.
-    alignas(64) float correction[kLanes], before[kLanes] = {}, after[kLanes] = {};
-    const F cap = splat(float(a.softcap)), inverse_cap = splat(a.softcap > 0 ? float(1 / a.softcap) : 0);
-    for (int r = 0; r < R; ++r) {
-        F top = splat(state.top[r]);
-        const F known = top;
-        for (block = step.first; block < step.last; ++block) {
-            float* at = weights + r * kStep + block * kCacheBlock;
-            const int base = step.base + block * kCacheBlock;
-            F score = load(at);
-            if (a.softcap > 0) score = mul(cap, tanh(mul(score, inverse_cap)));
-            if (t.begin[r] > base || t.end[r] < base + kCacheBlock)
-                score = keep_lanes(score, clamp(t.begin[r] - base, 0, kCacheBlock), clamp(t.end[r] - base, 0, kCacheBlock), -INFINITY);
-            if (a.softcap > 0 || t.begin[r] > base || t.end[r] < base + kCacheBlock) store(at, score);
-            top = max(score, top);
-        }
-        before[r] = state.top[r];
-        if (any_greater(top, known)) state.top[r] = max_lanes(top);
-        after[r] = state.top[r];
-    }
-    store(correction, exp(sub(load(before), load(after))));
-    for (int r = 0; r < R; ++r) {
-        const F top = splat(state.top[r]);
-        F sum = mul(load(state.sums + r * kLanes), splat(correction[r]));
-        for (block = step.first; block < step.last; ++block) {
-            float* at = weights + r * kStep + block * kCacheBlock;
-            const F weight = exp(sub(load(at), top));
-            store(at, weight);
-            sum = add(sum, weight);
-        }
-        store(state.sums + r * kLanes, sum);
-    }
+    alignas(64) float correction[kLanes], none[kLanes];
+    store(none, splat(1.0f));
+    const int start = step.first * kCacheBlock;
+    if (step.last - step.first == kStepBlocks) weigh<kStepBlocks>(a, t, step.base + start, weights + start, state, correction);
+    else weigh<1>(a, t, step.base + start, weights + start, state, correction);
 
     // Keys that all rows see go together. The others must not reach a row even as 0 * NaN: each row
     // takes its own before and after.
     const int from = clamp(t.begin[R - 1] - step.base, 0, kStep), to = clamp(t.end[0] - step.base, 0, kStep);
-    alignas(64) float none[kLanes];
-    store(none, splat(1.0f));
     if (from >= to) {
         for (int r = 0; r < R; ++r)
             add_values<Cache, 1>(step, a.head_size, clamp(t.begin[r] - step.base, 0, kStep), clamp(t.end[r] - step.base, 0, kStep),

@@ -115,6 +115,13 @@ inline float max_lanes(F x) {
 }
 
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I integers(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I times_128_plus(I a, int32_t b) {
+    const __m256i more = _mm256_set1_epi32(b);
+    return {_mm256_add_epi32(_mm256_slli_epi32(a.a, 7), more), _mm256_add_epi32(_mm256_slli_epi32(a.b, 7), more)};
+}
+template <class Format>
+constexpr bool kSubtractsZero = Format::max_code > 127;
 inline int store_int8(int8_t* p, F x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -129,12 +136,12 @@ inline __m256i broadcast_four(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-template <class Format, int P, int R, class Consume>
-inline void block_dots(const uint8_t* codes, Index, const int8_t* a, const int32_t* initial, Consume&& consume) {
+template <class Format, int P, int R, class Start, class Consume>
+inline void block_dots(const uint8_t* codes, Index, const int8_t* a, Start&& start, Consume&& consume) {
     static_assert(P == 1, "one panel at a time");
     // A pair of products is at most 2 * 127 * max_code, so this many pairs fit 16 bits. Codes up to
     // 255 do not fit even once: less 128 they are signed, and |code| * (sign * a) stays below 2^15.
-    constexpr bool kSigned = Format::max_code > 127;
+    constexpr bool kSigned = kSubtractsZero<Format>;
     constexpr int kCode = kSigned ? 128 : Format::max_code, kGroups = 8 / Format::scales;
     constexpr int kFit = 32767 / (2 * 127 * kCode);
     constexpr int kFlush = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
@@ -143,10 +150,7 @@ inline void block_dots(const uint8_t* codes, Index, const int8_t* a, const int32
     const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), excess = _mm256_set1_epi8(-128);
     QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
         I total[R], part[R];
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-            const __m256i start = Format::zero && !kSigned ? _mm256_set1_epi32(initial[h * R + r]) : _mm256_setzero_si256();
-            total[r] = {start, start};
-        }
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) total[r] = start(h, 0, r);
         QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
             const __m256i* from = (const __m256i*)(codes + g % Format::bits * 64);
             __m256i wa = _mm256_load_si256(from), wb = _mm256_load_si256(from + 1);

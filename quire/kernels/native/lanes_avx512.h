@@ -73,6 +73,10 @@ inline float max_lanes(F a) {
 }
 
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+inline I integers(int32_t x) { return _mm512_set1_epi32(x); }
+inline I times_128_plus(I a, int32_t b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 7), _mm512_set1_epi32(b)); }
+template <class Format>
+constexpr bool kSubtractsZero = false;  // block_dots uses codes as they are stored
 // Stores sixteen integral lanes of -127..127 as bytes and returns their sum.
 inline int store_int8(int8_t* p, F a) {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a));
@@ -86,15 +90,15 @@ inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0);
 
 // Exact dot products of one block: consume(h, p, r, sum) for each half-block h with a scale of its
 // own (one "half" if the block has one scale), panel p of P and row r of a tile of R.
-// codes: the block in the first panel, panel_stride bytes from the next; a: [R][32] activation
-// codes; initial: [scales][R] starting sums, minus zero times the row's sum.
-template <class Format, int P, int R, class Consume>
-inline void block_dots(const uint8_t* codes, Index panel_stride, const int8_t* a, const int32_t* initial, Consume&& consume) {
+// codes: the block in the first panel, panel_stride bytes from the next; a: [R][32] int8
+// activations; start(h, p, r): what a sum begins with.
+template <class Format, int P, int R, class Start, class Consume>
+inline void block_dots(const uint8_t* codes, Index panel_stride, const int8_t* a, Start&& start, Consume&& consume) {
     constexpr int kGroups = 8 / Format::scales;
     QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
         I sum[P][R];
         QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
-            sum[p][r] = Format::zero ? _mm512_set1_epi32(initial[h * R + r]) : _mm512_setzero_si512();
+            sum[p][r] = start(h, p, r);
         QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
             I w[P];
             QUIRE_UNROLL for (int p = 0; p < P; ++p) {

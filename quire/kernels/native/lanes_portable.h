@@ -175,6 +175,17 @@ inline float max_lanes(const F& a) {
 inline F to_float(const I& a) {
     return each([&](int i) { return float(a.v[i / 4][i % 4]); });
 }
+inline I integers(int32_t x) {
+    I out;
+    for (int i = 0; i < kLanes; ++i) out.v[i / 4][i % 4] = x;
+    return out;
+}
+inline I times_128_plus(I a, int32_t b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i / 4][i % 4] = a.v[i / 4][i % 4] * 128 + b;
+    return a;
+}
+template <class Format>
+constexpr bool kSubtractsZero = false;
 inline int store_int8(int8_t* p, const F& a) {
     int sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += p[i] = int8_t(lane(a, i));
@@ -183,14 +194,16 @@ inline int store_int8(int8_t* p, const F& a) {
 
 inline void prefetch(const void*) {}
 
-template <class Format, int P, int R, class Consume>
-inline void block_dots(const uint8_t* codes, Index, const int8_t* a, const int32_t* initial, Consume&& consume) {
+template <class Format, int P, int R, class Start, class Consume>
+inline void block_dots(const uint8_t* codes, Index, const int8_t* a, Start&& start, Consume&& consume) {
     static_assert(P == 1, "one panel at a time");
     constexpr int kGroups = 8 / Format::scales;
     for (int h = 0; h < Format::scales; ++h) {
         int32_t sums[R][kLanes];
-        for (int r = 0; r < R; ++r)
-            for (int i = 0; i < kLanes; ++i) sums[r][i] = Format::zero ? initial[h * R + r] : 0;
+        for (int r = 0; r < R; ++r) {
+            const I first = start(h, 0, r);
+            std::memcpy(sums[r], &first, sizeof first);
+        }
         for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
             uint8_t four[64];
             const uint8_t* from = codes + g % Format::bits * 64;

@@ -9,7 +9,8 @@ namespace {
 // is a minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error 3.2e-9.
 inline F exp(F x) {
     x = max(splat(-104.0f), min(splat(89.0f), x));
-    const F n = round_even(mul(x, splat(1.44269504f)));
+    const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const F n = sub(fma(x, splat(1.44269504f), magic), magic);
     F r = fnma(n, splat(0.693359375f), x);
     r = fnma(n, splat(-2.12194440e-4f), r);
     F p = splat(0.0013814318226650357f);

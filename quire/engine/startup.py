@@ -156,7 +156,7 @@ def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:
     return EngineInfo(
         model=options.server.served_model_name or files.name,
         max_model_len=plan.max_model_len,
-        vocab_size=int(hf["vocab_size"]),
+        vocab_size=read_config(hf).vocab_size,
         fingerprint=plan.fingerprint,
         plan=plan.to_dict(),
         default_params=default_params(generation),

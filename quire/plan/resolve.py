@@ -20,6 +20,7 @@ from quire.plan.plan import Choice, Plan, format_bytes
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 1
+NATIVE_HEAD_SIZES = range(8, 257, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
 # A default KV cache holds this many tokens, if half of what is left allows.
@@ -63,16 +64,19 @@ def resolve(
     group = group or Group()
     engine = options.engine
     choices: list[Choice] = []
-    kernels_name, kernels = _choose_kernels(options, found, choices)
+    dtype = DTYPES.get(options.model.dtype)
+    shapes = Build(found.reference, dtype=dtype, group=group)
+    build_model(model.hf_config, shapes)
+    head_sizes = {cache.head_size for cache in shapes.caches}
+    kernels_name, kernels = _choose_kernels(options, found, head_sizes, choices)
+    build = Build(kernels, dtype=dtype, group=group)
+    build_model(model.hf_config, build)
     deterministic = _choose_determinism(options, kernels_name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(model.hf_config)
-    dtype = DTYPES.get(options.model.dtype)
     kv_dtype = options.model.kv_cache_dtype
     if kv_dtype == "auto":
         kv_dtype = "float32" if options.model.dtype == "float32" else "bfloat16"
-    build = Build(kernels, dtype=dtype, group=group)
-    build_model(model.hf_config, build)
     formats = _formats(model, options)
     weight_bytes = _weight_bytes(build, formats)
     step_tokens, sequences = engine.max_num_batched_tokens, engine.max_num_seqs
@@ -150,21 +154,26 @@ def _room(machine: Machine, weights: int, activations: int) -> int:
 
 
 def _choose_kernels(
-    options: Options, found: KernelFacts, choices: list[Choice]
+    options: Options, found: KernelFacts, head_sizes: set[int], choices: list[Choice]
 ) -> tuple[str, Kernels]:
-    asked = options.engine.kernels
-    if asked == "native" and found.native is None:
+    asked, why_not = options.engine.kernels, found.why_not
+    fix = "install a C++ compiler and reinstall quire, or use --kernels reference"
+    odd = sorted(head_sizes - set(NATIVE_HEAD_SIZES))
+    if found.native is not None and odd:
+        why_not = f"they do not have head size {odd[0]}: multiples of 8 up to 256"
+        fix = "use --kernels reference"
+    if asked == "native" and why_not:
         raise PlanError(
             "no_native_kernels",
-            "--kernels native: the native kernels are not there",
-            why=found.why_not,
-            fix="install a C++ compiler and reinstall quire, or use --kernels reference",
+            "--kernels native: the native kernels cannot be used",
+            why=why_not,
+            fix=fix,
         )
-    if found.native is not None and asked != "reference":
+    if asked != "reference" and found.native is not None and not why_not:
         reason = f"built for this machine, instruction set {found.isa}"
         choices.append(Choice("kernels", "native", reason))
         return "native", found.native
-    reason = "asked for with --kernels" if asked == "reference" else found.why_not
+    reason = "asked for with --kernels" if asked == "reference" else why_not
     choices.append(Choice("kernels", "reference", reason, downgrade=asked == "auto"))
     return "reference", found.reference
 

@@ -245,3 +245,14 @@ def test_a_plan_is_plain_data() -> None:
     made = plan()
     assert json.loads(json.dumps(made.to_dict()))["total_bytes"] == made.total_bytes
     assert made.summary()["context"] == "4096 tokens"
+
+
+def test_a_head_size_that_native_kernels_lack_goes_to_the_reference_and_says_so() -> None:
+    odd = {**LLAMA, "head_dim": 20}
+    [choice] = [c for c in plan(odd).choices if c.what == "kernels"]
+    assert (choice.chosen, choice.downgrade) == ("reference", True)
+    assert "head size 20" in choice.reason
+    with pytest.raises(PlanError, match="native"):
+        plan(odd, kernels="native")
+    with pytest.raises(PlanError, match="strict"):
+        plan(odd, strict=True)

@@ -25,11 +25,12 @@
 #include "linear.h"
 #include "rows.h"
 #include "attention.h"
+#include "noise.h"
 
 namespace quire {
 
 const Kernels* avx2_kernels() {
-    static const Kernels table{kName, linear, norm, rotary_cache, attention, gated_activation, argmax, logsumexp};
+    static const Kernels table{kName, linear, norm, rotary_cache, attention, gated_activation, argmax, logsumexp, gumbel};
     return &table;
 }
 

@@ -80,6 +80,7 @@ struct Kernels {
     void (*gated_activation)(const GatedArgs&);
     void (*argmax)(const ReduceArgs&);
     void (*logsumexp)(const ReduceArgs&);
+    void (*gumbel)(uint64_t seed, uint32_t choice, uint32_t position, Index size, float* out);
 };
 
 // Null where the compiler or the processor family has no such instructions.
@@ -90,8 +91,5 @@ const Kernels* portable_kernels();
 // pack.cpp: source rows are row_bytes apart; packed is panel_bytes(format, k) * ceil(n / 16).
 void pack_rows(int format, const uint8_t* source, Index row_bytes, Index n, Index k, uint8_t* packed);
 void unpack_rows(int format, const uint8_t* packed, Index k, const int64_t* ids, Index count, float scale, float* out);
-
-// noise.cpp
-void gumbel_noise(uint64_t seed, uint32_t choice, uint32_t position, Index size, float* out);
 
 }  // namespace quire

@@ -11,28 +11,19 @@ struct Constant {
 };
 template <int Max, class Run>
 inline void with_height(int rows, Run&& run) {
-    if constexpr (Max > 12) {
-        if (rows > 12) return run(Constant<16>{});
-    }
     if constexpr (Max > 8) {
         if (rows > 8) return run(Constant<12>{});
     }
-    if constexpr (Max > 6) {
-        if (rows > 6) return run(Constant<8>{});
-    }
     if constexpr (Max > 4) {
-        if (rows > 4) return run(Constant<6>{});
+        if (rows > 4) return run(Constant<8>{});
     }
-    switch (rows) {
-        case 4: return run(Constant<4>{});
-        case 3: return run(Constant<3>{});
-        case 2: return run(Constant<2>{});
-        default: return run(Constant<1>{});
-    }
+    if (rows > 2) return run(Constant<4>{});
+    if (rows > 1) return run(Constant<2>{});
+    run(Constant<1>{});
 }
 
 inline int padded_height(int max, int rows) {
-    for (int height : {1, 2, 3, 4, 6, 8, 12})
+    for (int height : {1, 2, 4, 8, 12})
         if (rows <= height && height <= max) return height;
     return max;
 }

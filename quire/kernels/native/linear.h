@@ -48,7 +48,7 @@ inline void store_tile(const quire::LinearArgs& a, Index first_row, int rows, In
 
 // How rows and panels are cut into chunks of work. Results do not depend on it.
 struct Plan {
-    static constexpr int kPanels = 4;  // taken together; a multiple of what any tile takes
+    static constexpr int kPanels = 4;  // a multiple of what any tile takes together
     int max_height;
     Index tiles, tiles_per_group, groups;    // rows
     Index panels, panels_per_part, parts;    // outputs
@@ -80,7 +80,7 @@ struct Plan {
         return int(left < max_height ? left : max_height);
     }
 
-    // run(tile, first panel, last panel), in an order that keeps a few panels and a group in cache.
+    // run(tile, first panel, last panel): a part's weights stay in the second-level cache for all tiles.
     template <class Run>
     void execute(Run&& run) const {
         parallel_for(groups * parts, [&](Index chunk) {
@@ -88,43 +88,32 @@ struct Plan {
             const Index last = first + panels_per_part < panels ? first + panels_per_part : panels;
             const Index first_tile = group * tiles_per_group;
             const Index last_tile = first_tile + tiles_per_group < tiles ? first_tile + tiles_per_group : tiles;
-            for (Index panel = first; panel < last; panel += kPanels) {
-                const Index stop = panel + kPanels < last ? panel + kPanels : last;
-                for (Index tile = first_tile; tile < last_tile; ++tile) run(tile, panel, stop);
-            }
+            for (Index tile = first_tile; tile < last_tile; ++tile) run(tile, first, last);
         });
     }
 };
 
-// ---- block formats: activations as integers with one fp32 scale per 32 ----
+// ---- block formats: activations as int16 with one fp32 scale per 32 ----
 //
-// An activation is a 15-bit integer 128 * high + low, high and low being int8: two exact products
-// instead of one, and an error 128 times smaller than int8 activations make. That keeps greedy text
-// that of fp32, at no cost where memory is the limit.
-constexpr float kLargestCode = 127 * 128;
+// Sixteen bits rather than eight: with an error 256 times smaller, greedy text stays that of fp32,
+// at no cost where memory is the limit. A block's sum of 32 products of 16 and 8 bits fits int32.
+constexpr float kLargestCode = 32767;
 
-// One block of a tile of R rows: high[R][32], low[R][32], scale[R], scaled_sum[R], initial[2][R].
+// One block of a tile of R rows: codes[R][32], scale[R], scaled_sum[R], initial[2][R].
 constexpr Index kBytesPerRowBlock = 2 * kBlock + 16;
 
 struct QuantisedBlock {
-    int8_t *high, *low;
+    int16_t* codes;
     float *scale, *scaled_sum;
-    int32_t* initial;
+    int32_t* initial;  // what the sums of each half start with: minus zero times the sum of the codes
     QuantisedBlock(uint8_t* tile, Index block, int rows) {
         uint8_t* p = tile + block * rows * kBytesPerRowBlock;
-        high = reinterpret_cast<int8_t*>(p);
-        low = high + rows * kBlock;
+        codes = reinterpret_cast<int16_t*>(p);
         scale = reinterpret_cast<float*>(p + 2 * rows * kBlock);
         scaled_sum = scale + rows;
         initial = reinterpret_cast<int32_t*>(scaled_sum + rows);
     }
 };
-
-// Stores sixteen integers of at most 15 bits as high and low bytes; returns their sum.
-inline int store_codes(int8_t* high, int8_t* low, F codes) {
-    const F upper = round_even(mul(codes, splat(1.0f / 128)));
-    return 128 * store_int8(high, upper) + store_int8(low, fnma(upper, splat(128), codes));
-}
 
 template <class Format>
 void quantise_tile(const quire::LinearArgs& a, Index first_row, int rows, int height, uint8_t* tile) {
@@ -142,13 +131,36 @@ void quantise_tile(const quire::LinearArgs& a, Index first_row, int rows, int he
             const float scale = !finite ? bits_to_float(0x7fc00000u) : inverse > 0 ? largest / kLargestCode : 0.0f;
             const F keep = splat(inverse);
             const F q0 = finite ? round_even(mul(x0, keep)) : zero(), q1 = finite ? round_even(mul(x1, keep)) : zero();
-            int8_t *high = q.high + r * kBlock, *low = q.low + r * kBlock;
-            const int sum0 = store_codes(high, low, q0), sum1 = store_codes(high + 16, low + 16, q1);
+            int16_t* codes = q.codes + r * kBlock;
+            const int sum0 = store_pairs(codes, q0), sum1 = store_pairs(codes + 16, q1);
             q.scale[r] = scale;
             q.scaled_sum[r] = scale * float(sum0 + sum1);
             q.initial[r] = -Format::zero * (Format::scales == 2 ? sum0 : sum0 + sum1);
             q.initial[height + r] = -Format::zero * sum1;
         }
+    }
+}
+
+// Exact dot products of one block: consume(h, p, r, sum) for each half-block h with a scale of its
+// own (one "half" if the block has one scale), panel p of P and row r of a tile of R. codes: the
+// block in the first panel, panel_stride bytes from the next.
+template <class Format, int P, int R, class Consume>
+inline void block_dots(const uint8_t* codes, Index panel_stride, const QuantisedBlock& q, Consume&& consume) {
+    constexpr int kPairs = 16 / Format::scales;
+    QUIRE_UNROLL for (int h = 0; h < Format::scales; ++h) {
+        I sum[P][R];
+        QUIRE_UNROLL for (int p = 0; p < P; ++p) QUIRE_UNROLL for (int r = 0; r < R; ++r)
+            sum[p][r] = integers(Format::zero ? q.initial[h * R + r] : 0);
+        QUIRE_UNROLL for (int j = h * kPairs; j < (h + 1) * kPairs; ++j) {
+            I w[P];
+            QUIRE_UNROLL for (int p = 0; p < P; ++p) w[p] = code_pairs<Format>(codes + p * panel_stride, j);
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, q.codes + r * kBlock + 2 * j, 4);
+                QUIRE_UNROLL for (int p = 0; p < P; ++p) sum[p][r] = dot_pairs(sum[p][r], w[p], pair);
+            }
+        }
+        QUIRE_UNROLL for (int r = 0; r < R; ++r) QUIRE_UNROLL for (int p = 0; p < P; ++p) consume(h, p, r, sum[p][r]);
     }
 }
 
@@ -178,13 +190,7 @@ void block_tile(const uint8_t* panel, const uint8_t* tile, Index k, F (&acc)[P][
             if constexpr (R <= 4)
                 QUIRE_UNROLL for (int line = 0; line < Format::code_bytes; line += 64) prefetch(codes + 2048 + line);
             const QuantisedBlock q(const_cast<uint8_t*>(tile), block, R);
-            I high[Format::scales][P][R];
-            const auto nothing = [](int, int, int) { return integers(0); };
-            block_dots<Format, P, R>(codes, stride, q.high, nothing, [&](int h, int p, int r, I dots) {
-                high[h][p][r] = times_128_plus(dots, kSubtractsZero<Format> ? 0 : q.initial[h * R + r]);
-            });
-            const auto from_high = [&](int h, int p, int r) { return high[h][p][r]; };
-            block_dots<Format, P, R>(codes, stride, q.low, from_high, [&](int h, int p, int r, I dots) {
+            block_dots<Format, P, R>(codes, stride, q, [&](int h, int p, int r, I dots) {
                 F sum = fma(to_float(dots), mul(scale[p][h], splat(q.scale[r])), acc[p][r]);
                 if (h == Format::scales - 1) {
                     if constexpr (Format::minimum_sign > 0) sum = fma(minimum[p], splat(q.scaled_sum[r]), sum);

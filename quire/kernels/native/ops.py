@@ -110,8 +110,8 @@ def linear(
 ) -> torch.Tensor:
     """x [T, K] times the weight's transpose plus bias [N]: fp32 [T, N].
 
-    x and out may be column slices of wider matrices. With a block format, x is rounded to int8 in
-    blocks of 32 (scale = largest / 127) and products within a block are exact; a row with an
+    x and out may be column slices of wider matrices. With a block format, x is rounded to int16 in
+    blocks of 32 (scale = largest / 32767) and products within a block are exact; a row with an
     infinity or a NaN gives NaNs.
     """
     n, k, rows = weight.n, weight.k, x.shape[0]

@@ -56,7 +56,6 @@ native = Extension(
 )
 
 
-
 class ParallelBuild(build_ext):
     """Compiles the sources side by side: they are few, large, and independent."""
 

@@ -23,8 +23,9 @@ NUMERICS_VERSION = 1
 NATIVE_HEAD_SIZES = range(8, 257, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
-# A default KV cache holds this many tokens, if half of what is left allows.
-DEFAULT_CONTEXT_TOKENS = 32768
+# A default KV cache holds one request of the model's longest context, within these bounds, if half
+# of what is left allows.
+DEFAULT_CONTEXT_TOKENS = range(16384, 32769)
 # No engine starts with room for fewer tokens than this.
 LEAST_CONTEXT_TOKENS = 64
 
@@ -233,7 +234,8 @@ def _choose_context(
     if options.engine.kv_cache_memory is not None:
         size, why = options.engine.kv_cache_memory, "--kv-cache-memory"
     else:
-        wanted = max(asked or min(longest, DEFAULT_CONTEXT_TOKENS), DEFAULT_CONTEXT_TOKENS)
+        least, most = DEFAULT_CONTEXT_TOKENS[0], DEFAULT_CONTEXT_TOKENS[-1]
+        wanted = max(asked or min(longest, most), least)
         size = memory.bytes_for_tokens(groups, wanted, step, sequences)
         why = f"room for {wanted} tokens"
         if size > room // 2:

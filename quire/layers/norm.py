@@ -32,6 +32,8 @@ class RMSNorm:
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         return self.kernels.rms_norm(x_TH, self.weight, self.eps)
 
-    def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> torch.Tensor:
-        """Adds x to the residual in place, and returns the norm of the sum."""
+    def add(self, x_TH: torch.Tensor | None, residual_TH: torch.Tensor) -> torch.Tensor:
+        """Adds x (None: nothing) to the residual in place, and returns the norm of the sum."""
+        if x_TH is None:
+            return self(residual_TH)
         return self.kernels.add_rms_norm(x_TH, residual_TH, self.weight, self.eps)

@@ -117,7 +117,11 @@ class Layer:
         self.mlp_norm = norm("post_feedforward")
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, step: StepInputs
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepInputs,
     ) -> torch.Tensor:
         x = self.attention(self.input_norm.add(x, residual), positions, step)
         x = self.mlp(self.mlp_input_norm.add(self.attention_norm(x), residual))
@@ -148,8 +152,7 @@ class Model:
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """tokens int64 [T], positions int64 [T] -> [T, H]."""
-        x = self.embed(tokens)
-        residual = torch.zeros_like(x)
+        x, residual = None, self.embed(tokens)
         for layer in self.layers:
             x = layer(x, residual, positions, step)
         return self.norm.add(x, residual)

@@ -118,7 +118,11 @@ class Layer:
         )
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, step: StepInputs
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepInputs,
     ) -> torch.Tensor:
         x = self.attention(self.input_norm.add(x, residual), positions, step)
         return self.mlp(self.post_norm.add(x, residual))
@@ -144,8 +148,7 @@ class Model:
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """tokens int64 [T], positions int64 [T] -> [T, H]."""
-        x = self.embed(tokens)
-        residual = torch.zeros_like(x)
+        x, residual = None, self.embed(tokens)
         for layer in self.layers:
             x = layer(x, residual, positions, step)
         return self.norm.add(x, residual)

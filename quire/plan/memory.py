@@ -91,6 +91,12 @@ def activation_bytes(config: ModelConfig, width: int, step_tokens: int, sequence
     return 4 * max(layers, logits)
 
 
+def recorded_bytes(config: ModelConfig, width: int, rows: int) -> int:
+    """Memory that recorded decode steps of 1 to `rows` rows keep: logits and working memory."""
+    per_row = 4 * (config.vocab_size + 4 * config.hidden + width)
+    return per_row * rows * (rows + 1) // 2
+
+
 def reference_bytes(build: Build, formats: Callable[[str], str]) -> int:
     """The largest weight's copy in float32: the reference kernels widen one at a time."""
     return max(

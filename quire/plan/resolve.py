@@ -20,6 +20,8 @@ from quire.plan.plan import Choice, Plan, format_bytes
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 1
+# Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
+RECORDED_ROWS = 8
 NATIVE_HEAD_SIZES = range(8, 257, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
@@ -82,10 +84,21 @@ def resolve(
     weight_bytes = _weight_bytes(build, formats)
     step_tokens, sequences = engine.max_num_batched_tokens, engine.max_num_seqs
     activations = memory.activation_bytes(config, build.width, step_tokens, sequences)
+    graphs = 0
     if kernels_name == "reference":
         activations += memory.reference_bytes(build, formats)
+    else:
+        rows = min(RECORDED_ROWS, sequences)
+        graphs = memory.recorded_bytes(config, build.width, rows)
+        choices.append(
+            Choice(
+                "decode steps",
+                f"recorded up to {rows} rows",
+                "what lies between the kernels of a small step takes longer than the kernels",
+            )
+        )
     groups = memory.kv_groups(build.caches, DTYPES[kv_dtype].itemsize)
-    room = _room(machine, weight_bytes, activations)
+    room = _room(machine, weight_bytes, activations + graphs)
     table_bytes = sum(build.rotary_bytes.values())
     max_len, tokens = _choose_context(options, config.max_len, groups, room, table_bytes, choices)
     blocks = memory.pool_blocks(groups, tokens, step_tokens, sequences)
@@ -105,7 +118,7 @@ def resolve(
         weight_bytes=weight_bytes,
         kv_bytes=memory.allocated_bytes(groups, blocks),
         activation_bytes=activations + table_bytes * max_len,
-        graph_bytes=0,
+        graph_bytes=graphs,
         reserve_bytes=memory.RESERVE_BYTES,
         max_model_len=max_len,
         context_tokens=tokens,

@@ -14,8 +14,9 @@ from quire.layers.build import Build, Kernels
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
+from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import NAN_ERROR, Sampler
-from quire.runner.slots import Slots, flatten
+from quire.runner.slots import Flat, Slots, flatten
 from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
 
 
@@ -71,24 +72,39 @@ class EagerRunner:
     ):
         self.model = model
         self.sampler = Sampler(kernels)
-        self.slots = Slots(num_slots, -(-max_model_len // BLOCK_SIZE) + 1, num_groups)
+        max_blocks = -(-max_model_len // BLOCK_SIZE) + 1
+        self.slots = Slots(num_slots, max_blocks, num_groups)
+        record = getattr(kernels, "record", None)  # only the native kernels can be recorded
+        self._recorded = record and RecordedSteps(model, record, num_groups, max_blocks)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Done:
         """Compute a step."""
         self.slots.apply(batch)
-        hidden_TH = self._forward(batch.rows)
-        results = [RowResult(tokens=[]) for _ in batch.rows]
-        self._prompt_logprobs(batch.rows, hidden_TH, results)
-        self._sample(batch.rows, hidden_TH, results)
+        rows = batch.rows
+        results = [RowResult(tokens=[]) for _ in rows]
+        flat = flatten(rows, self.slots)
+        if self._recorded and all(
+            row.sample and len(row.tokens) == 1 and not row.prompt_logprobs for row in rows
+        ):
+            logits_BV = self._recorded.logits(flat)
+            if logits_BV is not None:
+                self._sample(rows, list(range(len(rows))), logits_BV, results)
+                return Done(Result(batch.step, results))
+        hidden_TH = self._forward(flat)
+        self._prompt_logprobs(rows, hidden_TH, results)
+        ends = flat.query_start[1:] - 1
+        sampling = [i for i, row in enumerate(rows) if row.sample and results[i].error is None]
+        if sampling:
+            logits_BV = self.model.logits(hidden_TH[torch.from_numpy(ends[sampling]).long()])
+            self._sample(rows, sampling, logits_BV, results)
         return Done(Result(batch.step, results))
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
         self.slots.reset()
 
-    def _forward(self, rows: list[Row]) -> torch.Tensor:
-        flat = flatten(rows, self.slots)
+    def _forward(self, flat: Flat) -> torch.Tensor:
         groups = [
             GroupInputs(torch.from_numpy(table), torch.from_numpy(slots))
             for table, slots in zip(flat.block_tables, flat.slots, strict=True)
@@ -100,16 +116,14 @@ class EagerRunner:
             torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
         )
 
-    def _sample(self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]) -> None:
-        ends, sampling, end = [], [], 0
-        for i, row in enumerate(rows):
-            end += len(row.tokens)
-            if row.sample and results[i].error is None:
-                ends.append(end - 1)
-                sampling.append(i)
-        if not sampling:
-            return
-        logits_BV = self.model.logits(hidden_TH[ends])
+    def _sample(
+        self,
+        rows: list[Row],
+        sampling: list[int],
+        logits_BV: torch.Tensor,
+        results: list[RowResult],
+    ) -> None:
+        """Sample for the rows that `sampling` names, in the order of `logits_BV`."""
         slots = [self.slots[rows[i].slot] for i in sampling]
         sampled = self.sampler.sample(logits_BV, slots)
         for i, slot, got in zip(sampling, slots, sampled, strict=True):

@@ -108,7 +108,10 @@ def test_kv_activations_and_rotary_tables_by_hand() -> None:
     layers = (3 * 64 + width) * 256
     logits = 64 * 256 + 1000 * (64 + 16)
     assert made.activation_bytes == 4 * max(layers, logits) + 4 * 16 * 1024
-    parts = made.weight_bytes + made.kv_bytes + made.activation_bytes + memory.RESERVE_BYTES
+    row = 1000 + 4 * 64 + width
+    assert made.graph_bytes == 4 * row * 36  # recorded decode steps of 1 to 8 rows
+    parts = made.weight_bytes + made.kv_bytes + made.activation_bytes
+    parts += made.graph_bytes + memory.RESERVE_BYTES
     assert made.total_bytes == parts
 
 

@@ -15,6 +15,7 @@ using namespace quire;
 
 bool cpu_has_avx2() {
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+    __builtin_cpu_init();  // this runs before main, perhaps before the compiler's own initialisation
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
     return false;

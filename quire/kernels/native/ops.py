@@ -9,6 +9,7 @@ A wrong shape or type raises ValueError.
 import torch
 
 from quire.kernels.native import _native
+from quire.kernels.native.program import call, record
 from quire.kernels.reference.packed import (
     BLOCK,
     GgufWeight,
@@ -20,7 +21,8 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding",
     "gated_activation", "gumbel", "isa", "linear", "logsumexp", "num_threads", "pack",
-    "packed_nbytes", "rms_norm", "rotary_cache", "set_isa", "set_num_threads", "unpack_rows",
+    "packed_nbytes", "record", "rms_norm", "rotary_cache", "set_isa", "set_num_threads",
+    "unpack_rows",
 ]  # fmt: skip
 
 set_num_threads = _native.set_num_threads
@@ -95,7 +97,8 @@ def embedding(ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0) -> to
     """Rows `ids` (int64 [T]) of the weight times `scale`: fp32 [T, K]."""
     rows = ids.numel()
     out = torch.empty(rows, weight.k)
-    _native.unpack_rows(
+    call(
+        _native.unpack_rows,
         _FORMATS[weight.format], weight.data.data_ptr(), weight.n, weight.k,
         _address("ids", ids, torch.int64, rows), rows, scale, out.data_ptr(),
     )  # fmt: skip
@@ -123,7 +126,8 @@ def linear(
         out_address, out_stride = _rows("out", out, n)
         if out.shape[0] != rows:
             raise _reject("out", out, f"fp32 [{rows}, {n}]")
-    _native.linear(
+    call(
+        _native.linear,
         x_address, x_stride, weight.data.data_ptr(), _FORMATS[weight.format], n, k,
         _optional("bias", bias, n), out_address, out_stride, rows,
     )  # fmt: skip
@@ -137,7 +141,8 @@ def rms_norm(
     rows, width = x.shape
     if out is None:
         out = torch.empty(rows, width)
-    _native.norm(
+    call(
+        _native.norm,
         _address("x", x, torch.float32, rows, width), 0,
         _address("weight", weight, torch.float32, width), eps,
         _address("out", out, torch.float32, rows, width), rows, width,
@@ -151,7 +156,8 @@ def add_rms_norm(
     """residual += x in place; returns rms_norm(residual, weight): [T, H]."""
     rows, width = x.shape
     out = torch.empty(rows, width)
-    _native.norm(
+    call(
+        _native.norm,
         _address("x", x, torch.float32, rows, width),
         _address("residual", residual, torch.float32, rows, width),
         _address("weight", weight, torch.float32, width), eps, out.data_ptr(), rows, width,
@@ -204,7 +210,8 @@ def rotary_cache(
         )
     if out is None:
         out = torch.empty(rows, query_heads * head_size)
-    _native.rotary_cache(
+    call(
+        _native.rotary_cache,
         _address("qkv", qkv, torch.float32, rows, width),
         _address("out", out, torch.float32, rows, query_heads * head_size),
         _address("positions", positions, torch.int64, rows),
@@ -250,7 +257,8 @@ def attention(
         raise ValueError(f"softcap: must be positive, not {softcap}")
     if out is None:
         out = torch.empty(rows, width)
-    _native.attention(
+    call(
+        _native.attention,
         _address("q", q, torch.float32, rows, width),
         k_address, v_address, _CACHE_TYPES[k_cache.dtype],
         _address("block_tables", block_tables, torch.int32, sequences, table_width), table_width,
@@ -272,7 +280,8 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
         raise _reject("x", x, "fp32 [T, 2I]")
     if out is None:
         out = torch.empty(rows, both // 2)
-    _native.gated_activation(
+    call(
+        _native.gated_activation,
         _address("x", x, torch.float32, rows, both), _ACTIVATIONS[kind],
         _address("out", out, torch.float32, rows, both // 2), rows, both // 2,
     )  # fmt: skip

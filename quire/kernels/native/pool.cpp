@@ -65,7 +65,12 @@ class Pool {
         // A worker either counted itself inside before this line and is waited for, or finds the
         // job closed. One that never woke up is not waited for.
         open_ = false;
-        while (!spin_until([this] { return inside_ == 0; })) std::this_thread::yield();
+        if (spin_until([this] { return inside_ == 0; })) return;
+        // A worker lost its core in the middle of a chunk. Sleeping offers it this one.
+        std::unique_lock<std::mutex> lock(mutex_);
+        waiting_ = true;
+        finished_.wait(lock, [this] { return inside_ == 0; });
+        waiting_ = false;
     }
 
   private:
@@ -93,7 +98,10 @@ class Pool {
             seen = generation_;
             ++inside_;
             if (open_) take_chunks();
-            --inside_;
+            if (--inside_ == 0 && waiting_) {
+                { std::lock_guard<std::mutex> lock(mutex_); }
+                finished_.notify_one();
+            }
         }
     }
 
@@ -103,12 +111,13 @@ class Pool {
     alignas(64) std::atomic<int> inside_{0};
     alignas(64) std::atomic<bool> open_{false};
     std::atomic<bool> stopping_{false};
+    std::atomic<bool> waiting_{false};
     std::atomic<int> sleepers_{0};
     Task task_ = nullptr;
     void* context_ = nullptr;
     Index chunks_ = 0;
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, finished_;
     std::vector<std::thread> workers_;
 };
 

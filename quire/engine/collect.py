@@ -67,7 +67,6 @@ class Collector:
                 params=params,
                 seed=seed,
                 choice=i,
-                leader=request.request_id if i else "",
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 tenant=request.tenant,

@@ -48,6 +48,7 @@ class Request:
     settle_at: int = 0
     blocks_sent: list[int] = field(default_factory=list)
     identities: list[list[bytes]] = field(default_factory=list)
+    announced: bool = False
     deadline: float = math.inf
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)

@@ -23,6 +23,9 @@ from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult
 
+# A request waits for blocks that another is computing only where they are worth a step.
+LEAST_SHARED_BLOCKS = 3
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,6 +56,7 @@ class Scheduler:
         self._inflight: dict[int, list[tuple[Request, Row]]] = {}
         self._finished: list[Delta] = []
         self._no_blocks: list[list[int]] = [[] for _ in kv.groups]
+        self._computing: dict[bytes, Request] = {}  # prompt blocks under way, by identity
         self._next_deadline = math.inf  # no request expires before
         self._arrivals = 0
         self._steps = 0
@@ -245,7 +249,7 @@ class Scheduler:
         while self._waiting and budget > 0 and self._free_slots:
             entry = heapq.heappop(self._waiting)
             request = entry[1]
-            if only not in (None, request) or (only is None and self._waits_for_leader(request)):
+            if only not in (None, request) or (only is None and self._waits_for_blocks(request)):
                 skipped.append(entry)
                 continue
             if request.inflight_steps:
@@ -284,12 +288,32 @@ class Scheduler:
                 self._counts["query"] += request.num_prompt
                 self._counts["hit"] += hit
         insort(self._running, request, key=_order)
+        if self.kv.enable_caching:
+            self._announce(request, hit)
 
-    def _waits_for_leader(self, request: Request) -> bool:
-        leader = self.requests.get(request.add.leader)
-        if leader is None or leader.arrival >= request.arrival or not self.kv.enable_caching:
+    def _waits_for_blocks(self, request: Request) -> bool:
+        """Whether a running request is just computing what this one would compute first."""
+        if not self._computing or request.add.params.prompt_logprobs is not None:
             return False
-        return leader.computed < leader.num_prompt and leader.num_output == 0
+        add = request.add
+        missing = self.kv.missing(request.tokens, add.tenant, add.cache_salt, request.identities)
+        shared = missing[:LEAST_SHARED_BLOCKS]
+        return len(shared) == LEAST_SHARED_BLOCKS and all(i in self._computing for i in shared)
+
+    def _announce(self, request: Request, hit: int) -> None:
+        """Others with the same beginning wait for the blocks of this prompt."""
+        prompt = request.num_prompt // BLOCK_SIZE
+        for identity in request.identities[0][hit // BLOCK_SIZE : prompt]:
+            self._computing.setdefault(identity, request)
+        request.announced = True
+
+    def _withdraw(self, request: Request) -> None:
+        """The prompt is computed, or will not be: nobody waits for its blocks any more."""
+        if request.announced:
+            for identity in request.identities[0]:
+                if self._computing.get(identity) is request:
+                    del self._computing[identity]
+            request.announced = False
 
     def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
         start = request.computed + request.inflight
@@ -394,8 +418,9 @@ class Scheduler:
             known = max(0, request.prompt_logprobs_sent - row.start)
             prompt_logprobs = got.prompt_logprobs[known:]
             request.prompt_logprobs_sent += len(prompt_logprobs)
-        if row.sample and self._suspects:
+        if row.sample:
             self._suspects.discard(request)
+            self._withdraw(request)
         if request.computed >= request.settle_at and request.state is State.RUNNING:
             self._publish(request, confirmed=False)
         if reason is not None:
@@ -463,6 +488,7 @@ class Scheduler:
         self._queue(request)
 
     def _release_slot(self, request: Request) -> None:
+        self._withdraw(request)
         self._running.remove(request)
         self._leaving.append(request.slot)
         self._free_slots.append(request.slot)
@@ -507,6 +533,7 @@ class Scheduler:
         assert all(r.state is State.RUNNING for r in self._running)
         assert {r.request_id for r in waiting + self._running} == set(self.requests)
         assert len(waiting) + len(self._running) == len(self.requests)
+        assert all(r.announced and r.state is State.RUNNING for r in self._computing.values())
         flying: dict[int, int] = {}
         for parts in self._inflight.values():
             for request, row in parts:

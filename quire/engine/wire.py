@@ -27,15 +27,13 @@ class WireError(Exception):
 
 
 class Add(msgspec.Struct, tag="add", array_like=True):
-    """Continue a prompt. One Add per choice; `leader` is the request id of choice 0 for others,
-    which wait until its prompt is computed so as to share its blocks."""
+    """Continue a prompt. One Add per choice of a request."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
     choice: int = 0
-    leader: str = ""
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""

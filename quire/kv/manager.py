@@ -83,21 +83,10 @@ class KVManager:
         `identities` is a list of the caller's that keeps block identities from one attempt (or
         one admission) of this sequence to the next; it starts empty.
         """
-        if identities is None:
-            identities = []
-        if not identities:
-            identities.extend([] for _ in self.groups)
-        blocks = RequestBlocks(
-            tables=[[] for _ in self.groups],
-            identities=identities,
-            roots=[self.identity.root(g.index, tenant, salt) for g in self.groups],
-            passed=[0] * len(self.groups),
-        )
+        blocks = self._new_blocks(tokens, tenant, salt, [] if identities is None else identities)
         hit = 0
-        if self.enable_caching:
-            self._extend_identities(blocks, tokens, len(tokens) // BLOCK_SIZE)
-            if use_cache:
-                hit = self._longest_hit(blocks, (len(tokens) - 1) // BLOCK_SIZE)
+        if self.enable_caching and use_cache:
+            hit = self._longest_hit(blocks, (len(tokens) - 1) // BLOCK_SIZE)
         if not self._room_for(blocks, hit, len(tokens), step_tokens):
             return None
         for group in self.groups:
@@ -118,6 +107,30 @@ class KVManager:
         blocks.published = hit
         self._running[request_id] = blocks
         return hit * BLOCK_SIZE
+
+    def missing(
+        self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
+    ) -> list[bytes]:
+        """Identities (of group 0) of the full prompt blocks that `admit` would have to compute,
+        except a last one that ends the prompt. `identities` as in `admit`."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        limit = (len(tokens) - 1) // BLOCK_SIZE
+        return blocks.identities[0][self._longest_hit(blocks, limit) : limit]
+
+    def _new_blocks(
+        self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
+    ) -> RequestBlocks:
+        if not identities:
+            identities.extend([] for _ in self.groups)
+        blocks = RequestBlocks(
+            tables=[[] for _ in self.groups],
+            identities=identities,
+            roots=[self.identity.root(g.index, tenant, salt) for g in self.groups],
+            passed=[0] * len(self.groups),
+        )
+        if self.enable_caching:
+            self._extend_identities(blocks, tokens, len(tokens) // BLOCK_SIZE)
+        return blocks
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
         """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""

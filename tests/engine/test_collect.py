@@ -119,7 +119,6 @@ def test_each_choice_has_its_own_request_and_the_request_ends_with_the_last(
     adds = c.adds()
     assert [a.choice for a in adds] == [0, 1, 2]
     assert {a.seed for a in adds} == {7}
-    assert [a.leader for a in adds] == ["", "r", "r"]
     for i in (2, 0):
         c.push(Delta(adds[i].request_id, ids("a"), finish_reason="length"))
     assert not c.finished

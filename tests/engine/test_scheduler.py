@@ -373,9 +373,8 @@ def random_add(driver: Driver, rng: random.Random) -> None:
     }
     timeout = rng.choice([None, None, None, 3.0, 20.0])
     kills, nan = rng.random() < 0.04, rng.random() < 0.04
-    leader = ""
     for choice in range(rng.choice([1, 1, 1, 3])):
-        asked = driver.add(
+        driver.add(
             prompt,
             params,
             stop_length=rng.randrange(1, 20) if has_stop else None,
@@ -383,10 +382,8 @@ def random_add(driver: Driver, rng: random.Random) -> None:
             kills=kills,
             nan=nan,
             choice=choice,
-            leader=leader,
             **fields,
         )
-        leader = leader or asked.add.request_id
 
 
 def random_operation(driver: Driver, rng: random.Random) -> None:
@@ -487,18 +484,15 @@ class Life(RuleBasedStateMachine):
         params = SamplingParams(
             max_tokens=most, stop=["x"] if stop else None, prompt_logprobs=prompt_logprobs
         )
-        leader = ""
         for choice in range(choices):
-            asked = self.driver.add(
+            self.driver.add(
                 BASES[base][:length],
                 params,
                 stop_length=stop,
                 choice=choice,
-                leader=leader,
                 priority=priority,
                 tenant=tenant,
             )
-            leader = leader or asked.add.request_id
 
     @rule()
     def iterate(self) -> None:
@@ -736,11 +730,11 @@ def test_a_request_waits_for_its_own_step_before_it_takes_blocks_of_others() -> 
     assert driver.scheduler.stats().preemptions == 0, "r1 ends in the step that is in flight"
 
 
-def test_choices_wait_for_the_leaders_prompt_and_then_share_its_blocks() -> None:
+def test_equal_prompts_wait_for_the_first_and_then_share_its_blocks() -> None:
     driver = plain(budget=32)
-    leader = driver.add(BASES[0][:64], FOREVER).add.request_id
+    driver.add(BASES[0][:64], FOREVER)
     for choice in (1, 2):
-        driver.add(BASES[0][:64], FOREVER, choice=choice, leader=leader)
+        driver.add(BASES[0][:64], FOREVER, choice=choice)
     driver.iterate()
     assert [r.request_id for r in driver.scheduler._running] == ["r0"]
     driver.iterate()
@@ -752,12 +746,25 @@ def test_choices_wait_for_the_leaders_prompt_and_then_share_its_blocks() -> None
     assert len({tuple(a.tokens) for a in driver.asked.values()}) == 3
 
 
-@pytest.mark.parametrize("leader", ["r0", "r1", "nobody"])
-def test_a_leader_that_cannot_lead_holds_nobody_up(leader: str) -> None:
-    driver = plain(slots=1)
-    driver.add(BASES[0][:40], leader=leader)
-    driver.add(BASES[0][:40], leader="r0")
-    driver.drain()
+def test_who_shares_little_or_nothing_does_not_wait() -> None:
+    driver = plain(budget=200)
+    driver.add(BASES[0][:64], FOREVER)
+    driver.add(BASES[0][:33] + BASES[1][:40], FOREVER)  # two blocks: not worth a step
+    driver.add(BASES[0][:64], FOREVER, tenant="another")
+    driver.iterate()
+    assert [r.request_id for r in driver.scheduler._running] == ["r0", "r1", "r2"]
+
+
+def test_nobody_waits_for_a_prompt_that_will_not_be_computed() -> None:
+    driver = plain(budget=16)
+    first = driver.add(BASES[0][:64], FOREVER)
+    driver.add(BASES[0][:64], SamplingParams(max_tokens=2))
+    driver.iterate()
+    first.aborted = True
+    driver.scheduler.abort(first.add.request_id)
+    assert driver.scheduler._computing == {}
+    driver.iterate()
+    assert [r.request_id for r in driver.scheduler._running] == ["r1"]
 
 
 def test_tenants_and_salts_do_not_share() -> None:

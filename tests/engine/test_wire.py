@@ -36,7 +36,7 @@ PARAMS = SamplingParams(n=2, seed=2**64 - 1, stop="é", logit_bias={5: -1.5}, ba
 INFO = EngineInfo("m", 2048, 32000, "f", {"a": [1, None, {"b": 2.5}]}, {"temperature": 0.6})
 TO_ENGINE: list[Any] = [
     wire.Start({"model": "m", "port": None, "ratio": 0.5}),
-    Add("r", [1, 2**31 - 1, 0], PARAMS, seed=2**64 - 1, choice=1, leader="q", timeout=1.5),
+    Add("r", [1, 2**31 - 1, 0], PARAMS, seed=2**64 - 1, choice=1, timeout=1.5),
     Add("é\u2028", [], SamplingParams(), seed=-(2**63), bad_words=[[1], [2, 3]], cache_salt="s"),
     Abort("r", "stop", 7),
     Abort("r"),

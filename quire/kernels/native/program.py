@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
-# Operations of torch that only look at memory: they need not be done again.
-_VIEWS = ("aten::slice", "aten::view", "aten::select", "aten::as_strided", "aten::detach")
+# What torch may be asked while recording: it computes nothing, so it need not be done again.
+_PROPERTIES = frozenset(["shape", "dtype", "is_cpu", "device"])
+_LOOKS = frozenset(["data_ptr", "dim", "is_contiguous", "numel", "size", "stride", "view"])
 
 _recording: list[list[Call]] = []
 
@@ -68,27 +69,28 @@ def record() -> Iterator[Program]:
         _recording.pop()
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Memory(TorchFunctionMode):
     """Gives `torch.empty` memory of tensors that have died: every run repeats the same order of
-    uses, so what one result leaves can hold a later one."""
+    uses, so what one result leaves can hold a later one. Refuses what computes."""
 
     def __init__(self, memory: list[torch.UntypedStorage]):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._memory = memory
         self._free: dict[int, list[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        if name in _VIEWS:
-            return func(*args, **(kwargs or {}))
-        if name != "aten::empty":
-            raise Unrecordable(name)
-        fresh = func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.empty:
+            return self._place(result)
+        if not _only_looks(func, args):
+            raise Unrecordable(func.__name__)
+        return result
+
+    def _place(self, fresh: torch.Tensor) -> torch.Tensor:
         size = fresh.untyped_storage().nbytes()
         if self._free.get(size):
-            fresh = torch.empty(0, dtype=fresh.dtype).set_(
-                self._free[size].pop(), 0, fresh.shape, fresh.stride()
-            )
+            storage = self._free[size].pop()
+            fresh = torch.empty(0, dtype=fresh.dtype).set_(storage, 0, fresh.shape, fresh.stride())
         else:
             self._memory.append(fresh.untyped_storage())
         weakref.finalize(fresh, self._give_back, fresh.untyped_storage(), size)
@@ -96,3 +98,13 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _give_back(self, storage: torch.UntypedStorage, size: int) -> None:
         self._free.setdefault(size, []).append(storage)
+
+
+def _only_looks(func: Any, args: Any) -> bool:
+    """Whether a function of torch reads a tensor's properties or makes a view of its memory."""
+    if func.__name__ == "__get__":  # a property, such as Tensor.shape
+        return func.__self__.__name__ in _PROPERTIES
+    if func is torch.Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(isinstance(i, int | slice) for i in index)
+    return func.__name__ in _LOOKS

@@ -190,9 +190,7 @@ def options_markdown() -> str:
         lines += ["", f"## {section}", "", "| flag | default | meaning |", "|---|---|---|"]
         for name, (_, item) in all_options(section).items():
             flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            live = "; can change while running" if item.metadata["live"] else ""
-            text = describe(item) + live
-            lines.append(f"| `{flag}` | {_default_text(item)} | {text} |")
+            lines.append(f"| `{flag}` | {_default_text(item)} | {describe(item)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.formats.layout import BLOCK_FORMATS
+
 BLOCK = 16  # tokens in one block of the KV cache
 
-# Weights in one block of a format, and bytes of that block in a GGUF file (ggml's layouts).
+# Weights in one block of a format, and bytes of that block in a GGUF file.
 GGUF_BLOCKS = {
-    "f32": (1, 4), "f16": (1, 2), "bf16": (1, 2),
-    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34),
-    "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
-}  # fmt: skip
+    name: (block.values_per_block, block.bytes_per_block) for name, block in BLOCK_FORMATS.items()
+}
 DENSE_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 DENSE_TYPES = {name: dtype for dtype, name in DENSE_FORMATS.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from quire.kernels import native
 
@@ -24,6 +25,11 @@ def usable_isas() -> list[str]:
             continue
     ops.set_isa(chosen)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_run() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=usable_isas() or ["none"])

@@ -1,13 +1,22 @@
-"""Shared fixtures: tiny models as config.json directories, loaded with dummy weights."""
+"""Shared fixtures: tiny models as config.json directories, loaded with dummy weights.
+
+Triton kernels are tested in Triton's interpreter, and on the GPU where there is one. The
+interpreter is chosen when a kernel is defined, so this file must come before any kernel.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,0 +1,64 @@
+"""What all Triton kernels share when they are launched.
+
+Programmatic dependent launch (CUDA 12, Hopper and later): a kernel may start while the one before
+it still runs. Three rules keep that correct. Every program calls `wait_for_inputs` before it reads
+or writes anything but weights, on every way out. Nothing that an earlier kernel wrote is read
+before that call. `let_next_start` is a hint and may be called at any point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Returns once everything that earlier kernels wrote can be read."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """The next kernel's programs may be placed where this one leaves room."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@cache
+def _dependent_launch(device: torch.device) -> bool:
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 8 for the interpreter, so that loops over programs are tested."""
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Run `kernel` over `grid` with its constexpr PDL set for the device. No program: no launch.
+
+    `meta` are the kernel's other constexprs by name, num_warps and num_stages.
+    """
+    if any(n == 0 for n in grid):
+        return
+    # Said here because Triton's default changes with 3.10.
+    meta["enable_fp_fusion"] = True
+    if _dependent_launch(device):
+        kernel[tuple(grid)](*args, PDL=True, launch_pdl=True, **meta)
+    else:
+        kernel[tuple(grid)](*args, PDL=False, **meta)

@@ -1,0 +1,92 @@
+"""Compiling kernels ahead of time for every supported GPU, without having one.
+
+    python -m tests.kernels.triton.aot norm        # one area; exit status 1 where one fails
+
+Each area has a module `tests/kernels/triton/aot_<area>.py` with a list CASES. This runs in a
+process of its own, since the tests' process has chosen the interpreter.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the types of its arguments ("*bf16", "i32", "fp32", ...) by name, and values
+    of its constexprs (PDL is set by target). Pointers, and the integers in `aligned`, are taken
+    to be multiples of 16. `max_shared`: shared memory it may use, by target name."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    targets: tuple[str, ...] = tuple(TARGETS)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Bytes of shared memory that one program can have.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+
+
+def compile_case(case: Case, target: str) -> Any:
+    """Compile; raises where that fails or takes more shared memory than the target has."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    constants = dict(case.constants)
+    if "PDL" in names:
+        constants["PDL"] = target in ("sm_90", "sm_100", "sm_120")
+    signature = {n: "constexpr" if n in constants else case.types[n] for n in names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n in case.aligned or signature[n].startswith("*")
+    }
+    source = ASTSource(case.kernel, signature, constants, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options |= {"enable_fp_fusion": True, **case.options}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    shared = compiled.metadata.shared
+    assert shared <= SHARED[target], f"{shared} bytes of shared memory, {SHARED[target]} allowed"
+    return compiled
+
+
+def main(area: str) -> int:
+    """Compile all cases of an area for all their targets; the number of failures."""
+    failures = 0
+    for case in import_module(f"tests.kernels.triton.aot_{area}").CASES:
+        for target in case.targets:
+            start = time.perf_counter()
+            try:
+                compiled = compile_case(case, target)
+            except Exception:
+                failures += 1
+                print(f"FAILED {case.name} for {target}", flush=True)
+                traceback.print_exc()
+            else:
+                took = time.perf_counter() - start
+                print(f"{case.name} {target} {compiled.metadata.shared} B shared {took:.1f} s")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(sys.argv[1]) else 0)

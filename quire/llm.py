@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from quire.config.parse import build_options
 from quire.engine.api import GenerateRequest
-from quire.engine.collect import Collector
+from quire.engine.inline import stream
 from quire.errors import UsageError
 from quire.outputs import CompletionOutput, RequestDelta, RequestOutput
 from quire.params import SamplingParams
 from quire.settings import settings
+from quire.tokenization.rules import TextRules, text_rules
 
 if TYPE_CHECKING:
     from quire.plan.plan import Plan
@@ -64,11 +66,16 @@ class LLM:
         order. One SamplingParams serves all, or one each. Raises UsageError before anything runs
         if any request can never run.
         """
+        if not isinstance(prompts, Iterable):
+            raise _invalid_prompt()
         listed = [prompts] if isinstance(prompts, str | dict) else list(prompts)
         params = self._params_for(sampling_params, len(listed))
+        priorities = self._priorities(priority, len(listed))
+        # Parameters may have been changed since they were made; one check serves all prompts.
+        rules = {id(each): self._rules(each) for each in params}
         requests = [
-            self._request(p, q, priority[i] if priority else 0)
-            for i, (p, q) in enumerate(zip(listed, params, strict=True))
+            self._request(prompt, each, rules[id(each)], urgency)
+            for prompt, each, urgency in zip(listed, params, priorities, strict=True)
         ]
         return self._run(requests, use_tqdm)
 
@@ -122,65 +129,92 @@ class LLM:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not isinstance(given, Sequence):
+            raise _no_params(given)
         if len(given) != count:
             raise UsageError(
                 "wrong_count", f"{count} prompts came with {len(given)} sampling_params"
             )
         return list(given)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, priority: int) -> GenerateRequest:
+    def _priorities(self, given: Sequence[int] | None, count: int) -> list[int]:
+        if given is None:
+            return [0] * count
+        if len(given) != count:
+            raise UsageError("wrong_count", f"{count} prompts came with {len(given)} priorities")
+        if any(type(each) is not int or not -(2**31) <= each < 2**31 for each in given):
+            raise UsageError(
+                "invalid_value", "a priority is not a 32-bit integer", field="priority"
+            )
+        if any(given) and self.options.engine.scheduling_policy != "priority":
+            raise UsageError(
+                "invalid_value",
+                "priority would be ignored: requests run in order of arrival",
+                fix='pass scheduling_policy="priority" to LLM',
+                field="priority",
+            )
+        return list(given)
+
+    def _rules(self, params: SamplingParams) -> TextRules:
+        if not isinstance(params, SamplingParams):
+            raise _no_params(params)
+        params.validate()
+        return text_rules(params, self._tokenizer)
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, rules: TextRules, priority: int
+    ) -> GenerateRequest:
+        if not isinstance(prompt, str | dict):
+            raise _invalid_prompt()
         text = prompt if isinstance(prompt, str) else prompt.get("prompt")
         ids = None if isinstance(prompt, str) else prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise _invalid_prompt()
         if ids is None:
-            if not isinstance(text, str):
-                raise UsageError(
-                    "invalid_prompt",
-                    "a prompt must be a string or {'prompt_token_ids': [...]}",
-                    field="prompts",
-                )
-            if self._tokenizer is None:
-                raise UsageError(
-                    "no_tokenizer",
-                    "a text prompt needs a tokenizer",
-                    fix="pass prompt_token_ids, or load without skip_tokenizer_init",
-                    field="prompts",
-                )
-            ids = self._tokenizer.encode(text)
+            ids = self._encode(text)
+        elif not isinstance(ids, Sequence) or set(map(type, ids)) - {int}:
+            raise _invalid_prompt()
         self._next_id += 1
-        return GenerateRequest(str(self._next_id), list(ids), params, text, priority)
+        return GenerateRequest(str(self._next_id), list(ids), params, text, priority, rules=rules)
+
+    def _encode(self, text: str | None) -> list[int]:
+        if text is None:
+            raise _invalid_prompt()
+        if self._tokenizer is None:
+            raise UsageError(
+                "no_tokenizer",
+                "a text prompt needs a tokenizer",
+                fix="pass prompt_token_ids, or load without skip_tokenizer_init",
+                field="prompts",
+            )
+        return self._tokenizer.encode(text)
 
     def _run(self, requests: list[GenerateRequest], show: bool) -> list[RequestOutput]:
-        core = self._engine.core
-        collectors = [Collector(request, self._tokenizer) for request in requests]
-        adds = [collector.adds() for collector in collectors]
-        for add in (a for group in adds for a in group):
-            core.scheduler.check(add, bounded=False)
-        outputs = [_empty_output(request) for request in requests]
-        owners: dict[str, int] = {}
-        for i, group in enumerate(adds):
-            for add in group:
-                owners[add.request_id] = i
-                core.scheduler.add(add, bounded=False)
+        outputs = {request.request_id: _empty_output(request) for request in requests}
         progress = _Progress(len(requests), show)
         try:
-            while not core.idle:
-                for delta in core.step():
-                    i = owners[delta.request_id]
-                    for abort in collectors[i].push(delta):
-                        core.abort(abort)
-                    news = collectors[i].take()
-                    if news is not None:
-                        merge(outputs[i], news)
-                        progress.update(news)
+            with closing(stream(self._engine.core, self._tokenizer, requests)) as deltas:
+                for news in deltas:
+                    _extend(outputs[news.request_id], news)
+                    progress.update(news)
         finally:
-            # An error or Ctrl-C leaves the engine empty and usable.
-            for request_id in owners:
-                core.scheduler.abort(request_id)
-            while not core.idle:
-                core.step()
-            core.scheduler.take_finished()
             progress.close()
-        return outputs
+        return list(outputs.values())
+
+
+def _no_params(given: object) -> UsageError:
+    kind = type(given).__name__
+    return UsageError(
+        "invalid_value", f"sampling_params: {kind} is not SamplingParams", field="sampling_params"
+    )
+
+
+def _invalid_prompt() -> UsageError:
+    return UsageError(
+        "invalid_prompt",
+        "a prompt must be a string or {'prompt_token_ids': [...]} with a list of integers",
+        field="prompts",
+    )
 
 
 def _empty_output(request: GenerateRequest) -> RequestOutput:
@@ -191,22 +225,14 @@ def _empty_output(request: GenerateRequest) -> RequestOutput:
     return RequestOutput(request.request_id, request.prompt, request.prompt_token_ids, choices)
 
 
-def merge(output: RequestOutput, news: RequestDelta) -> None:
+def _extend(output: RequestOutput, news: RequestDelta) -> None:
     """Add a delta to a whole output."""
     output.num_cached_tokens = news.num_cached_tokens
     output.finished = news.finished
     if news.prompt_logprobs is not None:
         output.prompt_logprobs = (output.prompt_logprobs or []) + news.prompt_logprobs
     for fresh in news.choices:
-        choice = output.outputs[fresh.index]
-        choice.text += fresh.text
-        choice.token_ids += fresh.token_ids
-        choice.finish_reason, choice.stop_reason = fresh.finish_reason, fresh.stop_reason
-        if fresh.logprobs is not None and choice.logprobs is not None:
-            choice.logprobs += fresh.logprobs
-            chosen = zip(fresh.token_ids, fresh.logprobs, strict=True)
-            total = sum(position[token].logprob for token, position in chosen)
-            choice.cumulative_logprob = (choice.cumulative_logprob or 0.0) + total
+        output.outputs[fresh.index].extend(fresh)
 
 
 class _Progress:

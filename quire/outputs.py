@@ -19,6 +19,18 @@ PositionLogprobs = dict[int, Logprob]
 
 
 @dataclass(slots=True)
+class ChoiceDelta:
+    """What is new in one choice since the last delta: text, token ids, their log-probabilities."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One of a request's `n` choices.
 
@@ -37,6 +49,19 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def extend(self, news: ChoiceDelta) -> None:
+        """Add what is new in this choice."""
+        self.text += news.text
+        self.token_ids += news.token_ids
+        if news.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += news.logprobs
+            chosen = zip(news.token_ids, news.logprobs, strict=True)
+            total = sum(position[token].logprob for token, position in chosen)
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + total
+        if news.finish_reason is not None:
+            self.finish_reason, self.stop_reason = news.finish_reason, news.stop_reason
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -53,18 +78,6 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = False
-
-
-@dataclass(slots=True)
-class ChoiceDelta:
-    """What is new in one choice since the last delta: text, token ids, their log-probabilities."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ and the engine process all validate against it, so that no value reaches the eng
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,15 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class Limit:
-    """Allowed values of one field. Ranges are inclusive; `items` bounds a list's length."""
+    """Allowed values of one field. Ranges are inclusive; `items` bounds a list's length,
+    `characters` each of its strings, `total` (0: no bound) all of them together."""
 
     kind: str  # "int", "float", "bool", "strings", "ids", "bias"
     low: float = -math.inf
     high: float = math.inf
     items: int = 0
     characters: int = 0
+    total: int = 0
     optional: bool = False
     exclusive_low: bool = False
 
@@ -42,6 +45,7 @@ class Limit:
                 text += f", above {_plain(self.low)}"
         elif self.kind == "strings":
             text = f"a list of at most {self.items} strings of 1 to {self.characters} characters"
+            text += f", at most {self.total} together" if self.total else ""
         elif self.kind == "ids":
             text = f"a list of at most {self.items} token ids"
         else:
@@ -67,7 +71,7 @@ LIMITS: dict[str, Limit] = {
     "frequency_penalty": Limit("float", -2.0, 2.0),
     "repetition_penalty": Limit("float", 0.0, 100.0, exclusive_low=True),
     "seed": Limit("int", -(2**63), MAX_SEED, optional=True),
-    "stop": Limit("strings", items=16, characters=1024),
+    "stop": Limit("strings", items=16, characters=1024, total=4096),
     "stop_token_ids": Limit("ids", items=256),
     "include_stop_str_in_output": Limit("bool"),
     "ignore_eos": Limit("bool"),
@@ -76,7 +80,7 @@ LIMITS: dict[str, Limit] = {
     "logprobs": Limit("int", 0, 100, optional=True),
     "prompt_logprobs": Limit("int", 0, 100, optional=True),
     "logit_bias": Limit("bias", -100.0, 100.0, items=1024, optional=True),
-    "allowed_token_ids": Limit("ids", items=2**20, optional=True),
+    "allowed_token_ids": Limit("ids", items=2**18, optional=True),
     "bad_words": Limit("strings", items=256, characters=256),
     "skip_special_tokens": Limit("bool"),
     "detokenize": Limit("bool"),
@@ -96,12 +100,14 @@ def check_field(name: str, value: Any, limit: Limit) -> None:
             isinstance(value, list)
             and len(value) <= limit.items
             and all(isinstance(v, str) and 0 < len(v) <= limit.characters for v in value)
+            and (not limit.total or sum(map(len, value)) <= limit.total)
         )
     elif limit.kind == "ids":
         good = (
             isinstance(value, list)
             and len(value) <= limit.items
-            and all(_is_int(v) and 0 <= v < 2**31 for v in value)
+            and set(map(type, value)) <= {int}  # the loops of C: there may be 2**18
+            and (not value or (min(value) >= 0 and max(value) < 2**31))
         )
     else:
         good = (
@@ -138,13 +144,25 @@ def _is_number(value: Any, limit: Limit) -> bool:
     return bool(limit.low <= value <= limit.high)
 
 
+def check_tokens(name: str, tokens: Collection[int], vocab_size: int) -> None:
+    """Raise UsageError where one of field `name`'s token ids is outside the vocabulary."""
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        bad = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise UsageError(
+            code="invalid_token",
+            what=f"{name}: token id {bad} is outside the vocabulary",
+            why=f"ids of this model run from 0 to {vocab_size - 1}",
+            field=name,
+        )
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, array_like=False):
     """How to choose tokens, when to stop, what to report. Field meanings are vLLM's.
 
     temperature 0 means greedy. top_k 0 or -1 means all tokens. `seed` None draws one at
     admission. `max_tokens` None means up to the model's context. `logprobs` is the number of
     most likely tokens to report besides the chosen one. Raises UsageError for values outside
-    `LIMITS`.
+    `LIMITS`; fields may be changed, and who takes such parameters calls `validate`.
     """
 
     n: int = 1
@@ -171,6 +189,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, array_lik
     detokenize: bool = True
 
     def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field, and bring lists into one form: `stop` a list, `allowed_token_ids`
+        ascending and each once. Raises UsageError."""
         if self.stop is None:
             self.stop = []
         elif isinstance(self.stop, str):
@@ -181,13 +204,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, array_lik
             self.bad_words = []
         for name, limit in LIMITS.items():
             check_field(name, getattr(self, name), limit)
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise UsageError(
-                code="invalid_value",
-                what="allowed_token_ids: an empty list allows no token at all",
-                fix="leave the field out, or list at least one id",
-                field="allowed_token_ids",
-            )
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise UsageError(
+                    code="invalid_value",
+                    what="allowed_token_ids: an empty list allows no token at all",
+                    fix="leave the field out, or list at least one id",
+                    field="allowed_token_ids",
+                )
+            self.allowed_token_ids = sorted(set(self.allowed_token_ids))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UsageError(
                 code="invalid_value",
@@ -204,7 +229,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, array_lik
 
     @property
     def stop_strings(self) -> list[str]:
-        """`stop` as the list that __post_init__ made of it."""
+        """`stop` as the list that `validate` made of it."""
         return self.stop if isinstance(self.stop, list) else []
 
     @property
@@ -213,15 +238,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, array_lik
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UsageError where a token id lies outside the model's vocabulary."""
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token in getattr(self, name) or ():
-                if not 0 <= token < vocab_size:
-                    raise UsageError(
-                        code="invalid_value",
-                        what=f"{name}: token id {token} is outside the vocabulary",
-                        why=f"ids of this model run from 0 to {vocab_size - 1}",
-                        field=name,
-                    )
+        check_tokens("stop_token_ids", self.stop_token_ids or (), vocab_size)
+        check_tokens("allowed_token_ids", (self.allowed_token_ids or ())[-1:], vocab_size)
+        check_tokens("logit_bias", self.logit_bias or (), vocab_size)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> SamplingParams:

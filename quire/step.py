@@ -73,8 +73,13 @@ class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     ranks: list[int]
 
 
+# RowResult.error: the code of what the scheduler tells the request.
+NAN_ERROR = "numerical_error"  # its logits hold NaN, or the largest is infinite
+FORBIDDEN_ERROR = "invalid_value"  # its parameters exclude every token
+
+
 class RowResult(msgspec.Struct, array_like=True, gc=False):
-    """What one row gave: sampled tokens (none where Row.sample is false), or an error."""
+    """What one row gave: sampled tokens (none where Row.sample is false), or an error's code."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None

@@ -85,6 +85,14 @@ def test_a_seed_repeats_and_choices_differ(smollm: LLM) -> None:
         ({"prompt_token_ids": [-5]}, "invalid_token"),
         ({"prompt_token_ids": [10**6]}, "invalid_token"),
         ({"other": 1}, "invalid_prompt"),
+        ({"prompt_token_ids": ["a"]}, "invalid_prompt"),
+        ({"prompt_token_ids": [1.5]}, "invalid_prompt"),
+        ({"prompt_token_ids": [True]}, "invalid_prompt"),
+        ({"prompt_token_ids": "abc"}, "invalid_prompt"),
+        ({"prompt_token_ids": 5}, "invalid_prompt"),
+        ({"prompt": 5, "prompt_token_ids": [5]}, "invalid_prompt"),
+        ([5, 6], "invalid_prompt"),
+        (None, "invalid_prompt"),
     ],
 )
 def test_impossible_prompts_are_refused_and_the_engine_stays_usable(
@@ -95,6 +103,61 @@ def test_impossible_prompts_are_refused_and_the_engine_stays_usable(
     assert caught.value.code == code
     [output] = smollm.generate("fine", GREEDY, use_tqdm=False)
     assert len(output.outputs[0].token_ids) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_tokens", 0), ("temperature", float("nan")), ("stop", [5])]
+)
+def test_parameters_changed_to_what_is_not_allowed_are_refused(
+    smollm: LLM, name: str, value: Any
+) -> None:
+    params = SamplingParams(max_tokens=1)
+    setattr(params, name, value)
+    with pytest.raises(UsageError) as caught:
+        smollm.generate("a", params, use_tqdm=False)
+    assert caught.value.field == name
+
+
+def test_a_stop_string_set_later_counts(smollm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    params.stop = "e"
+    [output] = smollm.generate("The sun is", params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop" and "e" not in output.outputs[0].text
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, [GREEDY, None], 5])
+def test_what_is_no_sampling_params_is_refused(smollm: LLM, given: Any) -> None:
+    with pytest.raises(UsageError):
+        smollm.generate(["a", "b"], given, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("priority", "code"),
+    [([1], "wrong_count"), ([1, 2], "invalid_value"), (["a", "b"], "invalid_value")],
+)
+def test_priorities_that_would_be_ignored_are_refused(
+    smollm: LLM, priority: Any, code: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        smollm.generate(["a", "b"], GREEDY, use_tqdm=False, priority=priority)
+    assert caught.value.code == code
+    assert smollm.generate(["a"], GREEDY, use_tqdm=False, priority=[0])[0].finished
+
+
+def test_parameters_that_exclude_every_token_are_the_requests_fault(smollm: LLM) -> None:
+    params = SamplingParams(
+        max_tokens=3, min_tokens=2, allowed_token_ids=[5], stop_token_ids=[5], ignore_eos=True
+    )
+    with pytest.raises(UsageError, match="no token is allowed") as caught:
+        smollm.generate("a", params, use_tqdm=False)
+    assert caught.value.code == "invalid_value" and "NaN" not in str(caught.value)
+    assert smollm.generate("fine", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_a_prompt_of_one_token_has_one_position_without_logprobs(smollm: LLM) -> None:
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    [output] = smollm.generate({"prompt_token_ids": [5]}, params, use_tqdm=False)
+    assert output.prompt_logprobs == [None]
 
 
 def test_wrong_use_is_explained() -> None:

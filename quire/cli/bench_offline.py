@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import workload
-from quire.cli.bench_record import Record, read_bandwidth
+from quire.cli.bench_record import Record, ceilings
 from quire.cli.flags import CommandLineError, Invocation, Parser
 from quire.cli.terminal import Phases
 from quire.cli.workload import CPU_DEFAULT, SCENARIOS, Scenario, find_scenarios, make_prompts
@@ -56,8 +56,8 @@ def run(invocation: Invocation) -> int:
     took = phases.finish()
     record = Record(invocation.command, engine.info.model, engine.info.plan, {"start_s": took})
     bench = Bench(engine)
-    bench.warm_up()
-    record.ceilings["memory_read_gb_s"] = read_bandwidth()
+    record.facts |= bench.warm_up()
+    record.ceilings |= ceilings(engine.info.plan["device"])
     for scenario in scenarios:
         sized = scenario.scaled(scale, engine.info.max_model_len)
         if not invocation.json:
@@ -93,21 +93,22 @@ def _room_for(
     from quire.plan.memory import bytes_for_tokens
 
     engine = options.engine
+    files, found = find_model(options), kernel_facts()
+    plan = make_plan(options, files, None, found)
     if "max_num_seqs" not in given:
         most = max(round(s.requests * scale) for s in scenarios)
-        slots = max(engine.max_num_seqs, min(MOST_REQUESTS, most))
+        slots = max(plan.max_num_seqs, min(MOST_REQUESTS, most))
         engine = replace(engine, max_num_seqs=slots)
     sized = replace(options, engine=engine)
-    if engine.kv_cache_memory is not None:
-        return sized
-    files, found = find_model(options), kernel_facts()
+    if engine.kv_cache_memory is not None or plan.device != "cpu":
+        return sized  # the KV cache is as asked for, or fills the GPU anyway
     plan = make_plan(sized, files, None, found)
-    longest, seats = plan.max_model_len, engine.max_num_seqs
+    longest, seats = plan.max_model_len, plan.max_num_seqs
     work = [s.scaled(scale, longest) for s in scenarios]
     need = max(min(s.requests, seats) * (s.prompt + s.output) for s in work)
     if need <= plan.context_tokens:
         return sized
-    size = bytes_for_tokens(plan.groups, need, engine.max_num_batched_tokens, seats)
+    size = bytes_for_tokens(plan.groups, need, plan.max_num_batched_tokens, seats)
     larger = replace(sized, engine=replace(engine, kv_cache_memory=size))
     try:
         make_plan(larger, files, None, found)
@@ -135,28 +136,52 @@ class Bench:
 
     def __init__(self, engine: LocalEngine):
         self.engine = engine
+        self.core = engine.engine.core
         self._passes = 0
+        self._clock = None
+        if engine.info.plan["device"] != "cpu":
+            from quire.runner.clock import DeviceClock
 
-    def warm_up(self) -> None:
-        """First calls pay for allocations and caches; they are not measured."""
+            self._clock = self.core.runner.clock = DeviceClock()  # type: ignore[attr-defined]
+
+    def warm_up(self) -> Metrics:
+        """First calls pay for allocations, caches and CUDA graphs; they are not measured beyond
+        the times that are returned."""
         length = max(1, min(64, self.engine.info.max_model_len // 2))
         output = min(8, self.engine.info.max_model_len - length)
+        started = time.perf_counter()
         self._pass(Scenario("warm-up", workload.TOTAL, 2, length, output, ""))
+        answered = time.perf_counter()
+        while self.core.warm():
+            pass
+        ready = time.perf_counter()
+        return {"first_answer_s": answered - started, "graphs_s": ready - answered}
 
     def measure(self, scenario: Scenario) -> Metrics:
         """One repetition."""
-        before = self.engine.engine.core.scheduler.stats().preemptions
+        before = self.core.scheduler.stats().preemptions
         metrics: Metrics = getattr(self, f"_{scenario.kind}")(scenario)
-        preempted = self.engine.engine.core.scheduler.stats().preemptions - before
+        preempted = self.core.scheduler.stats().preemptions - before
         return metrics | ({"preemptions": float(preempted)} if preempted else {})
 
     def _decode(self, scenario: Scenario) -> Metrics:
         """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""
         first = self._pass(replace(scenario, output=1)).seconds
+        host, steps = self.core.host_seconds, self.core.scheduler.stats().steps
+        self._read_clock()
         whole = self._pass(scenario).seconds
         gaps = scenario.output - 1
         itl = max(whole - first, 1e-9) / gaps
-        return {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl, "t1_ms": first * 1e3}
+        metrics = {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl}
+        metrics["t1_ms"] = first * 1e3
+        steps = self.core.scheduler.stats().steps - steps
+        metrics["host_ms_per_step"] = (self.core.host_seconds - host) / steps * 1e3
+        busy, idle = self._read_clock()
+        return metrics | ({"gpu_idle": idle / (busy + idle)} if busy else {})
+
+    def _read_clock(self) -> tuple[float, float]:
+        """The device's busy and idle seconds since the last reading; zeros on a CPU."""
+        return (0.0, 0.0) if self._clock is None else self._clock.read()
 
     def _total(self, scenario: Scenario) -> Metrics:
         timed = self._pass(scenario)

@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 BANDWIDTH_BYTES = 256 * 2**20
 # What of the plan a record keeps.
-_KEPT = """device device_name threads kernels isa dtype kv_dtype weight_formats weight_bytes
+_KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
 max_num_seqs max_num_batched_tokens deterministic fingerprint"""
 
 
@@ -37,7 +38,7 @@ class Record:
         """The repetitions of a scenario. `cut`: it is smaller than its name says."""
         names = dict.fromkeys(name for run in runs for name in run)
         median = {n: statistics.median(run.get(n, 0.0) for run in runs) for n in names}
-        if scenario.name == "single" and self.ceilings and self.plan.get("weight_bytes"):
+        if scenario.name == "single" and "memory_read_gb_s" in self.ceilings:
             # A decode step reads every weight once.
             bytes_per_s = self.ceilings["memory_read_gb_s"] * 1e9
             median["ceiling_tok_s"] = bytes_per_s / self.plan["weight_bytes"]
@@ -118,6 +119,37 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """What the device can do at most, measured: reading memory on a CPU; on a GPU a copy (bytes
+    read and written) and a bfloat16 product of random matrices."""
+    if device == "cpu":
+        return {"memory_read_gb_s": read_bandwidth()}
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    product = _device_seconds(lambda: torch.mm(a, b))
+    copy = _device_seconds(lambda: target.copy_(source))
+    rates = {"memory_copy_gb_s": 2 * source.nbytes / copy / 1e9}
+    return rates | {"bf16_tflop_s": 2 * 8192**3 / product / 1e12}
+
+
+def _device_seconds(work: Callable[[], object]) -> float:
+    """Median time of `work` on the GPU."""
+    import torch
+
+    times = []
+    for _ in range(8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return float(statistics.median(times[2:]))
 
 
 def read_bandwidth() -> float:

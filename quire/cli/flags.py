@@ -45,11 +45,12 @@ class Parser(argparse.ArgumentParser):
         raise CommandLineError("usage", f"{self.prog}: {message}", fix=f"see {self.prog} --help")
 
     def add_sections(self, *sections: str) -> None:
-        """Flags of all options of these sections; the model is a word, not a flag."""
+        """Flags of all options of these sections that the command has not described itself; the
+        model is a word, not a flag."""
         for section in sections:
             group = self.add_argument_group(f"{section} options")
             for name, (_, item) in all_options(section).items():
-                if name not in ("model", "log_level"):
+                if name != "model" and _flag(name) not in self._option_string_actions:
                     add_option(group, name, item)
 
     def parse_words(self, argv: list[str], most: int) -> tuple[argparse.Namespace, list[str]]:
@@ -88,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_option(group: argparse._ArgumentGroup, name: str, item: Field[Any]) -> None:
     """The flag of one option. It is absent from the namespace unless it was given."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = _flag(name)
     text = describe(item).replace("%", "%%")
     if item.default not in (None, False):
         text += f" [{'yes' if item.default is True else item.default}]"
@@ -100,6 +101,10 @@ def add_option(group: argparse._ArgumentGroup, name: str, item: Field[Any]) -> N
     if item.metadata["size"]:
         metavar = "SIZE"
     group.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)

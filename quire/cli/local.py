@@ -80,44 +80,10 @@ class LocalEngine:
     def stream(
         self, requests: Sequence[GenerateRequest], stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[RequestDelta]:
-        """Deltas of all requests until they end. `stopped` is asked between steps: once it says
-        yes, what runs ends with finish_reason "abort". Raises UsageError before anything runs
-        where a request can never run, and the QuireError of a request that fails.
-        """
-        from quire.engine.collect import Collector
+        """Deltas of all requests until they end. See quire/engine/inline.py."""
+        from quire.engine.inline import stream
 
-        core = self.engine.core
-        collectors = [Collector(request, self.tokenizer) for request in requests]
-        adds = [(add, collector) for collector in collectors for add in collector.adds()]
-        owners = {add.request_id: collector for add, collector in adds}
-        for add, _ in adds:
-            core.scheduler.check(add, bounded=False)
-        for add, _ in adds:
-            core.scheduler.add(add, bounded=False)
-        try:
-            while not core.idle:
-                if stopped():
-                    for request_id in owners:
-                        core.scheduler.abort(request_id)
-                for delta in core.step():
-                    collector = owners[delta.request_id]
-                    for abort in collector.push(delta):
-                        core.abort(abort)
-                    news = collector.take()
-                    if news is not None:
-                        yield news
-            for delta in core.scheduler.take_finished():  # an abort that left nothing in flight
-                owners[delta.request_id].push(delta)
-                news = owners[delta.request_id].take()
-                if news is not None:
-                    yield news
-        finally:
-            # An error, or a caller that stops reading, leaves the engine empty and usable.
-            for request_id in owners:
-                core.scheduler.abort(request_id)
-            while not core.idle:
-                core.step()
-            core.scheduler.take_finished()
+        return stream(self.engine.core, self.tokenizer, requests, stopped)
 
     def answer(
         self,

@@ -92,9 +92,10 @@ def find_command(argv: list[str]) -> tuple[Command, list[str]]:
         what = f"unknown command {argv[0]} {given}" if given else f"{argv[0]} needs a command"
         raise CommandLineError("unknown_command", what, fix=f"use {' or '.join(groups)}")
     names = [c.name for c in COMMANDS]
-    kind = "flag" if argv[0].startswith("-") else "command"
     fix = suggest(argv[0], [n.split()[0] for n in names]) or f"commands: {', '.join(names)}"
-    raise CommandLineError(f"unknown_{kind}", f"unknown {kind} {argv[0]!r}", fix=fix)
+    if argv[0].startswith("-"):
+        raise CommandLineError("unknown_flag", f"unknown flag {argv[0]!r}", fix=fix)
+    raise CommandLineError("unknown_command", f"unknown command {argv[0]!r}", fix=fix)
 
 
 def usage() -> str:

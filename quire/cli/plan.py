@@ -16,15 +16,12 @@ def add_flags(parser: Parser) -> None:
 def run(invocation: Invocation) -> int:
     """Print the plan. A hub model's weights are not downloaded."""
     options = invocation.options(invocation.words[0] if invocation.words else None)
-    from quire.engine.startup import kernel_facts, make_plan
-    from quire.weights import open_source
+    from quire.engine.startup import kernel_facts, make_plan, open_weights
     from quire.weights.hub import resolve
 
     asked = options.model
     files = resolve(asked.model, asked.revision, asked.offline, weights=False)
-    source = None
-    if asked.load_format != "dummy" and files.kind != "config":
-        source = open_source(files)
+    source = open_weights(options, files)
     plan = make_plan(options, files, source, kernel_facts()).to_dict()
     if source is not None:
         source.close()

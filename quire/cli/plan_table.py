@@ -9,7 +9,7 @@ from quire.plan.plan import format_bytes
 
 def five_numbers(plan: dict[str, Any]) -> dict[str, str]:
     """Plan.summary() of plain data: the five numbers of the ready block."""
-    reserve = plan["reserve_bytes"] + plan["graph_bytes"]
+    reserve = plan["reserve_bytes"] + plan["graph_bytes"] + plan["state_bytes"]
     return {
         "weights": format_bytes(plan["weight_bytes"]),
         "kv cache": f"{format_bytes(plan['kv_bytes'])} ({plan['context_tokens']} tokens)",

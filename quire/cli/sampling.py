@@ -32,7 +32,7 @@ _FIXED = ("n", "detokenize", "prompt_logprobs", "logprobs")
 
 
 def add_sampling_flags(parser: Parser) -> None:
-    """Flags of FLAGS, --stop and --system. --seed is an engine option that serves both."""
+    """Flags of FLAGS, --stop, --system, and --seed, which is an option of the model too."""
     group = parser.add_argument_group("the answer")
     for name, text in FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
@@ -51,6 +51,12 @@ def add_sampling_flags(parser: Parser) -> None:
         help="end the answer before this text; may be given several times",
     )
     group.add_argument("--system", metavar="TEXT", help="system message")
+    group.add_argument(
+        "--seed",
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="makes a sampled answer repeatable; seeds dummy weights too",
+    )
 
 
 def given_fields(flags: argparse.Namespace) -> dict[str, Any]:

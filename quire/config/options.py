@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-GIB = 2**30
-
 
 def option(
     default: Any,
@@ -73,21 +71,39 @@ class ModelOptions:
 class EngineOptions:
     """Where and how the engine runs."""
 
-    device: str = option("auto", "where to compute", choices=("auto", "cpu"))
-    runner: str = option("auto", "how steps are executed", choices=("auto", "eager"))
+    device: str = option(
+        "auto",
+        "where to compute; auto takes a GPU that the kernels support, else the CPU",
+        choices=("auto", "cpu", "cuda"),
+    )
+    runner: str = option(
+        "auto",
+        "how steps are executed; auto takes CUDA graphs on a GPU",
+        choices=("auto", "graph", "eager"),
+    )
     kernels: str = option(
         "auto",
         "CPU kernels: native code, or torch (the reference); auto takes native where it is built",
         choices=("auto", "native", "reference"),
     )
     threads: int | None = option(None, "CPU threads; by default the physical cores", low=1)
-    deterministic: bool = option(
-        True, "the same request gives the same bits whatever else runs; see docs/determinism.md"
+    deterministic: bool | None = option(
+        None,
+        "the same request gives the same bits whatever else runs; by default on a CPU, where it "
+        "costs nothing; see docs/determinism.md",
     )
     strict: bool = option(False, "make any downgrade in the plan an error")
-    max_num_seqs: int = option(64, "requests computed at the same time", low=1, high=4096)
-    max_num_batched_tokens: int = option(
-        512, "token budget of one step, shared by prompts and decoding", low=1, high=2**20
+    max_num_seqs: int | None = option(
+        None, "requests computed at the same time; by default 64, 512 on a GPU", low=1, high=4096
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "token budget of one step, shared by prompts and decoding; by default 512, 8192 on a GPU",
+        low=1,
+        high=2**20,
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory that the engine may use", low=0.05, high=0.99
     )
     kv_cache_memory: int | None = option(
         None, "bytes for the KV cache (like 2GiB); by default what the plan finds", low=1, size=True
@@ -96,8 +112,15 @@ class EngineOptions:
     scheduling_policy: str = option(
         "fcfs", "order of waiting requests", choices=("fcfs", "priority")
     )
-    async_scheduling: bool = option(
-        False, "schedule the next step before the last one's tokens are known"
+    async_scheduling: bool | None = option(
+        None,
+        "schedule the next step before the last one's tokens are known; by default on a GPU",
+    )
+    moe_routing: str = option(
+        "model",
+        "which experts tokens go to: the model's choice, or evenly at random (for benchmarks with "
+        "dummy weights)",
+        choices=("model", "uniform"),
     )
     max_queue: int = option(
         256, "waiting requests beyond which new ones are refused (503)", low=0, live=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quire.errors import UsageError
-from quire.params import SamplingParams
+from quire.params import SamplingParams, check_tokens
 
 
 def check_request(
@@ -25,18 +25,6 @@ def check_request(
         )
     check_tokens("prompt", prompt, vocab_size)
     params.check_vocabulary(vocab_size)
-
-
-def check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise UsageError where a token id is outside the vocabulary."""
-    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-        bad = next(t for t in tokens if not 0 <= t < vocab_size)
-        raise UsageError(
-            "invalid_token",
-            f"{name}: token id {bad} is outside the vocabulary",
-            why=f"ids of this model run from 0 to {vocab_size - 1}",
-            field=name,
-        )
 
 
 def check_timeout(timeout: float | None) -> None:

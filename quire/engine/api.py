@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import msgspec
 
 from quire.outputs import RequestDelta
 from quire.params import SamplingParams
+from quire.tokenization.rules import TextRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class GenerateRequest:
 
     `priority`: lower runs first (under the priority policy). `cache_salt` and `tenant`: requests
     share prefix-cache blocks only where both are equal. `timeout`: seconds after which the
-    request ends with finish_reason "abort".
+    request ends with finish_reason "abort". `rules`: those of `params` (text_rules), which requests
+    of the same parameters share; None has the engine's frontend make them.
     """
 
     request_id: str
@@ -29,6 +31,7 @@ class GenerateRequest:
     cache_salt: str = ""
     tenant: str = ""
     timeout: float | None = None
+    rules: TextRules | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -47,8 +50,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Counters since start, and gauges. `step_age`: seconds since a step completed or since the
-    engine was last seen with nothing to do; large means stuck."""
+    """Counters since start, and gauges. `step_age`: seconds that the engine has been in the same
+    step (or since it was last heard). `silence`: seconds since it was last heard, which is every
+    second even while a step computes."""
 
     waiting: int = 0
     running: int = 0
@@ -61,6 +65,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     step_age: float = 0.0
+    silence: float = 0.0
 
 
 class AsyncEngine(Protocol):
@@ -68,9 +73,9 @@ class AsyncEngine(Protocol):
 
     info: EngineInfo
 
-    def check(self, request: GenerateRequest) -> None:
-        """Raise UsageError for a request that can never run, Overloaded if the queue is full,
-        EngineDead if the engine has ended."""
+    def check(self, requests: Sequence[GenerateRequest]) -> None:
+        """Raise UsageError for a request that can never run, Overloaded if the queue cannot take
+        all of them, EngineDead if the engine has ended."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
         """Deltas until one is `finished`. What arrives while the consumer is busy is merged into

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -22,9 +23,12 @@ from quire.outputs import RequestDelta
 from quire.settings import child_environment
 from quire.tokenization.tokenizer import Tokenizer
 
+log = logging.getLogger("quire.engine")
+
 Progress = Callable[[str, float], None]
 START_SECONDS = 1800.0
 END_SECONDS = 5.0
+PROMPT_POSITIONS = 32  # of a prompt's log-probabilities that are made into objects at a time
 
 
 class EngineClient:
@@ -102,30 +106,32 @@ class EngineClient:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, requests: Sequence[GenerateRequest]) -> None:
         """Raise what the engine would refuse, without asking it."""
         if self._dead is not None:
             raise self._dead
         info = self.info
-        check_request(request.prompt_token_ids, request.params, info.max_model_len, info.vocab_size)
-        waiting = len(self._owners) + request.params.n - int(info.plan["max_num_seqs"])
+        for each in requests:
+            check_request(each.prompt_token_ids, each.params, info.max_model_len, info.vocab_size)
+        new = sum(each.params.n for each in requests)
+        waiting = len(self._owners) + new - int(info.plan["max_num_seqs"])
         if waiting > info.max_queue:
             raise Overloaded(
                 "queue_full",
                 f"with this request {waiting} would be waiting, {info.max_queue} may",
-                fix="try again later",
+                fix="try again later" + (", or with fewer prompts and choices" if new > 1 else ""),
             )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
         """See AsyncEngine.generate."""
-        self.check(request)
+        self.check([request])
         if request.request_id in self._running:
             raise UsageError("duplicate_request", f"request id {request.request_id!r} is running")
         running = _Running(Collector(request, self.tokenizer))
         self._running[request.request_id] = running
-        for add in running.collector.adds():
-            self._owners[add.request_id] = running
-            self._send(add)
+        for request_id in running.collector.request_ids:
+            self._owners[request_id] = running
+        self._send(running.collector.add())
         try:
             while True:
                 await running.news.wait()
@@ -150,7 +156,9 @@ class EngineClient:
         """See AsyncEngine.stats. Raises EngineDead."""
         if self._dead is not None:
             raise self._dead
-        return msgspec.structs.replace(self._stats, step_age=time.monotonic() - self._stats_time)
+        silence = time.monotonic() - self._stats_time
+        age = self._stats.step_age + silence
+        return msgspec.structs.replace(self._stats, step_age=age, silence=silence)
 
     async def drain(self, timeout: float) -> None:
         """See AsyncEngine.drain."""
@@ -185,16 +193,22 @@ class EngineClient:
         try:
             while data := await self._reader.read(2**18):
                 for message in self._frames.feed(data):
-                    self._take(message)
+                    await self._take(message)
             self._die(self._death("the engine process ended"))
         except (OSError, wire.WireError) as error:
             self._die(self._death(str(error)))
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            log.error("reading from the engine failed", exc_info=error)
+            self._die(self._death(f"reading from the engine failed: {error}"))
 
-    def _take(self, message: wire.ToEngine | wire.FromEngine) -> None:
+    async def _take(self, message: wire.ToEngine | wire.FromEngine) -> None:
         if isinstance(message, wire.Outputs):
             self._stats, self._stats_time = message.stats, time.monotonic()
             for delta in message.deltas:
-                self._deliver(delta)
+                for piece in _pieces(delta):
+                    self._deliver(piece)
+                    if piece.prompt_logprobs:
+                        await asyncio.sleep(0)  # others may use the event loop between them
         elif isinstance(message, wire.Failed):
             self._die(EngineDead("engine_dead", message.what, message.why, message.fix))
 
@@ -202,7 +216,15 @@ class EngineClient:
         running = self._owners.get(delta.request_id)
         if running is None:
             return
-        for abort in running.collector.push(delta):
+        try:
+            aborts = running.collector.push(delta)
+        except Exception as error:  # a defect of ours: this request's, not all others'
+            log.error("an answer could not be taken", exc_info=error)
+            why = f"{type(error).__name__}: {error}"
+            aborts = running.collector.fail(
+                QuireError("internal_error", "the engine's answer could not be taken", why=why)
+            )
+        for abort in aborts:
             self._owners.pop(abort.request_id, None)
             self._send(abort)
         if delta.finish_reason is not None:
@@ -228,6 +250,18 @@ class _Running:
     def __init__(self, collector: Collector):
         self.collector = collector
         self.news = asyncio.Event()
+
+
+def _pieces(delta: wire.Delta) -> Iterator[wire.Delta]:
+    """A delta with log-probabilities of a long prompt as several, the last with all the rest."""
+    found = delta.prompt_logprobs or []
+    last = max(0, len(found) - 1) // PROMPT_POSITIONS * PROMPT_POSITIONS
+    for start in range(0, last, PROMPT_POSITIONS):
+        some = found[start : start + PROMPT_POSITIONS]
+        yield wire.Delta(
+            delta.request_id, [], prompt_logprobs=some, cached_tokens=delta.cached_tokens
+        )
+    yield msgspec.structs.replace(delta, prompt_logprobs=found[last:]) if last else delta
 
 
 def _failure(message: wire.Failed) -> QuireError:

@@ -6,11 +6,12 @@ import secrets
 from dataclasses import dataclass
 
 from quire.engine.api import GenerateRequest
-from quire.engine.wire import Abort, Add, Delta
+from quire.engine.wire import Abort, Add, Delta, choice_id
 from quire.errors import EngineDead, Overloaded, QuireError, UsageError
 from quire.outputs import ChoiceDelta, Logprob, PositionLogprobs, RequestDelta
 from quire.step import TokenLogprobs
 from quire.tokenization.detokenizer import Detokenizer
+from quire.tokenization.rules import text_rules
 from quire.tokenization.stop import StopChecker
 from quire.tokenization.tokenizer import Tokenizer
 
@@ -41,55 +42,39 @@ class Collector:
         self.error: QuireError | None = None
         self._cached = 0
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
-        self._prompt_begun = False
+        self._prompt_missing = 0  # positions whose log-probabilities are still to come
+        if request.params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]  # nothing precedes the first token
+            self._prompt_missing = len(request.prompt_token_ids) - 1
+        self._rules = request.rules or text_rules(request.params, tokenizer)
         self._choices = [self._new_choice(i) for i in range(request.params.n)]
+        self._by_id = {choice.request_id: choice for choice in self._choices}
 
     def _new_choice(self, index: int) -> _Choice:
         params, tokenizer = self.request.params, self.tokenizer
-        name = self.request.request_id if index == 0 else f"{self.request.request_id}#{index}"
         detokenizer, stops = None, None
         if tokenizer is not None and params.detokenize:
             detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, continuation=True)
-            if params.stop_strings:
+            if self._rules.stops is not None:
                 include = params.include_stop_str_in_output
-                stops = StopChecker(params.stop_strings, include, params.min_tokens)
+                stops = StopChecker(self._rules.stops, include, params.min_tokens)
+        name = choice_id(self.request.request_id, index)
         return _Choice(name, detokenizer, stops, ChoiceDelta(index))
 
-    def adds(self) -> list[Add]:
+    def add(self) -> Add:
         """What to send to the engine. A seed is drawn where none is given."""
         request, params = self.request, self.request.params
-        seed = secrets.randbits(63) if params.seed is None else params.seed % 2**64
-        bad_words = self._bad_word_tokens()
-        return [
-            Add(
-                request_id=choice.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                params=params,
-                seed=seed,
-                choice=i,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-                tenant=request.tenant,
-                timeout=request.timeout,
-                bad_words=bad_words,
-            )
-            for i, choice in enumerate(self._choices)
-        ]
-
-    def _bad_word_tokens(self) -> list[list[int]]:
-        """Each bad word as token sequences: at a text's start and after a space, as vLLM does."""
-        words = self.request.params.bad_words
-        if not words:
-            return []
-        if self.tokenizer is None:
-            raise UsageError("no_tokenizer", "bad_words need a tokenizer", field="bad_words")
-        found: list[list[int]] = []
-        for word in words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                ids = self.tokenizer.encode(text, add_special_tokens=False)
-                if ids and ids not in found:
-                    found.append(ids)
-        return found
+        return Add(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            params=params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed % 2**64,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            tenant=request.tenant,
+            timeout=request.timeout,
+            bad_words=self._rules.bad_words,
+        )
 
     @property
     def request_ids(self) -> list[str]:
@@ -102,12 +87,12 @@ class Collector:
 
     def push(self, delta: Delta) -> list[Abort]:
         """Take a delta of one of our choices; returns aborts to send to the engine."""
-        choice = next((c for c in self._choices if c.request_id == delta.request_id), None)
+        choice = self._by_id.get(delta.request_id)
         if choice is None or choice.done or self.error is not None:
             return []
         if delta.error is not None:
-            self.error = error_of(delta.error)
-            return [Abort(i) for i in self.request_ids if i != delta.request_id]
+            aborts = self.fail(error_of(delta.error))
+            return [abort for abort in aborts if abort.request_id != delta.request_id]
         if choice.fresh.index == 0:
             self._cached = max(self._cached, delta.cached_tokens)
             if delta.prompt_logprobs:
@@ -122,12 +107,15 @@ class Collector:
             self._end(choice, delta.finish_reason, delta.stop_reason)
         return []
 
+    def fail(self, error: QuireError) -> list[Abort]:
+        """End the request with an error; returns aborts of what runs."""
+        self.error = error
+        return [Abort(i) for i in self.request_ids]
+
     def _take_prompt_logprobs(self, found: list[TokenLogprobs]) -> None:
-        if self._prompt_logprobs is None:
-            # Nothing precedes the first token of the prompt.
-            self._prompt_logprobs = [] if self._prompt_begun else [None]
-            self._prompt_begun = True
-        self._prompt_logprobs += [self._position(position) for position in found]
+        known = self._prompt_logprobs or []
+        self._prompt_logprobs = known + [self._position(position) for position in found]
+        self._prompt_missing -= len(found)
 
     def _take_tokens(self, choice: _Choice, delta: Delta) -> str | None:
         """Adds tokens and text one by one; returns the stop string that ended the choice."""
@@ -178,12 +166,15 @@ class Collector:
 
     def take(self) -> RequestDelta | None:
         """What is new since the last take, merged; None where nothing is. Raises the request's
-        error."""
+        error. Only the first choice computes the prompt's log-probabilities; until they are
+        complete the others wait."""
         if self.error is not None:
             raise self.error
         fresh = []
+        first = self._choices[0]
+        waiting = self._prompt_missing > 0 and not first.done
         for choice in self._choices:
-            if choice.changed:
+            if choice.changed and (choice is first or not waiting):
                 fresh.append(choice.fresh)
                 choice.fresh = ChoiceDelta(choice.fresh.index)
                 choice.changed = False

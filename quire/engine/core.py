@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from typing import Protocol
 
@@ -31,31 +32,38 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Drop all slots, after a step that raised."""
 
+    def warm(self) -> bool:
+        """Do one piece of work that makes later steps faster; False where none is left."""
+
 
 class EngineCore:
     """A scheduler and a runner. One thread calls it.
 
     `depth`: steps in flight. With 2, step n+1 is submitted before step n is committed.
+    `host_seconds`: time spent on scheduling, submitting and committing so far.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, depth: int = 1):
         self.scheduler = scheduler
         self.runner = runner
         self.depth = depth
+        self.host_seconds = 0.0
         self._inflight: deque[tuple[int, Pending]] = deque()
 
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
 
-    def add(self, add: Add) -> Delta | None:
-        """Queue a request; a refusal comes back as its error delta."""
-        try:
-            self.scheduler.add(add)
-        except QuireError as error:
-            parts = [error.code, error.what, error.why, error.fix]
-            return Delta(add.request_id, [], finish_reason="error", error=parts)
-        return None
+    def add(self, add: Add) -> list[Delta]:
+        """Queue all choices of a request; a refusal comes back as an error delta."""
+        refusals = []
+        for choice in add.choices():
+            try:
+                self.scheduler.add(choice)
+            except QuireError as error:
+                parts = [error.code, error.what, error.why, error.fix]
+                refusals.append(Delta(choice.request_id, [], finish_reason="error", error=parts))
+        return refusals
 
     def check_when_idle(self) -> None:
         """A slice of integrity checking, at most about a millisecond."""
@@ -64,8 +72,13 @@ class EngineCore:
     def abort(self, abort: Abort) -> None:
         self.scheduler.abort(abort.request_id, abort.reason, abort.length)
 
+    def warm(self) -> bool:
+        """Prepare for faster steps, a piece (some ten milliseconds) a call; False once done."""
+        return self.runner.warm()
+
     def step(self) -> list[Delta]:
         """Submit what can be in flight, commit the oldest step; deltas in order of requests."""
+        started = time.perf_counter()
         self.scheduler.expire()
         deltas: list[Delta] = []
         while len(self._inflight) < self.depth:
@@ -78,8 +91,10 @@ class EngineCore:
                 deltas += self._recover(error, batch.step)
                 break
             self._inflight.append((batch.step, pending))
+        self.host_seconds += time.perf_counter() - started
         if self._inflight:
             deltas += self._commit()
+            self.warm()
         return deltas + self.scheduler.take_finished()
 
     def _commit(self) -> list[Delta]:
@@ -88,7 +103,10 @@ class EngineCore:
             result = pending.result()
         except Exception as error:  # a step's fault must not end the engine
             return self._recover(error, step)
-        return self.scheduler.commit(result)
+        started = time.perf_counter()
+        deltas = self.scheduler.commit(result)
+        self.host_seconds += time.perf_counter() - started
+        return deltas
 
     def _recover(self, error: Exception, failed: int) -> list[Delta]:
         """A step raised: commit what came before it, recompute to find out whose fault it is."""

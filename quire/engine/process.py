@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -19,7 +20,10 @@ import time
 import traceback
 from collections.abc import Iterable
 
+import msgspec
+
 from quire.engine import wire
+from quire.engine.api import EngineStats
 from quire.engine.core import EngineCore
 from quire.errors import QuireError
 
@@ -36,6 +40,11 @@ class EngineProcess:
         self._connection = connection
         self._inbox: queue.SimpleQueue[wire.ToEngine] = queue.SimpleQueue()
         self._ending = False
+        self._sending = threading.Lock()
+        # What the reading thread tells while a step computes: the latest counters, when the main
+        # thread's loop last turned, and when the frontend was last told anything.
+        self._stats: EngineStats | None = None
+        self._turned = self._told = time.monotonic()
 
     def run(self) -> int:
         """Serve until told to end. Returns the exit code."""
@@ -73,17 +82,17 @@ class EngineProcess:
 
     def _serve(self, core: EngineCore) -> None:
         deltas: list[wire.Delta] = []
-        last_sent = 0.0
+        self._stats = core.scheduler.stats()
         while not self._ending:
-            for message in self._messages(wait=core.idle):
-                refused = self._handle(core, message)
-                if refused is not None:
-                    deltas.append(refused)
+            self._turned = time.monotonic()
+            for message in self._messages(wait=core.idle and not core.warm()):
+                deltas += self._handle(core, message)
             deltas += core.step()
             now = time.monotonic()
-            if deltas or now - last_sent >= HEARTBEAT_SECONDS:
-                self._send(wire.Outputs(deltas, core.scheduler.stats()))
-                deltas, last_sent = [], now
+            if deltas or now - self._told >= HEARTBEAT_SECONDS:
+                self._stats, self._told = core.scheduler.stats(), now
+                self._send(wire.Outputs(deltas, self._stats))
+                deltas = []
             if core.idle:
                 core.check_when_idle()
 
@@ -96,28 +105,35 @@ class EngineProcess:
         except queue.Empty:
             return
 
-    def _handle(self, core: EngineCore, message: wire.ToEngine) -> wire.Delta | None:
+    def _handle(self, core: EngineCore, message: wire.ToEngine) -> list[wire.Delta]:
+        """Returns refusals."""
         if isinstance(message, wire.Add):
             return core.add(message)
         if isinstance(message, wire.Abort):
             core.abort(message)
-        elif isinstance(message, wire.ClearCache):
-            core.scheduler.kv.clear_cache()
         elif isinstance(message, wire.Shutdown):
             self._ending = True
-        return None
+        return []
 
     def _send(self, message: wire.FromEngine) -> None:
-        self._connection.sendall(wire.frame(message))
+        with self._sending:
+            self._connection.sendall(wire.frame(message))
 
     def _fail(self, kind: str, error: QuireError) -> None:
         self._send(wire.Failed(kind, error.code, error.what, error.why, error.fix))
 
     def _read(self) -> None:
-        """Runs on its own thread, so that a vanished parent is noticed during a long step."""
+        """Runs on its own thread, so that a vanished parent is noticed during a long step, and
+        the parent hears meanwhile that it computes."""
         reader = wire.FrameReader(wire.to_engine_decoder)
         try:
-            while data := self._connection.recv(2**18):
+            while True:
+                self._beat()
+                if not select.select([self._connection], [], [], HEARTBEAT_SECONDS)[0]:
+                    continue
+                data = self._connection.recv(2**18)
+                if not data:
+                    break
                 for message in reader.feed(data):
                     self._inbox.put(message)  # type: ignore[arg-type]
         except (OSError, wire.WireError) as error:
@@ -125,12 +141,27 @@ class EngineProcess:
         if not self._ending:
             os._exit(EXIT_PARENT_GONE)
 
+    def _beat(self) -> None:
+        """Tell how long the main thread has been in its step, where that takes long."""
+        stats, now = self._stats, time.monotonic()
+        age = now - self._turned
+        if stats is None or age < HEARTBEAT_SECONDS or now - self._told < HEARTBEAT_SECONDS:
+            return
+        if self._sending.acquire(blocking=False):  # else a frame is on its way
+            try:
+                self._told = now
+                message = wire.Outputs([], msgspec.structs.replace(stats, step_age=age))
+                self._connection.sendall(wire.frame(message))
+            finally:
+                self._sending.release()
+
 
 def main() -> int:
     """Entry point of the child process."""
-    # A terminal's Ctrl-C goes to the whole process group; the frontend decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # Ctrl-C and a supervisor's SIGTERM go to the whole process group; the frontend decides what
+    # they mean. This process ends with Shutdown, or when the frontend's end of the socket closes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
     return EngineProcess(connection).run()

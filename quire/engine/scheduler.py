@@ -14,17 +14,46 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quire.engine.admission import check_request, check_timeout, check_tokens
+from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
+from quire.kernels.diffs import unfit
 from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
-from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult
+from quire.params import SamplingParams, check_tokens
+from quire.step import (
+    DEVICE_TOKEN,
+    FORBIDDEN_ERROR,
+    NAN_ERROR,
+    Batch,
+    Enter,
+    Result,
+    Row,
+    RowResult,
+)
 
 # A request waits for blocks that another is computing only where they are worth a step.
 LEAST_SHARED_BLOCKS = 3
+# Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
+LEAST_FINISHED = 64
+
+ROW_ERRORS = {
+    NAN_ERROR: QuireError(
+        "numerical_error",
+        "the model's logits for this request are not finite numbers",
+        why="its weights or the number format they are computed in",
+        fix="check the weights; try --dtype float32",
+    ),
+    FORBIDDEN_ERROR: UsageError(
+        "invalid_value",
+        "no token is allowed at some position of this request",
+        why="allowed_token_ids, bad_words and logit_bias leave none, or only those that end the "
+        "request before min_tokens",
+        fix="allow more tokens, or lower min_tokens",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,7 @@ class Scheduler:
         self.kv = kv
         self.requests: dict[str, Request] = {}
         self._clock = clock
+        # A heap. Requests that finished while they waited stay in it for a while.
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._running: list[Request] = []  # by Request.order
         self._suspects: set[Request] = set()
@@ -70,16 +100,12 @@ class Scheduler:
         """Queue a request. Raises UsageError where it can never run, Overloaded where the queue
         is full (`bounded` False: the queue may grow)."""
         self.check(add, bounded)
-        params = add.params
-        ends = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            ends |= set(self.limits.eos_token_ids)
         self._arrivals += 1
         request = Request(
             add=add,
             arrival=self._arrivals,
             priority=add.priority if self.limits.priority else 0,
-            end_tokens=frozenset(ends),
+            end_tokens=self._end_tokens(add.params),
             max_tokens=self._max_tokens(add),
         )
         if add.timeout is not None:
@@ -97,6 +123,9 @@ class Scheduler:
         check_request(prompt, params, self.limits.max_model_len, vocab_size)
         for word in add.bad_words:
             check_tokens("bad_words", word, vocab_size)
+        misfit = unfit(sorted(self._end_tokens(params)), add.bad_words)
+        if misfit is not None:
+            raise UsageError("invalid_value", misfit)
         check_timeout(add.timeout)
         length = len(prompt)
         output = self._max_tokens(add)
@@ -111,12 +140,16 @@ class Scheduler:
                 "--kv-cache-memory",
                 field="prompt",
             )
-        if bounded and len(self._waiting) >= self.limits.max_queue + len(self._free_slots):
+        if bounded and self.num_waiting >= self.limits.max_queue + len(self._free_slots):
             raise Overloaded(
                 "queue_full",
-                f"{len(self._waiting)} requests are waiting already",
+                f"{self.num_waiting} requests are waiting already",
                 fix="try again later, or raise --max-queue",
             )
+
+    def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        own = () if params.ignore_eos else self.limits.eos_token_ids
+        return frozenset((*(params.stop_token_ids or ()), *own))
 
     def _max_tokens(self, add: Add) -> int:
         room = self.limits.max_model_len - len(add.prompt_token_ids)
@@ -160,14 +193,13 @@ class Scheduler:
         return finished
 
     @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - len(self._running)
+
+    @property
     def idle(self) -> bool:
         """Nothing runs, waits, or is in flight."""
         return not self.requests and not self._inflight
-
-    @property
-    def has_work(self) -> bool:
-        """A call of `schedule` might give a Batch."""
-        return bool(self._waiting) or any(r.gap > 0 for r in self._running)
 
     # -- a step ------------------------------------------------------------------------------
 
@@ -249,6 +281,8 @@ class Scheduler:
         while self._waiting and budget > 0 and self._free_slots:
             entry = heapq.heappop(self._waiting)
             request = entry[1]
+            if request.state is State.FINISHED:
+                continue
             if only not in (None, request) or (only is None and self._waits_for_blocks(request)):
                 skipped.append(entry)
                 continue
@@ -402,9 +436,8 @@ class Scheduler:
 
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
         if got.error is not None:
-            error = QuireError("numerical_error", got.error, why="the model gave NaN logits")
             self._finish(request, discard=True)
-            return _error_delta(request.request_id, error)
+            return _error_delta(request.request_id, ROW_ERRORS[got.error])
         first = len(request.tokens)
         reason, stop_token = self._accept(request, got.tokens)
         accepted = request.tokens[first:]
@@ -470,13 +503,13 @@ class Scheduler:
                 self._publish(request, confirmed)
                 self.kv.free(request.request_id)
             self._release_slot(request)
-        elif request.state is State.WAITING:
-            self._waiting = [e for e in self._waiting if e[1] is not request]
-            heapq.heapify(self._waiting)
         request.state = State.FINISHED
         request.computed = request.inflight = 0
         self._suspects.discard(request)
         del self.requests[request.request_id]
+        if len(self._waiting) > 2 * self.num_waiting + LEAST_FINISHED:
+            self._waiting = [e for e in self._waiting if e[1].state is State.WAITING]
+            heapq.heapify(self._waiting)
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks and slot; it will be recomputed, its tokens stay."""
@@ -499,11 +532,11 @@ class Scheduler:
 
     # -- what others see ---------------------------------------------------------------------
 
-    def stats(self, step_age: float = 0.0) -> EngineStats:
+    def stats(self) -> EngineStats:
         used, total = self.kv.usage()
         counts = self._counts
         return EngineStats(
-            waiting=len(self._waiting),
+            waiting=self.num_waiting,
             running=len(self._running),
             kv_blocks_used=used,
             kv_blocks_total=total,
@@ -513,7 +546,6 @@ class Scheduler:
             steps=counts["done_steps"],
             prompt_tokens=counts["prompt_tokens"],
             generated_tokens=counts["generated_tokens"],
-            step_age=step_age,
         )
 
     def check_slice(self) -> None:
@@ -528,8 +560,8 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
         assert self._running == sorted(self._running, key=_order)
         assert all(self.requests.get(r.request_id) is r for r in self._suspects)
-        waiting = [r for _, r in self._waiting]
-        assert all(r.state is State.WAITING for r in waiting)
+        assert all(r.state is not State.RUNNING for _, r in self._waiting)
+        waiting = [r for _, r in self._waiting if r.state is State.WAITING]
         assert all(r.state is State.RUNNING for r in self._running)
         assert {r.request_id for r in waiting + self._running} == set(self.requests)
         assert len(waiting) + len(self._running) == len(self.requests)

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
 
 import torch
 
 from quire.config.options import Options
 from quire.engine.api import EngineInfo
-from quire.engine.core import EngineCore
+from quire.engine.core import EngineCore, Runner
 from quire.engine.scheduler import Limits, Scheduler
-from quire.errors import ModelError
+from quire.errors import UsageError
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
-from quire.layers.build import Build
-from quire.models.registry import build_model, load_weights, read_config
+from quire.layers.build import Build, CpuKernels, Kernels
+from quire.models.registry import (
+    Model,
+    build_model,
+    config_digest,
+    load_weights,
+    read_config,
+)
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
 from quire.plan.plan import Plan
-from quire.plan.resolve import DTYPES, KernelFacts, ModelFacts, resolve
+from quire.plan.resolve import resolve
 from quire.runner.eager import EagerRunner, allocate_caches
-from quire.weights import open_source
+from quire.tokenization.special_tokens import eos_token_ids
+from quire.weights import no_weights, open_source
 from quire.weights.dummy import DummySource
 from quire.weights.hub import ModelFiles
 from quire.weights.hub import resolve as find_files
@@ -46,10 +55,18 @@ class Engine:
 def kernel_facts() -> KernelFacts:
     """Which kernels this installation and machine have."""
     if not native.available():
-        return KernelFacts(reference_ops, None, native.why_not())
+        return KernelFacts(reference_ops, None, native.why_not(), triton=_triton_version())
     from quire.kernels.native import ops as native_ops
 
-    return KernelFacts(reference_ops, native_ops, isa=native_ops.isa())
+    return KernelFacts(reference_ops, native_ops, isa=native_ops.isa(), triton=_triton_version())
+
+
+def _triton_version() -> str | None:
+    """Without importing Triton, which takes a second."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def find_model(options: Options) -> ModelFiles:
@@ -60,32 +77,64 @@ def find_model(options: Options) -> ModelFiles:
 def make_plan(
     options: Options, files: ModelFiles, source: WeightSource | None, found: KernelFacts
 ) -> Plan:
-    """Plan with what is known: tensor formats where there are weights, else config.json alone."""
-    formats = None
-    fingerprint = f"dummy {options.model.seed}"
-    if source is not None and not isinstance(source, DummySource):
-        formats = {name: source.info(name).format for name in source.names()}
+    """Plan with what is known: formats of tensors where there are weights (or dummies, which need
+    no `source`), else config.json alone."""
+    hf = files.config()
+    formats, fingerprint = None, "no weights"
+    if options.model.load_format == "dummy":
+        source = dummy_source(options, hf, torch.device("cpu"), stored_formats(files))
+        fingerprint = source.fingerprint()
+    elif source is not None:
         fingerprint = files.commit or source.fingerprint()
-    facts = ModelFacts(files.name, files.config(), formats, fingerprint)
-    return resolve(options, facts, detect(), found)
+    if source is not None:
+        formats = {name: source.info(name).format for name in source.names()}
+    facts = ModelFacts(files.name, hf, formats, f"{fingerprint} {config_digest(hf)}")
+    return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
 
 
 def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
-    """The source that --load-format names; None where there is only config.json."""
+    """The files' weights; None with --load-format dummy and where there is only config.json.
+
+    Raises UsageError where --load-format names another kind than the files are.
+    """
     wanted = options.model.load_format
-    if wanted == "dummy" or (wanted == "auto" and files.kind == "config"):
-        return None
-    return open_source(files)
+    held = "gguf" if files.kind == "gguf" else "safetensors"
+    if wanted not in ("auto", "dummy", held):
+        raise UsageError(
+            "load_format_mismatch",
+            f"--load-format {wanted}: the weights of {files.name} are {held}",
+            fix="leave --load-format out, or name another model",
+            field="load_format",
+        )
+    return None if wanted == "dummy" or files.kind == "config" else open_source(files)
 
 
-def dummy_source(options: Options, hf_config: dict[str, Any]) -> DummySource:
-    """Seeded weights of the model's shapes."""
+def dummy_source(
+    options: Options,
+    hf_config: dict[str, Any],
+    device: torch.device,
+    formats: Mapping[str, str] | None = None,
+) -> DummySource:
+    """Seeded weights of the model's shapes, made on `device`: in `formats` by tensor name, in the
+    config's dtype where they name none."""
     build = Build(reference_ops)
     build_model(hf_config, build)
     declared = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
     dense = {"float32": "f32", "float16": "f16"}.get(declared, "bf16")
-    infos = [TensorInfo(t.name, t.shape, dense) for w in build.weights for t in w.tensors()]
-    return DummySource(infos, options.model.seed)
+    infos = [
+        TensorInfo(t.name, t.shape, (formats or {}).get(t.name, dense))
+        for weight in build.weights
+        for t in weight.tensors()
+    ]
+    return DummySource(infos, options.model.seed, device=device)
+
+
+def stored_formats(files: ModelFiles) -> dict[str, str]:
+    """The format of each tensor of a GGUF file, which dummies of it have too; none of others."""
+    if files.kind != "gguf":
+        return {}
+    with open_source(files) as source:
+        return {name: source.info(name).format for name in source.names()}
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
@@ -96,32 +145,68 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     read_config(files.config())  # a config that cannot be used comes before missing weights
     say("planning", 0.0)
     source = open_weights(options, files)
-    if source is None:
-        if options.model.load_format == "auto":
-            raise ModelError(
-                "no_weights",
-                f"{files.name} has a config.json and no weights",
-                fix="give a directory with .safetensors files, or --load-format dummy",
-            )
-        source = dummy_source(options, files.config())
+    if source is None and options.model.load_format != "dummy":
+        raise no_weights(files)
     found = kernel_facts()
     plan = make_plan(options, files, source, found)
-    kernels = found.native if plan.kernels == "native" else found.reference
-    assert kernels is not None
+    device = torch.device(plan.device)
+    source = source or dummy_source(options, files.config(), device, stored_formats(files))
+    return assemble(options, files, plan, source, found, device, say)
+
+
+def assemble(
+    options: Options,
+    files: ModelFiles,
+    plan: Plan,
+    source: WeightSource,
+    found: KernelFacts,
+    device: torch.device,
+    say: Progress,
+) -> Engine:
+    """Make what the plan says: on `device` the model with weights and caches; runner, scheduler."""
     set_threads(plan.threads)
-    say("loading weights", 0.0)
-    build = Build(kernels, dtype=DTYPES.get(plan.dtype), max_len=plan.max_model_len)
+    build = Build(
+        _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
+        dtype=DTYPES.get(plan.dtype),
+        max_len=plan.max_model_len,
+        device=device,
+        moe_routing=options.engine.moe_routing,
+    )
     model = build_model(files.config(), build)
+    say("loading weights", 0.0)
     with torch.inference_mode():
         load_weights(build, source, lambda done: say("loading weights", done))
     source.close()
     say("allocating the KV cache", 0.0)
     allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
-    runner = EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
     info = engine_info(options, files, plan)
+    runner = _make_runner(plan, found, build, model, info)
     scheduler = make_scheduler(options, plan, info)
-    core = EngineCore(scheduler, runner, depth=2 if options.engine.async_scheduling else 1)
+    core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
     return Engine(core, plan, info, files)
+
+
+def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:
+    from quire.kernels.triton.ops import TritonKernels
+
+    return cast(Kernels, TritonKernels(DTYPES[plan.dtype], device, plan.deterministic))
+
+
+def _cpu_kernels(plan: Plan, found: KernelFacts) -> CpuKernels:
+    kernels = found.native if plan.kernels == "native" else found.reference
+    assert kernels is not None
+    return kernels
+
+
+def _make_runner(
+    plan: Plan, found: KernelFacts, build: Build, model: Model, info: EngineInfo
+) -> Runner:
+    if plan.device == "cpu":
+        kernels = _cpu_kernels(plan, found)
+        return EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+    from quire.runner.device import DeviceRunner
+
+    return DeviceRunner(model, build, plan, info.vocab_size)
 
 
 def set_threads(threads: int) -> None:
@@ -150,17 +235,16 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
 
 def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:
     """What frontends must know."""
-    hf, generation = files.config(), files.generation_config()
-    eos = generation.get("eos_token_id", hf.get("eos_token_id"))
-    ids = eos if isinstance(eos, list) else [eos]
+    vocab_size = read_config(files.config()).vocab_size
+    ends = eos_token_ids(files, tokenizer=not options.model.skip_tokenizer_init)
     return EngineInfo(
         model=options.server.served_model_name or files.name,
         max_model_len=plan.max_model_len,
-        vocab_size=read_config(hf).vocab_size,
+        vocab_size=vocab_size,
         fingerprint=plan.fingerprint,
         plan=plan.to_dict(),
-        default_params=default_params(generation),
-        eos_token_ids=[i for i in ids if isinstance(i, int)],
+        default_params=default_params(files.generation_config()),
+        eos_token_ids=[end for end in ends if end < vocab_size],  # others cannot be sampled
         max_queue=options.engine.max_queue,
         started=time.time(),
     )

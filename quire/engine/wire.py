@@ -17,7 +17,7 @@ from quire.engine.api import EngineInfo, EngineStats
 from quire.params import SamplingParams
 from quire.step import TokenLogprobs
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_FRAME = 256 * 2**20
 _LENGTH = struct.Struct("<I")
 
@@ -27,7 +27,8 @@ class WireError(Exception):
 
 
 class Add(msgspec.Struct, tag="add", array_like=True):
-    """Continue a prompt. One Add per choice of a request."""
+    """Continue a prompt. On the wire it stands for all `params.n` choices of a request: prompt and
+    parameters are sent and checked once. In the engine each choice is one, see `choices`."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -39,6 +40,25 @@ class Add(msgspec.Struct, tag="add", array_like=True):
     tenant: str = ""
     timeout: float | None = None
     bad_words: list[list[int]] = []
+
+    def choices(self) -> list[Add]:
+        """One Add per choice of the request whose first choice this is. Only the first asks for
+        log-probabilities of the prompt, which are the same for all."""
+        params = self.params
+        if params.n > 1 and params.prompt_logprobs is not None:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        others = [
+            msgspec.structs.replace(
+                self, request_id=choice_id(self.request_id, i), params=params, choice=i
+            )
+            for i in range(1, params.n)
+        ]
+        return [self, *others]
+
+
+def choice_id(request_id: str, choice: int) -> str:
+    """The id of one choice of a request, in Abort and Delta."""
+    return f"{request_id}#{choice}" if choice else request_id
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -58,10 +78,6 @@ class Start(msgspec.Struct, tag="start", array_like=True):
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """End the engine process."""
-
-
-class ClearCache(msgspec.Struct, tag="clear_cache", array_like=True):
-    """Forget all prefix-cache blocks."""
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
@@ -109,7 +125,7 @@ class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Start | Add | Abort | Shutdown | ClearCache
+ToEngine = Start | Add | Abort | Shutdown
 FromEngine = Hello | Progress | Ready | Failed | Outputs
 
 _encoder = msgspec.msgpack.Encoder()

@@ -20,10 +20,6 @@ class BlockFormat:
     values_per_block: int
     bytes_per_block: int
 
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.bytes_per_block / self.values_per_block
-
 
 # Block layouts: ggml/src/ggml-common.h of llama.cpp.
 BLOCK_FORMATS: dict[str, BlockFormat] = {

@@ -9,7 +9,7 @@ import torch
 from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.rotary import RotaryTable
 
 
@@ -57,16 +57,18 @@ class Attention:
             )
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
-        self.cache = build.add_cache(share.stop - share.start, head_size, window)
+        kv_share = share.stop - share.start
+        self.cache = build.add_cache(heads * kv_share // kv_heads, kv_share, head_size, window)
         self.rope = RotaryTable(build, head_size, rope)
 
     def __call__(
-        self, x_TH: torch.Tensor, positions_T: torch.Tensor, step: StepInputs
+        self, norm: RMSNorm, stream: ResidualStream, positions_T: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
+        """Attention over the norm of the stream: what to add to it, [T, H]."""
         group, cache = step.groups[self.cache.group], self.cache
         q_norm, k_norm = (n.weight for n in self.norms) if self.norms else (None, None)
         q_TD = self.kernels.rotary_cache(
-            self.qkv(x_TH),
+            self.qkv.after(norm, stream),
             positions_T,
             self.rope(),
             q_norm,

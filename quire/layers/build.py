@@ -15,9 +15,11 @@ from quire.weights.source import TensorInfo, WeightSource
 class Kernels(Protocol):
     """The operations layers call: quire.kernels.reference.ops or a faster equal of it.
 
-    Signatures and shapes: quire/kernels/reference/ops.py.
+    Signatures and shapes: quire/kernels/reference/ops.py. `dense`: weights are held dense in the
+    model's number format, and the experts of a layer in one tensor (see DenseKernels).
     """
 
+    dense: bool
     pack: Callable[..., Any]
     packed_nbytes: Callable[..., int]
     linear: Callable[..., torch.Tensor]
@@ -26,10 +28,26 @@ class Kernels(Protocol):
     add_rms_norm: Callable[..., torch.Tensor]
     rotary_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
+    cache_shapes: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]
     gated_activation: Callable[..., torch.Tensor]
+    gated_linear: Callable[..., torch.Tensor]
+    route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class CpuKernels(Kernels, Protocol):
+    """What the CPU runner needs besides, to sample row by row."""
+
     argmax: Callable[..., torch.Tensor]
     logsumexp: Callable[..., torch.Tensor]
     gumbel: Callable[..., torch.Tensor]
+
+
+class DenseKernels(Protocol):
+    """What dense kernels have besides: all experts of a layer at once, and products that begin
+    with the addition and norm before them."""
+
+    experts: Callable[..., torch.Tensor]
+    add_norm_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Weight(Protocol):
@@ -47,12 +65,14 @@ class Weight(Protocol):
 
 @dataclass
 class CacheLayer:
-    """One attention layer's KV cache. The runner sets `keys` and `values` once planned.
+    """One attention layer's KV cache, read by `heads` query heads. The runner sets `keys` and
+    `values` once planned.
 
     `group` is the index of the KV group the layer belongs to.
     """
 
     layer: int
+    heads: int
     kv_heads: int
     head_size: int
     window: int | None
@@ -63,8 +83,9 @@ class CacheLayer:
 
 @dataclass
 class Build:
-    """Context of building one model: kernels, dense dtype (None keeps the checkpoint's), ranks,
-    and the longest context in tokens (the size of rotary tables).
+    """Context of building one model: kernels, dense dtype (None keeps the checkpoint's), device,
+    ranks, the longest context in tokens (the size of rotary tables), and whether experts are
+    chosen by the "model" or evenly at random ("uniform", for benchmarks).
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
@@ -76,6 +97,8 @@ class Build:
     dtype: torch.dtype | None = None
     group: Group = field(default_factory=Group)
     max_len: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    moe_routing: str = "model"
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
@@ -88,7 +111,9 @@ class Build:
     def add_width(self, values: int) -> None:
         self.width = max(self.width, values)
 
-    def add_cache(self, kv_heads: int, head_size: int, window: int | None) -> CacheLayer:
-        cache = CacheLayer(len(self.caches), kv_heads, head_size, window)
+    def add_cache(
+        self, heads: int, kv_heads: int, head_size: int, window: int | None
+    ) -> CacheLayer:
+        cache = CacheLayer(len(self.caches), heads, kv_heads, head_size, window)
         self.caches.append(cache)
         return cache

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from quire.layers.build import Build
-from quire.layers.linear import Linear, merge, pack
+from quire.layers.linear import Linear, pack
+from quire.layers.read import read_matrix
 from quire.weights.source import TensorInfo, WeightSource
 
 
@@ -17,7 +18,7 @@ class Embedding:
     Replicated on every rank."""
 
     def __init__(self, build: Build, name: str, vocab_size: int, hidden: int, scale: float = 1.0):
-        self.kernels, self.dtype = build.kernels, build.dtype
+        self.build, self.kernels = build, build.kernels
         self.name, self.shape, self.scale = f"{name}.weight", (vocab_size, hidden), scale
         self.packed: Any = None
         build.add_weight(self)
@@ -29,7 +30,7 @@ class Embedding:
         return self.kernels.packed_nbytes(formats(self.name), *self.shape)
 
     def load(self, source: WeightSource) -> None:
-        [(tensor, _)] = merge([source.read(self.name)], self.dtype)
+        tensor = read_matrix(self.build, source, self.name)
         if isinstance(tensor, torch.Tensor):
             self.scale = float(torch.tensor(self.scale).to(tensor.dtype))
         self.packed = pack(self.kernels, tensor)

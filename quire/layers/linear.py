@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from quire.formats.blocks import BlockTensor, concatenate_rows
-from quire.layers.build import Build, Kernels
+from quire.layers.build import Build, DenseKernels, Kernels
+from quire.layers.norm import ResidualStream, RMSNorm
+from quire.layers.read import read_matrix, read_vector
 from quire.weights.source import TensorInfo, WeightSource
-
-
-def to_dense(tensor: torch.Tensor | BlockTensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A dense tensor in `dtype`; None keeps a dense tensor's own."""
-    if isinstance(tensor, BlockTensor):
-        tensor = tensor.dequantize()
-    return tensor.to(dtype) if dtype is not None else tensor
 
 
 def pack(kernels: Kernels, tensor: torch.Tensor | BlockTensor) -> Any:
@@ -24,11 +19,6 @@ def pack(kernels: Kernels, tensor: torch.Tensor | BlockTensor) -> Any:
     if isinstance(tensor, BlockTensor):
         return kernels.pack((tensor.format, tensor.data, *tensor.shape))
     return kernels.pack(tensor)
-
-
-def read_vector(source: WeightSource, name: str, rows: slice | None = None) -> torch.Tensor:
-    """A 1-D tensor in float32."""
-    return to_dense(source.read(name, rows=rows), torch.float32).contiguous()
 
 
 class Linear:
@@ -50,7 +40,7 @@ class Linear:
         shard: str | None = None,
         reduce: bool = True,
     ):
-        self.kernels, self.group, self.dtype = build.kernels, build.group, build.dtype
+        self.build, self.kernels, self.group = build, build.kernels, build.group
         self.reduce = reduce and shard == "inputs"
         self.names, self.bias_wanted, self.shard = tuple(names), bias, shard
         self.in_features, self.out_features = in_features, tuple(out_features)
@@ -86,13 +76,13 @@ class Linear:
 
     def load(self, source: WeightSource) -> None:
         tensors = [
-            source.read(f"{name}.weight", rows=rows, columns=self._columns)
+            read_matrix(self.build, source, f"{name}.weight", rows, self._columns)
             for name, rows in zip(self.names, self._rows, strict=True)
         ]
-        self._parts = [(pack(self.kernels, t), n) for t, n in merge(tensors, self.dtype)]
+        self._parts = [(pack(self.kernels, t), n) for t, n in merge(tensors)]
         if self.bias_wanted:
             biases = [
-                read_vector(source, f"{name}.bias", rows)
+                read_vector(self.build, source, f"{name}.bias", rows)
                 for name, rows in zip(self.names, self._rows, strict=True)
             ]
             self._bias = torch.cat(biases)
@@ -103,7 +93,7 @@ class Linear:
         if len(self._parts) == 1:
             y_TN = self.kernels.linear(x_TH, self._parts[0][0], self._bias)
         else:
-            y_TN = torch.empty(x_TH.shape[0], self.local_out)
+            y_TN = x_TH.new_empty(x_TH.shape[0], self.local_out)
             start = 0
             for packed, n in self._parts:
                 bias = None if self._bias is None else self._bias[start : start + n]
@@ -111,14 +101,32 @@ class Linear:
                 start += n
         return self.group.all_reduce(y_TN) if self.reduce else y_TN
 
+    def after(self, norm: RMSNorm, stream: ResidualStream, activation: str = "") -> torch.Tensor:
+        """The product with the norm of a stream, gated where an `activation` is named."""
+        if self.kernels.dense:
+            [(weight, _)] = self._parts
+            kernels = cast(DenseKernels, self.kernels)
+            y_TN, stream.value = kernels.add_norm_linear(
+                stream.pending, stream.value, norm.weight, norm.eps, weight, self._bias, activation
+            )
+            stream.pending = None
+            return y_TN
+        x_TH = norm.read(stream)
+        return self.gated(x_TH, activation) if activation else self(x_TH)
+
+    def gated(self, x_TH: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(first half of the outputs) * second half."""
+        if len(self._parts) == 1:
+            return self.kernels.gated_linear(x_TH, self._parts[0][0], self._bias, activation)
+        return self.kernels.gated_activation(self(x_TH), activation)
+
 
 def merge(
-    tensors: list[torch.Tensor | BlockTensor], dtype: torch.dtype | None
+    tensors: list[torch.Tensor | BlockTensor],
 ) -> list[tuple[torch.Tensor | BlockTensor, int]]:
     """Neighbours of one format concatenated along rows, each with its number of rows."""
     merged: list[tuple[torch.Tensor | BlockTensor, int]] = []
-    for tensor in tensors:
-        item = tensor if isinstance(tensor, BlockTensor) else to_dense(tensor, dtype)
+    for item in tensors:
         rows = int(item.shape[0])
         last, n = merged[-1] if merged else (None, 0)
         joined = None if last is None else _join(last, item)

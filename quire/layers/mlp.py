@@ -6,6 +6,7 @@ import torch
 
 from quire.layers.build import Build
 from quire.layers.linear import Linear
+from quire.layers.norm import ResidualStream, RMSNorm
 
 
 class GatedMLP:
@@ -22,7 +23,7 @@ class GatedMLP:
         bias: bool = False,
         reduce: bool = True,
     ):
-        self.kernels, self.activation = build.kernels, activation
+        self.activation = activation
         self.gate_up = Linear(
             build,
             [f"{name}.gate_proj", f"{name}.up_proj"],
@@ -42,5 +43,9 @@ class GatedMLP:
         )
         build.add_width(self.gate_up.local_out * 3 // 2)
 
+    def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
+        """The layer applied to the norm of a stream."""
+        return self.down(self.gate_up.after(norm, stream, self.activation))
+
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down(self.kernels.gated_activation(self.gate_up(x_TH), self.activation))
+        return self.down(self.gate_up.gated(x_TH, self.activation))

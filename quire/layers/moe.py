@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from quire.layers.build import Build
+from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
-from quire.layers.mlp import GatedMLP
+from quire.layers.norm import ResidualStream, RMSNorm
+
+# Rows of router logits that "uniform" routing draws from, by a token's place in the step.
+UNIFORM_ROWS = 4096
 
 
 class MoE:
     """Softmax router and gated experts, each expert's intermediate size shared over ranks.
 
-    A token's results are summed in the order of its top-k slots, and every expert's products are
-    independent of how many tokens it gets, so a token's bits do not depend on the others.
     `normalize`: the chosen experts' weights are scaled to sum to 1.
     """
 
@@ -29,49 +31,40 @@ class MoE:
         normalize: bool,
         activation: str = "silu",
     ):
-        self.experts_per_token, self.normalize = experts_per_token, normalize
-        self.group = build.group
+        self.build, self.experts_per_token, self.normalize = build, experts_per_token, normalize
+        self.num_experts = experts
         self.router = Linear(build, [f"{name}.gate"], hidden, [experts])
-        self.experts = [
-            GatedMLP(build, f"{name}.experts.{e}", hidden, intermediate, activation, reduce=False)
-            for e in range(experts)
-        ]
+        kind = StackedExperts if build.kernels.dense else SeparateExperts
+        self.experts: Experts = kind(
+            build, f"{name}.experts", hidden, intermediate, experts, activation
+        )
+        self._uniform_TE: torch.Tensor | None = None
         # Each slot's result and its product with the weight; router logits, probabilities in two
         # orders, ids; one expert may get all tokens.
         build.add_width(2 * experts_per_token * hidden + 5 * experts + 3 * intermediate)
 
+    def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
+        """The layer applied to the norm of a stream."""
+        return self(norm.read(stream))
+
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TK, experts_TK = self.route(x_TH)
-        y_TKH = self._one(x_TH, experts_TK) if len(x_TH) == 1 else self._many(x_TH, experts_TK)
-        y_TKH *= weights_TK[:, :, None]
-        out_TH = y_TKH[:, 0].clone()
-        for k in range(1, self.experts_per_token):
-            out_TH += y_TKH[:, k]
-        return self.group.all_reduce(out_TH)
+        weights_TK, ids_TK = self.route(x_TH)
+        return self.build.group.all_reduce(self.experts(x_TH, weights_TK, ids_TK))
 
     def route(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights float32 [T, K] and expert ids int64 [T, K], the most probable first."""
-        probabilities_TE = torch.softmax(self.router(x_TH), dim=-1)
-        # A stable sort gives ties to the lower expert, whatever else is in the batch.
-        ordered, ids = probabilities_TE.sort(dim=-1, descending=True, stable=True)
-        weights_TK = ordered[:, : self.experts_per_token]
-        if self.normalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return weights_TK.contiguous(), ids[:, : self.experts_per_token].contiguous()
+        """Weights float32 [T, K] and expert ids [T, K], the most probable first."""
+        logits_TE = self.router(x_TH)
+        if self.build.moe_routing == "uniform":
+            logits_TE = self._uniform(logits_TE)
+        return self.build.kernels.route(logits_TE, self.experts_per_token, self.normalize)
 
-    def _one(self, x_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
-        """The experts' results [1, K, H], without the gathering that many tokens need."""
-        return torch.stack([self.experts[e](x_TH) for e in experts_TK[0].tolist()], dim=1)
-
-    def _many(self, x_TH: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
-        """The experts' results [T, K, H], expert by expert."""
-        chosen = experts_TK.flatten()
-        order, counts = chosen.argsort(stable=True), chosen.bincount().tolist()
-        y = torch.empty(len(chosen), x_TH.shape[1])
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = order[start : start + count]
-                y[rows] = self.experts[expert](x_TH[rows // self.experts_per_token])
-                start += count
-        return y.view(*experts_TK.shape, -1)
+    def _uniform(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Logits that choose experts evenly at random, the router's own having been computed."""
+        if self._uniform_TE is None:
+            generator = torch.Generator().manual_seed(len(self.build.weights))
+            table = torch.randn(UNIFORM_ROWS, self.num_experts, generator=generator)
+            self._uniform_TE = table.to(logits_TE.device, logits_TE.dtype)
+        rows = len(logits_TE)
+        if rows <= UNIFORM_ROWS:
+            return self._uniform_TE[:rows]
+        return self._uniform_TE.repeat(-(-rows // UNIFORM_ROWS), 1)[:rows]

@@ -103,9 +103,10 @@ class RotaryTable:
         return self._table
 
     def _compute(self) -> torch.Tensor:
+        # Computed on the CPU whatever the device, so that all devices rotate by the same angles.
         table = torch.empty(self.build.max_len, 2 * len(self.inverse))
         cosine, sine = table.chunk(2, dim=1)
         torch.mul(torch.arange(self.build.max_len).float()[:, None], self.inverse, out=sine)
         cosine.copy_(sine).cos_()
         sine.sin_()
-        return table
+        return table.to(self.build.device)

@@ -13,16 +13,23 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
+# What planning takes time for has bounds far above every known model (DeepSeek V3: 61 layers of
+# 256 experts).
+MOST = {"num_hidden_layers": 1024, "num_experts": 4096}
+MOST_EXPERTS = 2**17  # of all layers together
+
+
 def whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
     """A positive integer. Raises ModelError where it is missing or something else."""
     value = config.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+    most = MOST.get(key, 2**31 - 1)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
         raise ModelError(
             "bad_config",
             f"config.json: {key} is {value!r}",
-            why="a positive whole number is needed",
+            why=f"a whole number from 1 to {most} is needed",
             fix="check that the model's files are complete and of one version",
         )
     return value

@@ -13,7 +13,7 @@ from quire.layers.build import Build
 from quire.layers.embedding import Embedding, Head, TiedHead
 from quire.layers.inputs import StepInputs
 from quire.layers.mlp import GatedMLP
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.rotary import rope_parameters
 from quire.models.config import activation, number, text_config, whole
 from quire.models.llama import common
@@ -116,16 +116,10 @@ class Layer:
         )
         self.mlp_norm = norm("post_feedforward")
 
-    def __call__(
-        self,
-        x: torch.Tensor | None,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        step: StepInputs,
-    ) -> torch.Tensor:
-        x = self.attention(self.input_norm.add(x, residual), positions, step)
-        x = self.mlp(self.mlp_input_norm.add(self.attention_norm(x), residual))
-        return self.mlp_norm(x)
+    def __call__(self, stream: ResidualStream, positions: torch.Tensor, step: StepInputs) -> None:
+        x_TH = self.attention(self.input_norm, stream, positions, step)
+        stream.add(self.attention_norm(x_TH))
+        stream.add(self.mlp_norm(self.mlp.after(self.mlp_input_norm, stream)))
 
 
 class Model:
@@ -152,10 +146,10 @@ class Model:
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """tokens int64 [T], positions int64 [T] -> [T, H]."""
-        x, residual = None, self.embed(tokens)
+        stream = ResidualStream(self.embed(tokens))
         for layer in self.layers:
-            x = layer(x, residual, positions, step)
-        return self.norm.add(x, residual)
+            layer(stream, positions, step)
+        return self.norm.read(stream)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.head(hidden)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +13,7 @@ from quire.layers.build import Build
 from quire.layers.embedding import Embedding, Head, TiedHead
 from quire.layers.inputs import StepInputs
 from quire.layers.mlp import GatedMLP
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.rotary import rope_parameters
 from quire.models.config import activation, head_size, layer_windows, number, whole
 
@@ -83,8 +82,10 @@ def common(hf: dict[str, Any], sliding: bool = False, first_window: int = 0) -> 
     }
 
 
-# Hidden states [T, H] -> [T, H], each token by itself.
-Block = Callable[[torch.Tensor], torch.Tensor]
+class Block(Protocol):
+    """A feed-forward layer: of a stream's norm [T, H] to [T, H], each token by itself."""
+
+    def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor: ...
 
 
 class Layer:
@@ -117,15 +118,9 @@ class Layer:
             build, name, config.hidden, config.intermediate, config.activation, config.mlp_bias
         )
 
-    def __call__(
-        self,
-        x: torch.Tensor | None,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        step: StepInputs,
-    ) -> torch.Tensor:
-        x = self.attention(self.input_norm.add(x, residual), positions, step)
-        return self.mlp(self.post_norm.add(x, residual))
+    def __call__(self, stream: ResidualStream, positions: torch.Tensor, step: StepInputs) -> None:
+        stream.add(self.attention(self.input_norm, stream, positions, step))
+        stream.add(self.mlp.after(self.post_norm, stream))
 
 
 class Model:
@@ -148,10 +143,10 @@ class Model:
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """tokens int64 [T], positions int64 [T] -> [T, H]."""
-        x, residual = None, self.embed(tokens)
+        stream = ResidualStream(self.embed(tokens))
         for layer in self.layers:
-            x = layer(x, residual, positions, step)
-        return self.norm.add(x, residual)
+            layer(stream, positions, step)
+        return self.norm.read(stream)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(hidden)

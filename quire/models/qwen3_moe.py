@@ -9,7 +9,7 @@ from quire.errors import ModelError
 from quire.layers.build import Build
 from quire.layers.moe import MoE
 from quire.models import llama
-from quire.models.config import activation, whole
+from quire.models.config import MOST_EXPERTS, activation, whole
 from quire.models.llama import Block, common
 
 
@@ -35,6 +35,12 @@ class Config(llama.Config):
         if per_token > experts:
             raise ModelError(
                 "bad_config", f"config.json: {per_token} of {experts} experts for each token"
+            )
+        if experts * values["layers"] > MOST_EXPERTS:
+            raise ModelError(
+                "bad_config",
+                f"config.json: {values['layers']} layers of {experts} experts",
+                why=f"all layers together may have {MOST_EXPERTS}",
             )
         return cls(
             **values,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
-from quire.errors import ModelError, suggest
+from quire.errors import ModelError
 from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.weights.source import WeightSource
@@ -23,6 +27,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
 }
+CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
 # 2023 have them), and a copy of tied embeddings.
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
@@ -54,8 +59,7 @@ def _module(hf: dict[str, Any]) -> Any:
             "unknown_architecture",
             f"the model's architecture {name!r} is not known",
             why="config.json: architectures",
-            fix=suggest(str(name), list(ARCHITECTURES))
-            or "known: " + ", ".join(sorted(ARCHITECTURES)),
+            fix=_known(str(name)),
         )
     if hf.get("quantization_config"):
         raise ModelError(
@@ -67,10 +71,28 @@ def _module(hf: dict[str, Any]) -> Any:
     return import_module(f"quire.models.{ARCHITECTURES[name]}")
 
 
+def _known(name: str) -> str:
+    """All known architectures, after one of nearly this name. Their common end says nothing, and
+    another number is another family."""
+    stems = {each.removesuffix(CAUSAL): each for each in ARCHITECTURES}
+    stem = name.removesuffix(CAUSAL)
+    alike = [each for each in stems if re.sub(r"\D", "", each) == re.sub(r"\D", "", stem)]
+    close = get_close_matches(stem, alike, n=1, cutoff=0.75)
+    known = "known: " + ", ".join(sorted(ARCHITECTURES))
+    return f"did you mean {stems[close[0]]!r}? {known}" if close else known
+
+
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """The family's Config. Raises ModelError for an unknown architecture or bad values."""
     config: ModelConfig = _module(hf).Config.from_hf(hf)
     return config
+
+
+def config_digest(hf: dict[str, Any]) -> str:
+    """Hex digest of the family and of every value that it reads from config.json."""
+    config = read_config(hf)
+    text = msgspec.json.encode([type(config).__module__, config], order="sorted")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def build_model(hf: dict[str, Any], build: Build) -> Model:

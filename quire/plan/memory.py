@@ -91,6 +91,18 @@ def activation_bytes(config: ModelConfig, width: int, step_tokens: int, sequence
     return 4 * max(layers, logits)
 
 
+def gpu_activation_bytes(
+    config: ModelConfig, width: int, step_tokens: int, sequences: int, itemsize: int
+) -> int:
+    """Largest working memory of a step on a GPU: as on the CPU, in the model's number format; the
+    logits of all rows, once as computed and twice in float32 for sampling. An eighth more is for
+    what the allocator cannot use."""
+    layers = (3 * config.hidden + width) * step_tokens * itemsize
+    logits = config.hidden * step_tokens * itemsize
+    logits += config.vocab_size * sequences * (itemsize + 8)
+    return max(layers, logits) * 9 // 8
+
+
 def recorded_bytes(config: ModelConfig, width: int, rows: int) -> int:
     """Memory that recorded decode steps of 1 to `rows` rows keep: logits and working memory."""
     per_row = 4 * (config.vocab_size + 4 * config.hidden + width)

@@ -28,9 +28,12 @@ class Plan:
     """Everything decided before loading. All sizes are bytes.
 
     `activation_bytes` is the largest working memory of a step and the rotary tables,
-    `reserve_bytes` what the process
-    needs besides (interpreter, libraries, tokenizer). `context_tokens` is how many tokens all
-    requests together can hold in the KV cache.
+    `graph_bytes` what recorded steps or CUDA graphs keep, `state_bytes` the requests' state and
+    the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
+    libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
+    together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
+    captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
+    and of the config's values; `ranks` share the model.
     """
 
     model: str
@@ -44,25 +47,31 @@ class Plan:
     weight_formats: str
     kernels: str
     isa: str
+    runner: str
     deterministic: bool
+    async_scheduling: bool
     weight_bytes: int
     kv_bytes: int
     activation_bytes: int
     graph_bytes: int
+    state_bytes: int
     reserve_bytes: int
     max_model_len: int
     context_tokens: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    decode_graphs: tuple[int, ...]
+    mixed_graphs: tuple[int, ...]
     groups: tuple[KVGroup, ...]
     pool_blocks: tuple[int, ...]
     choices: tuple[Choice, ...]
     numerics_version: int
+    ranks: int = 1
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
-        return sum(parts) + self.graph_bytes + self.reserve_bytes
+        return sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
 
     @property
     def cache_fingerprint(self) -> bytes:
@@ -78,6 +87,7 @@ class Plan:
             self.device,
             self.deterministic,
             self.numerics_version,
+            self.ranks,
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes) for g in self.groups],
         ]
@@ -102,7 +112,7 @@ class Plan:
             "weights": format_bytes(self.weight_bytes),
             "kv cache": f"{format_bytes(self.kv_bytes)} ({self.context_tokens} tokens)",
             "activations": format_bytes(self.activation_bytes),
-            "reserve": format_bytes(self.reserve_bytes + self.graph_bytes),
+            "reserve": format_bytes(self.reserve_bytes + self.graph_bytes + self.state_bytes),
             "context": f"{self.max_model_len} tokens",
         }
 

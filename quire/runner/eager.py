@@ -10,7 +10,7 @@ import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
-from quire.layers.build import Build, Kernels
+from quire.layers.build import Build, CpuKernels
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
@@ -36,7 +36,7 @@ class Done:
 def allocate_caches(
     build: Build, groups: Sequence[KVGroup], pool_blocks: Sequence[int], dtype: torch.dtype
 ) -> None:
-    """Memory for every attention layer: keys [blocks, heads, D, 16], values [.., 16, D].
+    """Memory for every attention layer, in the shapes of its kernels.
 
     Groups of one pool share its memory, as each block belongs to one of them at a time. Pages are
     touched when first written, so a large cache costs nothing until it is used.
@@ -46,12 +46,10 @@ def allocate_caches(
         blocks = pool_blocks[group.pool]
         for i, layer in enumerate(group.layers):
             cache = build.caches[layer]
-            heads, size = cache.kv_heads, cache.head_size
             if (group.pool, i) not in memory:
-                memory[group.pool, i] = (
-                    torch.empty(blocks, heads, size, BLOCK_SIZE, dtype=dtype),
-                    torch.empty(blocks, heads, BLOCK_SIZE, size, dtype=dtype),
-                )
+                shapes = build.kernels.cache_shapes(blocks, cache.kv_heads, cache.head_size)
+                keys, values = (torch.empty(s, dtype=dtype, device=build.device) for s in shapes)
+                memory[group.pool, i] = (keys, values)
             cache.group = group.index
             cache.keys, cache.values = memory[group.pool, i]
 
@@ -65,7 +63,7 @@ class EagerRunner:
     def __init__(
         self,
         model: Model,
-        kernels: Kernels,
+        kernels: CpuKernels,
         num_groups: int,
         num_slots: int,
         max_model_len: int,
@@ -103,6 +101,10 @@ class EagerRunner:
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
         self.slots.reset()
+
+    def warm(self) -> bool:
+        """Nothing to prepare: decode steps are recorded when they first come."""
+        return False
 
     def _forward(self, flat: Flat) -> torch.Tensor:
         groups = [
@@ -156,7 +158,7 @@ class EagerRunner:
     ) -> list[TokenLogprobs]:
         found = []
         for start in range(0, len(targets), LOGIT_ROWS):
-            logits = self.model.logits(hidden_TH[start : start + LOGIT_ROWS])
-            for row, token in zip(logits, targets[start : start + LOGIT_ROWS], strict=True):
-                found.append(self.sampler.logprobs(row, token, count))
+            logits_BV = self.model.logits(hidden_TH[start : start + LOGIT_ROWS])
+            some = targets[start : start + LOGIT_ROWS]
+            found += self.sampler.logprobs(logits_BV, some, count)
         return found

@@ -12,7 +12,7 @@ import torch
 
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
-from quire.plan.resolve import RECORDED_ROWS
+from quire.plan.cpu import RECORDED_ROWS
 from quire.runner.slots import Flat
 
 log = logging.getLogger("quire.runner")

@@ -9,17 +9,16 @@ Gumbel-max with noise keyed by (seed, choice, position).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from quire.layers.build import Kernels
+from quire.layers.build import CpuKernels
 from quire.runner.slots import Slot
+from quire.step import FORBIDDEN_ERROR as FORBIDDEN_ERROR
+from quire.step import NAN_ERROR as NAN_ERROR
 from quire.step import RowResult, TokenLogprobs
 
-NAN_ERROR = "the model's logits for this request are not finite numbers"
-FORBIDDEN_ERROR = (
-    "no token is allowed: allowed_token_ids, bad_words and min_tokens exclude them all"
-)
 # vLLM takes lower temperatures for 0; dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
 
@@ -27,7 +26,7 @@ LEAST_TEMPERATURE = 1e-5
 class Sampler:
     """Samples rows of logits float32 [B, V]."""
 
-    def __init__(self, kernels: Kernels):
+    def __init__(self, kernels: CpuKernels):
         self.kernels = kernels
 
     def sample(self, logits_BV: torch.Tensor, slots: list[Slot]) -> list[RowResult]:
@@ -44,21 +43,26 @@ class Sampler:
             return RowResult(tokens=[], error=FORBIDDEN_ERROR)
         logprobs = None
         if slot.params.logprobs is not None:
-            logprobs = [self.logprobs(logits_V, token, slot.params.logprobs)]
+            logprobs = self.logprobs(logits_V[None], [token], slot.params.logprobs)
         return RowResult(tokens=[token], logprobs=logprobs)
 
-    def logprobs(self, logits_V: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-        """Log-probabilities of `token` and of the `count` most likely tokens, with ranks."""
-        logprobs_V = logits_V - self.kernels.logsumexp(logits_V[None])
-        chosen = logprobs_V[token]
-        rank = int((logprobs_V > chosen).sum()) + 1
-        count = min(count, len(logprobs_V))
-        top = torch.topk(logprobs_V, count) if count else None
-        return TokenLogprobs(
-            tokens=[token, *(top.indices.tolist() if top else [])],
-            logprobs=[float(chosen), *(top.values.tolist() if top else [])],
-            ranks=[rank, *range(1, count + 1)],
-        )
+    def logprobs(
+        self, logits_BV: torch.Tensor, tokens: Sequence[int], count: int
+    ) -> list[TokenLogprobs]:
+        """Of each row, log-probabilities of its token and of its `count` most likely ones, with
+        ranks. A row's do not depend on the others."""
+        logprobs_BV = logits_BV - self.kernels.logsumexp(logits_BV)[:, None]
+        chosen_B1 = logprobs_BV.gather(1, torch.tensor(tokens)[:, None])
+        ranks = ((logprobs_BV > chosen_B1).sum(1) + 1).tolist()
+        count = min(count, logprobs_BV.shape[1])
+        top = torch.topk(logprobs_BV, count)
+        top_ids, top_values = top.indices.tolist(), top.values.tolist()
+        return [
+            TokenLogprobs([token, *ids], [chosen, *values], [rank, *range(1, count + 1)])
+            for token, chosen, rank, ids, values in zip(
+                tokens, chosen_B1[:, 0].tolist(), ranks, top_ids, top_values, strict=True
+            )
+        ]
 
     def _choose(self, logits_V: torch.Tensor, slot: Slot) -> int | None:
         """The token, or None where none is allowed."""
@@ -95,36 +99,34 @@ def _plain_greedy(slot: Slot) -> bool:
 
 def _constrain(logits_V: torch.Tensor, slot: Slot) -> None:
     """Allowed tokens, bad words, min_tokens and bias, in place."""
-    params = slot.params
-    if params.allowed_token_ids is not None:
-        allowed = torch.zeros_like(logits_V, dtype=torch.bool)
-        allowed[params.allowed_token_ids] = True
-        logits_V.masked_fill_(~allowed, -torch.inf)
+    if slot.allowed is not None:
+        kept = logits_V[slot.allowed]
+        logits_V.fill_(-torch.inf)
+        logits_V[slot.allowed] = kept
     for words in slot.bad_words:
         prefix = len(words) - 1
         if prefix <= slot.num_output and slot.tokens[len(slot.tokens) - prefix :] == words[:-1]:
             logits_V[words[-1]] = -torch.inf
-    if slot.num_output < params.min_tokens and slot.end_tokens:
-        logits_V[slot.end_tokens] = -torch.inf
-    if params.logit_bias:
-        ids = list(params.logit_bias)
-        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+    if slot.num_output < slot.params.min_tokens and slot.ends is not None:
+        logits_V[slot.ends] = -torch.inf
+    if slot.bias_ids is not None and slot.bias is not None:
+        logits_V[slot.bias_ids] += slot.bias
 
 
 def _penalise(logits_V: torch.Tensor, slot: Slot) -> None:
     """Repetition (prompt and output), frequency and presence (output) penalties, in place."""
-    if slot.output_counts is None or slot.prompt_tokens is None:
+    if slot.output_counts is None or slot.prompt_ids is None:
         return
     params = slot.params
+    output_ids = slot.output_counts.ids
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*slot.prompt_tokens, *slot.output_counts}))
+        seen = torch.cat([slot.prompt_ids, output_ids])  # one in both gets the same value twice
         values = logits_V[seen]
         factor = params.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
-    if slot.output_counts:
-        ids = torch.tensor(list(slot.output_counts))
-        counts = torch.tensor(list(slot.output_counts.values()), dtype=torch.float32)
-        logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    if len(output_ids):
+        counts = slot.output_counts.counts
+        logits_V[output_ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def _keep_likely(logits_V: torch.Tensor, min_p: float, top_k: int, top_p: float) -> torch.Tensor:

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.params import SamplingParams
 from quire.step import Batch, Enter, Row
 
 
+class TokenCounts:
+    """How often each token was sampled, as tensors that grow with the number of distinct ones."""
+
+    def __init__(self, tokens: Iterable[int] = ()):
+        self._places: dict[int, int] = {}
+        self._ids = np.zeros(16, dtype=np.int64)
+        self._counts = np.zeros(16, dtype=np.float32)
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 [distinct tokens], in order of first appearance."""
+        return torch.from_numpy(self._ids[: len(self._places)])
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """float32, one for each of `ids`."""
+        return torch.from_numpy(self._counts[: len(self._places)])
+
+
 @dataclass
 class Slot:
     """One request: its tokens so far (prompt, then everything sampled) and how to sample.
 
-    `output_counts` and `prompt_tokens` are kept only where a penalty needs them.
+    What a row of logits is indexed by is made once: `allowed`, `ends` and `bias_ids` (int64, None
+    where the parameter is not given), `bias` their values. `output_counts` and `prompt_ids` (the
+    prompt's distinct tokens) are kept only where a penalty needs them.
     """
 
     params: SamplingParams
@@ -25,10 +57,13 @@ class Slot:
     num_prompt: int
     seed: int
     choice: int
-    end_tokens: list[int]
     bad_words: list[list[int]]
-    output_counts: Counter[int] | None
-    prompt_tokens: list[int] | None
+    ends: torch.Tensor | None
+    allowed: torch.Tensor | None
+    bias_ids: torch.Tensor | None
+    bias: torch.Tensor | None
+    output_counts: TokenCounts | None
+    prompt_ids: torch.Tensor | None
 
     @property
     def num_output(self) -> int:
@@ -37,24 +72,33 @@ class Slot:
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if self.output_counts is not None:
-            self.output_counts[token] += 1
+            self.output_counts.add(token)
 
 
 def new_slot(enter: Enter) -> Slot:
     params = enter.params
     counted = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
     penalised = counted != (0.0, 0.0, 1.0)
+    prompt = enter.tokens[: enter.num_prompt]
+    bias = params.logit_bias
     return Slot(
         params=params,
         tokens=list(enter.tokens),
         num_prompt=enter.num_prompt,
         seed=enter.seed,
         choice=enter.choice,
-        end_tokens=enter.end_tokens,
         bad_words=enter.bad_words,
-        output_counts=Counter(enter.tokens[enter.num_prompt :]) if penalised else None,
-        prompt_tokens=sorted(set(enter.tokens[: enter.num_prompt])) if penalised else None,
+        ends=_index(enter.end_tokens),
+        allowed=_index(params.allowed_token_ids),
+        bias_ids=_index(bias),
+        bias=torch.tensor(list(bias.values()), dtype=torch.float32) if bias else None,
+        output_counts=TokenCounts(enter.tokens[enter.num_prompt :]) if penalised else None,
+        prompt_ids=torch.tensor(sorted(set(prompt))) if penalised else None,
     )
+
+
+def _index(tokens: Collection[int] | None) -> torch.Tensor | None:
+    return torch.tensor(list(tokens), dtype=torch.int64) if tokens else None
 
 
 class Slots:

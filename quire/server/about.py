@@ -16,7 +16,10 @@ from quire.server.metrics import CONTENT_TYPE
 from quire.server.sse import encode
 from quire.server.state import ServerState
 
-MAX_STEP_AGE_SECONDS = 30.0
+# A step of a large prompt on a CPU takes minutes, and no request may take longer than
+# --request-timeout's default; an engine that computes is heard every second.
+MAX_STEP_SECONDS = 600.0
+MAX_SILENCE_SECONDS = 30.0
 STATS_TIMEOUT_SECONDS = 1.0
 
 
@@ -58,15 +61,15 @@ async def plan(state: ServerState, request: Request) -> Response:
 
 
 async def health(state: ServerState, request: Request) -> Response:
-    """GET /health: 503 where the engine has ended or no step completed for long. Loading and
-    draining are healthy."""
+    """GET /health: 503 where the engine has ended, is not heard, or has been in the same step for
+    very long. Loading and draining are healthy."""
     if state.service is None:
         return _json({"status": "loading", "phase": state.phase})
     try:
         stats = await _stats(state)
     except (QuireError, TimeoutError):
         return _json({"status": "dead"}, 503)
-    if stats is None or stats.step_age >= MAX_STEP_AGE_SECONDS:
+    if stats is None or stats.silence >= MAX_SILENCE_SECONDS or stats.step_age >= MAX_STEP_SECONDS:
         return _json({"status": "stuck"}, 503)
     return _json({"status": "draining" if state.draining else "ok"})
 

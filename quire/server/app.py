@@ -81,11 +81,14 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     """404 and 405, raised by the router."""
     assert isinstance(error, HTTPException)
     path, method = request.scope["path"][:200], request.method
-    if error.status_code == 405:
-        what, code = f"{path} does not take {method}", "method_not_allowed"
-    else:
-        what, code = f"there is nothing at {path}", "not_found"
-    return error_response(HttpError(error.status_code, code, what, headers=error.headers))
+    exists = error.status_code == 405
+    refusal = HttpError(
+        error.status_code,
+        "method_not_allowed" if exists else "not_found",
+        f"{path} does not take {method}" if exists else f"there is nothing at {path}",
+        headers=error.headers,
+    )
+    return error_response(refusal)
 
 
 class Gate:

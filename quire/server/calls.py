@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from quire.engine.api import GenerateRequest
 from quire.errors import UsageError
 from quire.params import LIMITS, SamplingParams
@@ -16,11 +14,13 @@ from quire.server.fields import invalid
 from quire.server.prompts import Prompt
 from quire.server.schemas import MAX_CHOICES, StreamOptions
 from quire.server.state import ServerState
+from quire.tokenization.rules import TextRules, text_rules
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request for text. `requests` has one entry per prompt; `id` is the client's handle."""
+    """One request for text. `requests` has one entry per prompt; `id` is the client's handle.
+    `prompt_only`: nothing behind the prompt is shown (max_tokens 0)."""
 
     id: str
     created: int
@@ -31,11 +31,18 @@ class Call:
     stream: bool
     include_usage: bool
     echo: bool
+    prompt_only: bool
     return_token_ids: bool
     logprobs: int | None
 
+    @property
+    def large(self) -> bool:
+        """Whether the answer may take long to encode: log-probabilities, of which there are up to
+        101 at each position."""
+        return self.logprobs is not None or self.requests[0].params.prompt_logprobs is not None
 
-def build_call(
+
+async def build_call(
     state: ServerState,
     fields: dict[str, Any],
     prompts: list[Prompt],
@@ -44,27 +51,30 @@ def build_call(
     tenant: str,
 ) -> Call:
     """Check what fields say together, and what the engine says. Raises QuireError."""
-    service = state.accepting_service()
     if len(prompts) * params.n > MAX_CHOICES:
         raise invalid("n", f"{len(prompts)} prompts x n {params.n}", f"at most {MAX_CHOICES}")
-    params.check_vocabulary(service.engine.info.vocab_size)
+    params.check_vocabulary(state.ready_service().engine.info.vocab_size)
+    stream, include_usage = _streaming(fields, params)
+    rules = await _text_rules(state, params)
+    service = state.accepting_service()
     call_id = prefix + secrets.token_hex(16)
+    for prompt in prompts:
+        _check_room(params, prompt, fields, service.engine.info.max_model_len)
     requests = [
         GenerateRequest(
             request_id=f"{call_id}-{index}",
             prompt_token_ids=prompt.ids,
-            params=fit_context(params, prompt, fields, service.engine.info.max_model_len),
+            params=params,
             prompt=prompt.text,
             priority=_priority(state, fields),
             cache_salt=fields.get("cache_salt") or "",
             tenant=tenant,
             timeout=state.options.server.request_timeout,
+            rules=rules,
         )
         for index, prompt in enumerate(prompts)
     ]
-    for request in requests:
-        service.engine.check(request)
-    stream, include_usage = _streaming(fields, params)
+    service.engine.check(requests)
     return Call(
         id=call_id,
         created=int(time.time()),
@@ -75,6 +85,7 @@ def build_call(
         stream=stream,
         include_usage=include_usage,
         echo=bool(fields.get("echo")),
+        prompt_only=fields.get("max_tokens") == 0,
         return_token_ids=bool(fields.get("return_token_ids")),
         logprobs=params.logprobs,
     )
@@ -95,13 +106,20 @@ def sampling_params(
     return SamplingParams.from_fields(values)
 
 
-def fit_context(
-    params: SamplingParams, prompt: Prompt, fields: dict[str, Any], max_model_len: int
-) -> SamplingParams:
-    """`params` with a default max_tokens cut to the room the prompt leaves.
+async def _text_rules(state: ServerState, params: SamplingParams) -> TextRules:
+    """What stop strings and bad words are to the tokenizer: found once for all prompts, off the
+    event loop. Raises UsageError."""
+    if not params.stop and not params.bad_words:
+        return TextRules()
+    tokenizer = state.ready_service().tokenizer
+    return await state.tokenizing.run(lambda: text_rules(params, tokenizer))
 
-    Raises UsageError where the client's own max_tokens or min_tokens does not fit.
-    """
+
+def _check_room(
+    params: SamplingParams, prompt: Prompt, fields: dict[str, Any], max_model_len: int
+) -> None:
+    """Raise UsageError where the client's own max_tokens or min_tokens does not fit behind the
+    prompt. (A default max_tokens that does not is cut by the engine.)"""
     room = max_model_len - len(prompt.ids)
     asked = fields.get("max_completion_tokens") or fields.get("max_tokens")
     for name, value in (("max_tokens", asked), ("min_tokens", params.min_tokens)):
@@ -112,9 +130,6 @@ def fit_context(
                 why=f"the model's context is {max_model_len} tokens, so {room} are left",
                 field=name,
             )
-    if params.max_tokens is not None and params.max_tokens > room:
-        return msgspec.structs.replace(params, max_tokens=room)
-    return params
 
 
 def _streaming(fields: dict[str, Any], params: SamplingParams) -> tuple[bool, bool]:

@@ -24,7 +24,7 @@ from quire.server.generation import (
     run_call,
     until_disconnect,
 )
-from quire.server.logprobs import asked_positions, chat_logprobs, prompt_logprobs
+from quire.server.logprobs import chat_logprobs, prompt_logprobs
 from quire.server.prompts import Prompt, check_ids, encode_text
 from quire.server.schemas import CHAT
 from quire.server.sse import EventStream, FrameWriter, encode
@@ -38,7 +38,7 @@ async def chat_completions(state: ServerState, request: Request) -> Response:
     if call.stream:
         return EventStream(_frames(call, deltas), call.id)
     result = await until_disconnect(request.receive, collect(deltas, call))
-    body = encode(_whole(call, result))
+    body = await state.encode(call.large, lambda: encode(_whole(call, result)))
     return Response(body, media_type="application/json", headers={"x-request-id": call.id})
 
 
@@ -57,7 +57,8 @@ async def _read_call(state: ServerState, request: Request) -> Call:
         ids = await encode_text(state, text, special, "messages")
         check_ids(state, ids, "messages")
         prompt = [Prompt(ids, text)]
-        return build_call(state, fields, prompt, params, "chatcmpl-", request.scope["quire.tenant"])
+        tenant = request.scope["quire.tenant"]
+        return await build_call(state, fields, prompt, params, "chatcmpl-", tenant)
 
 
 def _overrides(fields: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _whole(call: Call, result: Collected) -> dict[str, Any]:
         "choices": choices,
         "usage": result.usage.to_dict(),
     }
-    positions = asked_positions(call.requests[0], result.prompt_logprobs[0])
+    positions = result.prompt_logprobs[0]
     if positions is not None:
         body["prompt_logprobs"] = prompt_logprobs(positions)
     if call.return_token_ids:

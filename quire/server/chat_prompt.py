@@ -9,6 +9,7 @@ from quire.errors import UsageError
 from quire.server.fields import invalid
 from quire.server.schemas import ChatMessage
 from quire.server.state import MessageRenderer, ServerState
+from quire.tokenization.messages import normalize_messages
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_TEMPLATE_KWARGS = 32
@@ -42,7 +43,8 @@ async def render_chat(state: ServerState, fields: dict[str, Any]) -> str:
     """The prompt text of `messages` and the template fields. Raises UsageError."""
     renderer, template = _renderer(state)
     given: list[ChatMessage] = fields["messages"]
-    messages = [_plain(index, message, template) for index, message in enumerate(given)]
+    plain = [_plain(index, message) for index, message in enumerate(given)]
+    messages = normalize_messages(plain, template)
     kwargs = _checked_kwargs(fields.get("chat_template_kwargs") or {})
     resume = bool(fields.get("continue_final_message"))
     generate = fields.get("add_generation_prompt")
@@ -71,8 +73,8 @@ def _renderer(state: ServerState) -> tuple[MessageRenderer, str]:
     return renderer, template
 
 
-def _plain(index: int, message: ChatMessage, template: str) -> dict[str, Any]:
-    """A message as templates know it: content is text, absent fields are left out."""
+def _plain(index: int, message: ChatMessage) -> dict[str, Any]:
+    """A message as a dict, without absent fields. Raises UsageError for what is not allowed."""
     if message.role not in ROLES:
         detail = f"unknown role {message.role[:40]!r}"
         raise invalid("messages", detail, f"in roles {', '.join(ROLES)}", f"[{index}].role")
@@ -84,16 +86,10 @@ def _plain(index: int, message: ChatMessage, template: str) -> dict[str, Any]:
             field="messages",
         )
     content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    if content is None:
-        if message.role != "assistant":
-            raise invalid("messages", "no content", "given content", f"[{index}].content")
-        content = ""
-    role = message.role
-    if role == "developer" and "developer" not in template:
-        role = "system"  # OpenAI's newer name of the same role
-    plain = {"role": role, "content": content}
+    if content is None and message.role != "assistant":
+        raise invalid("messages", "no content", "given content", f"[{index}].content")
+    texts = [part.text for part in content] if isinstance(content, list) else content
+    plain: dict[str, Any] = {"role": message.role, "content": texts}
     for name in ("name", "tool_call_id", "reasoning_content"):
         value = getattr(message, name)
         if value is not None:

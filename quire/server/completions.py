@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from quire.errors import UsageError
 from quire.outputs import ChoiceDelta, CompletionOutput, PositionLogprobs
 from quire.server.body import read_body
 from quire.server.calls import Call, build_call, sampling_params
+from quire.server.fields import invalid
 from quire.server.generation import (
     Collected,
     Deltas,
@@ -23,7 +25,7 @@ from quire.server.generation import (
     run_call,
     until_disconnect,
 )
-from quire.server.logprobs import asked_positions, completion_logprobs, prompt_logprobs
+from quire.server.logprobs import completion_logprobs, prompt_logprobs
 from quire.server.prompts import encode_prompts
 from quire.server.schemas import COMPLETION
 from quire.server.sse import EventStream, FrameWriter, encode
@@ -37,11 +39,13 @@ async def completions(state: ServerState, request: Request) -> Response:
     call = await _read_call(state, request)
     engine = state.accepting_service().engine
     deltas = run_call(engine, state.metrics, call)
+    if call.prompt_only:
+        deltas = _without_output(deltas)
     answer = _Answer(state, call)
     if call.stream:
         return EventStream(answer.frames(deltas), call.id)
     result = await until_disconnect(request.receive, collect(deltas, call))
-    body = encode(answer.whole(result))
+    body = await state.encode(call.large, lambda: encode(answer.whole(result)))
     return Response(body, media_type="application/json", headers={"x-request-id": call.id})
 
 
@@ -57,19 +61,37 @@ async def _read_call(state: ServerState, request: Request) -> Call:
         overrides: dict[str, Any] = {}
         if "max_tokens" in fields:
             overrides["max_tokens"] = fields["max_tokens"]
+        if fields.get("max_tokens") == 0:
+            if not fields.get("echo"):
+                raise invalid("max_tokens", "0 without echo", "at least 1, or 0 with echo")
+            overrides["max_tokens"] = 1  # computed, as its logits are those after the prompt
         if fields.get("echo") and fields.get("logprobs") is not None:
             overrides["prompt_logprobs"] = fields["logprobs"]
         length = max(DEFAULT_MAX_TOKENS, fields.get("min_tokens") or 0)
         params = sampling_params(state, fields, length, overrides)
         special = fields.get("add_special_tokens")
         prompts = await encode_prompts(state, fields["prompt"], special is not False)
-        return build_call(state, fields, prompts, params, "cmpl-", request.scope["quire.tenant"])
+        tenant = request.scope["quire.tenant"]
+        return await build_call(state, fields, prompts, params, "cmpl-", tenant)
+
+
+async def _without_output(deltas: Deltas) -> Deltas:
+    """Deltas as if nothing had been generated behind the prompt."""
+    async with aclosing(deltas):
+        async for index, delta in deltas:
+            delta.num_output_tokens = 0
+            for choice in delta.choices:
+                choice.text, choice.token_ids, choice.logprobs = "", [], None
+                if choice.finish_reason == "stop":
+                    choice.finish_reason, choice.stop_reason = "length", None
+            yield index, delta
 
 
 class _Answer:
     """The answer to one call, whole or in frames."""
 
     def __init__(self, state: ServerState, call: Call):
+        self._state = state
         self._tokenizer = state.ready_service().tokenizer
         self._call = call
 
@@ -96,15 +118,17 @@ class _Answer:
         ids = choice.token_ids
         positions: list[PositionLogprobs | None] = list(choice.logprobs or [])
         if prompt is not None:
+            # A request that ran out of time in its prompt has fewer positions than tokens.
+            missing = len(request.prompt_token_ids) - len(prompt)
             ids = request.prompt_token_ids + ids
-            positions = prompt + positions
+            positions = [*prompt, *[None] * missing, *positions]
         return completion_logprobs(ids, positions, self._call.logprobs, offset, self._decode)
 
     def whole(self, result: Collected) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         call, choices = self._call, []
         for index, request in enumerate(call.requests):
-            positions = asked_positions(request, result.prompt_logprobs[index])
+            positions = result.prompt_logprobs[index]
             text = self._prompt_text(request) if call.echo else ""
             for choice in result.choices[index]:
                 echoed = positions if call.echo else None
@@ -142,15 +166,25 @@ class _Answer:
                 usage.update(index, delta)
                 if delta.prompt_logprobs is not None:  # in pieces, as the prompt is computed
                     positions.setdefault(index, []).extend(delta.prompt_logprobs)
-                frames = [
-                    self._frame(writer, index, choice, positions.get(index), lengths)
-                    for choice in delta.choices
-                    if has_news(choice)
-                ]
-                if frames:
-                    yield b"".join(frames)
+                fresh = [choice for choice in delta.choices if has_news(choice)]
+                known = positions.get(index)
+                write = partial(self._frames, writer, index, fresh, known, lengths)
+                # Only a first frame can be large: with echo it has the prompt's positions.
+                begins = call.echo and any(index * call.n + c.index not in lengths for c in fresh)
+                if frames := await self._state.encode(call.large and begins, write):
+                    yield frames
         if call.include_usage:
             yield writer.usage(usage.to_dict())
+
+    def _frames(
+        self,
+        writer: FrameWriter,
+        index: int,
+        choices: list[ChoiceDelta],
+        positions: list[PositionLogprobs | None] | None,
+        lengths: dict[int, int],
+    ) -> bytes:
+        return b"".join([self._frame(writer, index, c, positions, lengths) for c in choices])
 
     def _frame(
         self,
@@ -165,8 +199,7 @@ class _Answer:
         number = index * call.n + choice.index
         first = number not in lengths
         offset = lengths.setdefault(number, 0)
-        asked = asked_positions(request, positions)
-        echoed = asked if first and call.echo else None
+        echoed = positions if first and call.echo else None
         logprobs = self._logprobs(choice, request, echoed, offset)
         text = (self._prompt_text(request) if first and call.echo else "") + choice.text
         lengths[number] += len(text)

@@ -156,16 +156,5 @@ async def collect(deltas: Deltas, call: Call) -> Collected:
                 known = result.prompt_logprobs[index] or []
                 result.prompt_logprobs[index] = known + delta.prompt_logprobs
             for change in delta.choices:
-                _append(choices[index][change.index], change)
+                choices[index][change.index].extend(change)
     return result
-
-
-def _append(choice: CompletionOutput, change: ChoiceDelta) -> None:
-    choice.text += change.text
-    choice.token_ids += change.token_ids
-    if change.logprobs is not None:
-        choice.logprobs = choice.logprobs or []
-        choice.logprobs += change.logprobs
-    if change.finish_reason is not None:
-        choice.finish_reason = change.finish_reason
-        choice.stop_reason = change.stop_reason

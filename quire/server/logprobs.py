@@ -1,13 +1,19 @@
-"""Log-probabilities in OpenAI's two shapes (completions and chat), and vLLM's for prompts."""
+"""Log-probabilities in OpenAI's two shapes (completions and chat), and vLLM's for prompts.
+
+What belongs to one position is JSON already: encoding holds the interpreter's lock, and a long
+prompt with many candidates would hold it for half a second as one piece.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quire.engine.api import GenerateRequest
+import msgspec
+
 from quire.outputs import Logprob, PositionLogprobs
 
+_encode = msgspec.json.Encoder().encode
 # JSON has no minus infinity; OpenAI's own floor for an impossible token.
 FLOOR = -9999.0
 
@@ -36,7 +42,7 @@ def completion_logprobs(
         result["tokens"].append(text)
         result["token_logprobs"].append(_value(position[token]) if position else None)
         top = {_text(i, entry): _value(entry) for i, entry in _top(position, token, count)}
-        result["top_logprobs"].append(top if position else None)
+        result["top_logprobs"].append(_json(top if position else None))
         result["text_offset"].append(offset)
         offset += len(text)
     return result
@@ -49,33 +55,30 @@ def chat_logprobs(ids: list[int], positions: list[PositionLogprobs], count: int)
         entry = _chat_entry(token, position[token])
         ranked = sorted(position.items(), key=lambda item: item[1].rank)[:count]
         entry["top_logprobs"] = [_chat_entry(i, candidate) for i, candidate in ranked]
-        content.append(entry)
+        content.append(_json(entry))
     return {"content": content, "refusal": None}
 
 
-def asked_positions(
-    request: GenerateRequest, found: list[PositionLogprobs | None] | None
-) -> list[PositionLogprobs | None] | None:
-    """What to show of a prompt: None unless asked for; a prompt of one token has nothing to find
-    but that token's None."""
-    return None if request.params.prompt_logprobs is None else found or [None]
-
-
-def prompt_logprobs(positions: list[PositionLogprobs | None]) -> list[dict[str, Any] | None]:
+def prompt_logprobs(positions: list[PositionLogprobs | None]) -> list[msgspec.Raw]:
     """vLLM's `prompt_logprobs`: per position None or {token id: {logprob, rank, decoded_token}}."""
     return [
-        {
-            str(token): {
-                "logprob": _value(entry),
-                "rank": entry.rank,
-                "decoded_token": entry.decoded_token,
-            }
-            for token, entry in position.items()
-        }
-        if position
-        else None
-        for position in positions
+        _json(None if position is None else _prompt_position(position)) for position in positions
     ]
+
+
+def _prompt_position(position: PositionLogprobs) -> dict[str, dict[str, Any]]:
+    return {
+        str(token): {
+            "logprob": _value(entry),
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
+        }
+        for token, entry in position.items()
+    }
+
+
+def _json(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(_encode(value))
 
 
 def _top(position: PositionLogprobs | None, chosen: int, count: int) -> list[tuple[int, Logprob]]:

@@ -36,7 +36,11 @@ GAUGES: dict[str, tuple[str | None, str, Callable[[EngineStats], float]]] = {
         "part of KV blocks in use, 0 to 1",
         lambda s: s.kv_blocks_used / s.kv_blocks_total if s.kv_blocks_total else 0.0,
     ),
-    "step_age_seconds": (None, "time since the last step or idle moment", lambda s: s.step_age),
+    "step_age_seconds": (
+        None,
+        "how long the engine has been in the same step",
+        lambda s: s.step_age,
+    ),
 }
 COUNTERS: dict[str, tuple[str | None, str, Callable[[EngineStats], float]]] = {
     "prompt_tokens": ("prompt_tokens", "prompt tokens", lambda s: s.prompt_tokens),

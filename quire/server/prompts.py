@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from quire.errors import UsageError
+from quire.params import check_tokens
 from quire.server.fields import Field, decode_field, invalid
 from quire.server.schemas import COMPLETION, MAX_PROMPTS
 from quire.server.state import ServerState
@@ -95,14 +96,7 @@ def check_ids(state: ServerState, ids: list[int], name: str) -> None:
         raise _empty(name)
     if len(ids) >= info.max_model_len:
         raise _too_long(name, len(ids), info.max_model_len)
-    if min(ids) < 0 or max(ids) >= info.vocab_size:
-        bad = next(i for i in ids if not 0 <= i < info.vocab_size)
-        raise UsageError(
-            "invalid_token",
-            f"{name}: token id {bad} is outside the vocabulary",
-            why=f"ids of this model run from 0 to {info.vocab_size - 1}",
-            field=name,
-        )
+    check_tokens(name, ids, info.vocab_size)
 
 
 def _empty(name: str) -> UsageError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
+from quire.params import LIMITS
 from quire.server.fields import (
     SAMPLING_FIELDS,
     Field,
     bool_field,
     int_field,
+    limit_field,
     string_field,
 )
 from quire.server.schema import RequestSchema
@@ -146,7 +149,12 @@ _CHAT_TEMPLATE = {
 }
 
 COMPLETION = RequestSchema(
-    fields={**_COMMON, "prompt": _PROMPT, "echo": bool_field()},
+    fields={
+        **_COMMON,
+        "prompt": _PROMPT,
+        "echo": bool_field(),
+        "max_tokens": limit_field(replace(LIMITS["max_tokens"], low=0)),  # 0: only with echo
+    },
     ignored=IGNORED,
     not_built=_NOT_BUILT_COMPLETIONS,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from quire.config.options import Options
@@ -43,6 +44,9 @@ class Service(NamedTuple):
     renderer: MessageRenderer | None
 
 
+PREPARED = 256  # requests that may be prepared beside the queue, where --max-num-seqs is not given
+
+
 class ServerState:
     """Shared by all routes. Only `serve` changes `service`, `phase` and `draining`."""
 
@@ -55,9 +59,10 @@ class ServerState:
         self.metrics = Metrics()
         self.bodies = new_budget(options.server)
         # Preparing requests may queue as far as the engine's own queue would.
-        waiting = options.engine.max_queue + options.engine.max_num_seqs
+        waiting = options.engine.max_queue + (options.engine.max_num_seqs or PREPARED)
         self.tokenizing = WorkPool("tokenizer", WORK_THREADS, waiting)
         self.rendering = WorkPool("chat template", WORK_THREADS, waiting)
+        self.encoding = WorkPool("encoder of answers", WORK_THREADS, waiting)
 
     def ready_service(self) -> Service:
         """The service. Raises HttpError 503 while it loads."""
@@ -100,7 +105,12 @@ class ServerState:
                 field="model",
             )
 
+    async def encode(self, large: bool, write: Callable[[], bytes]) -> bytes:
+        """What `write` makes of an answer: off the event loop where it may be large."""
+        return await self.encoding.run(write) if large else write()
+
     def close(self) -> None:
         """End the worker threads."""
         self.tokenizing.close()
         self.rendering.close()
+        self.encoding.close()

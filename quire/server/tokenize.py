@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.errors import UsageError
+from quire.params import check_tokens
 from quire.server.body import read_body
 from quire.server.chat_prompt import render_chat
 from quire.server.fields import invalid
@@ -62,9 +63,7 @@ async def _decode(state: ServerState, ids: list[int]) -> str:
     tokenizer, info = state.tokenizer(), state.ready_service().engine.info
     if len(ids) > info.max_model_len:
         raise invalid("tokens", f"{len(ids)} ids", f"at most {info.max_model_len} token ids")
-    if any(not 0 <= i < info.vocab_size for i in ids):
-        allowed = f"ids from 0 to {info.vocab_size - 1}"
-        raise invalid("tokens", "a token id is outside the vocabulary", allowed)
+    check_tokens("tokens", ids, info.vocab_size)
     if len(ids) <= INLINE_CHARACTERS:
         return tokenizer.decode(ids, skip_special_tokens=False)
     return await state.tokenizing.run(lambda: tokenizer.decode(ids, skip_special_tokens=False))

@@ -6,21 +6,61 @@ so the work is constant per character and a match does not depend on how the tex
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from quire.errors import UsageError
 
+_CODE_POINT_BITS = 21
 
-@dataclass
-class _State:
-    """A prefix of some stop string. `depth`: its length; `match`: the longest stop it ends with."""
 
-    depth: int
-    match: str | None = None
-    following: dict[str, _State] = field(default_factory=dict)
-    shorter: _State | None = None
+class StopStrings:
+    """Stop strings, compiled. Immutable: one serves any number of checkers.
+
+    A state is a prefix of some stop string, and a number: 0 is the empty prefix. `depth`: a
+    prefix's length; `match`: the longest stop string it ends with. UsageError for an empty stop
+    string.
+    """
+
+    __slots__ = ("_following", "_shorter", "depth", "match")
+
+    def __init__(self, strings: Sequence[str]):
+        if "" in strings:
+            raise UsageError(code="stop_invalid", what="a stop string is empty", field="stop")
+        # (state, character) in one number -> the state after it; the numbers take a third of the
+        # memory of pairs.
+        self._following: dict[int, int] = {}
+        self.depth: list[int] = [0]
+        self.match: list[str | None] = [None]
+        # The longest other state that each state ends with.
+        self._shorter: list[int] = [0]
+        before = [(0, "")]  # how each state is reached: from which, by which character
+        for string in strings:
+            state = 0
+            for character in string:
+                key = state << _CODE_POINT_BITS | ord(character)
+                if key not in self._following:
+                    self._following[key] = len(before)
+                    before.append((state, character))
+                    self.depth.append(self.depth[state] + 1)
+                    self.match.append(None)
+                    self._shorter.append(0)
+                state = self._following[key]
+            self.match[state] = string
+        # Shorter states are complete before longer ones ask for them.
+        for state in sorted(range(1, len(before)), key=self.depth.__getitem__):
+            parent, character = before[state]
+            if parent:
+                self._shorter[state] = self.advance(self._shorter[parent], character)
+                self.match[state] = self.match[state] or self.match[self._shorter[state]]
+
+    def advance(self, state: int, character: str) -> int:
+        """The longest known prefix that the text ends with after one more character."""
+        point = ord(character)
+        while True:
+            longer = self._following.get(state << _CODE_POINT_BITS | point)
+            if longer is not None or state == 0:
+                return longer or 0
+            state = self._shorter[state]
 
 
 class StopChecker:
@@ -28,20 +68,19 @@ class StopChecker:
 
     Of strings that complete at the same character the longest counts. The text ends before the
     match, or after it with `include`. Matches that end inside the text of the first `min_tokens`
-    tokens do not count, as in vLLM. UsageError for an empty stop string.
+    tokens do not count, as in vLLM.
 
     `matched` is the stop string found, None so far; after a match no more text comes out.
     """
 
-    def __init__(self, stop: Sequence[str], include: bool = False, min_tokens: int = 0):
-        if "" in stop:
-            raise UsageError(code="stop_invalid", what="a stop string is empty", field="stop")
+    def __init__(self, stop: StopStrings, include: bool = False, min_tokens: int = 0):
         self.matched: str | None = None
+        self._stop_strings = stop
         self._include = include
         self._min_tokens = min_tokens
         self._tokens = 0
         self._held = ""
-        self._state = self._root = _compile(stop)
+        self._state = 0
 
     def push(self, text: str, tokens: int = 1) -> str:
         """The text of `tokens` more tokens in, the text that can be shown out.
@@ -58,11 +97,12 @@ class StopChecker:
             return ""
         exempt = self._tokens <= self._min_tokens
         for place, character in enumerate(text):
-            self._state = _advance(self._state, self._root, character)
-            found = self._state.match
+            self._state = self._stop_strings.advance(self._state, character)
+            found = self._stop_strings.match[self._state]
             if found is not None and not exempt:
                 return self._stop(self._held + text[: place + 1], found)
-        return self._show(self._held + text, 0 if self._include else self._state.depth)
+        depth = self._stop_strings.depth[self._state]
+        return self._show(self._held + text, 0 if self._include else depth)
 
     def finish(self) -> str:
         """What was held back, when the text ends for another reason."""
@@ -77,35 +117,3 @@ class StopChecker:
         cut = len(text) - hold
         self._held = text[cut:]
         return text[:cut]
-
-
-def _advance(state: _State, root: _State, character: str) -> _State:
-    """The longest known prefix that the text now ends with."""
-    while character not in state.following:
-        if state.shorter is None:
-            return root
-        state = state.shorter
-    return state.following[character]
-
-
-def _compile(stop: Sequence[str]) -> _State:
-    root = _State(0)
-    for string in stop:
-        state = root
-        for character in string:
-            if character not in state.following:
-                state.following[character] = _State(state.depth + 1)
-            state = state.following[character]
-        state.match = string
-    # Breadth first, so that shorter states are complete before longer ones point to them.
-    queue = deque(root.following.values())
-    for state in queue:
-        state.shorter = root
-    while queue:
-        state = queue.popleft()
-        for character, longer in state.following.items():
-            assert state.shorter is not None
-            longer.shorter = _advance(state.shorter, root, character)
-            longer.match = longer.match or longer.shorter.match
-            queue.append(longer)
-    return root

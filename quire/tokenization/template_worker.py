@@ -19,8 +19,9 @@ from quire.tokenization.template_environment import describe, render
 
 
 def main() -> None:
-    # An interrupt from the terminal is for the parent; the end of its pipe is for us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals to the process group are for the parent; the end of its pipe is for us.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     memory = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -9,27 +9,22 @@ from typing import Any
 import tokenizers
 
 from quire.errors import ModelError, UsageError
+from quire.tokenization.special_tokens import special_tokens
 from quire.tokenization.token_bytes import TokenBytes
-from quire.weights.hub import ModelFiles, config_invalid
-
-# Names that chat templates know special tokens by.
-SPECIAL_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
+from quire.weights.hub import ModelFiles, bad_config
 
 
 class Tokenizer:
     """Encodes and decodes; immutable, safe to use from several threads.
 
-    `special_tokens`: text by the name templates use, such as bos_token. `eos_token_ids`: every
-    id that ends a generation, the tokenizer's own first. `chat_templates`: Jinja text by name.
+    `special_tokens`: text by the name templates use, such as bos_token. `chat_templates`: Jinja
+    text by name.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str] | None = None,
-        eos_token_ids: Iterable[int] = (),
         chat_templates: Mapping[str, str] | None = None,
     ):
         # A file may ask for truncation or padding; input is never cut or filled here.
@@ -38,11 +33,6 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_templates = dict(chat_templates or {})
-        self.bos_token_id = self._special_id("bos_token")
-        self.pad_token_id = self._special_id("pad_token")
-        own = self._special_id("eos_token")
-        ends = [*([] if own is None else [own]), *eos_token_ids]
-        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
@@ -50,26 +40,18 @@ class Tokenizer:
     def from_files(cls, files: ModelFiles) -> Tokenizer:
         """Loads a model's tokenizer. ModelError if it is missing, corrupt or of unknown kind."""
         if files.kind == "gguf":
-            from quire.tokenization.gguf_tokenizer import build, chat_templates, special_tokens
+            from quire.tokenization import gguf_tokenizer
 
             header = files.gguf_header
             return cls(
-                build(header),
-                special_tokens(header),
-                _eos_ids(files.generation_config()),
-                chat_templates(header),
+                gguf_tokenizer.build(header),
+                gguf_tokenizer.special_tokens(header),
+                gguf_tokenizer.chat_templates(header),
             )
         config = files.read_json("tokenizer_config.json") or {}
         return cls(
-            _load_backend(files),
-            _special_tokens(files, config),
-            _eos_ids(files.generation_config()) or _eos_ids(files.config()),
-            _chat_templates(files, config),
+            _load_backend(files), special_tokens(files, config), _chat_templates(files, config)
         )
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self.eos_token_ids[0] if self.eos_token_ids else None
 
     @property
     def chat_template(self) -> str | None:
@@ -77,23 +59,22 @@ class Tokenizer:
         return self.chat_templates.get("default")
 
     @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest token id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    @cached_property
     def token_table(self) -> TokenBytes:
         """Bytes per token id. ModelError if this tokenizer's decoder has no such thing."""
         return TokenBytes(self.backend)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. UsageError for text that is not Unicode (lone surrogates)."""
+        """Token ids. UsageError for text that is not Unicode (lone surrogates).
+
+        Other threads run meanwhile: of the library's methods only those for batches let them.
+        """
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            [found] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise UsageError(
                 code="text_invalid", what="the text is not valid Unicode", why=str(error)
             ) from error
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -128,10 +109,6 @@ class Tokenizer:
         found: int | None = self.backend.token_to_id(token)
         return found
 
-    def _special_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self.token_id(token)
-
 
 def _load_backend(files: ModelFiles) -> tokenizers.Tokenizer:
     text = files.read_text("tokenizer.json")
@@ -145,22 +122,7 @@ def _load_backend(files: ModelFiles) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise config_invalid(str(files.path / "tokenizer.json"), str(error)) from error
-
-
-def _special_tokens(files: ModelFiles, config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by name; each is a string or an object with its content."""
-    older = files.read_json("special_tokens_map.json") or {}
-    found: dict[str, str] = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        token = config.get(name, older.get(name))
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-        elif token is not None:
-            raise config_invalid("tokenizer_config.json", f"{name} is neither text nor a token")
-    return found
+        raise bad_config(str(files.path / "tokenizer.json"), str(error)) from error
 
 
 def _chat_templates(files: ModelFiles, config: dict[str, Any]) -> dict[str, str]:
@@ -177,20 +139,12 @@ def _chat_templates(files: ModelFiles, config: dict[str, Any]) -> dict[str, str]
                 case {"name": str(name), "template": str(template)}:
                     templates[name] = template
                 case _:
-                    raise config_invalid("tokenizer_config.json", "a chat template has no name")
+                    raise bad_config("tokenizer_config.json", "a chat template has no name")
     elif given is not None:
-        raise config_invalid("tokenizer_config.json", "chat_template is neither text nor a list")
+        raise bad_config("tokenizer_config.json", "chat_template is neither text nor a list")
     for path in sorted(files.path.glob("additional_chat_templates/*.jinja")):
         templates[path.stem] = files.read_text(f"additional_chat_templates/{path.name}") or ""
     own = files.read_text("chat_template.jinja")
     if own is not None:
         templates["default"] = own
     return templates
-
-
-def _eos_ids(config: dict[str, Any]) -> list[int]:
-    given = config.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise config_invalid("the model's configuration", f"eos_token_id is {given!r}")
-    return ids

@@ -31,9 +31,14 @@ def open_source(
         from quire.weights.safetensors import SafetensorsSource
 
         return SafetensorsSource(files.path)
+    raise no_weights(files)
+
+
+def no_weights(files: ModelFiles) -> ModelError:
+    """The error of a model that has only a config.json."""
     pickled = [name.name for name in files.path.glob("*.bin")]
-    raise ModelError(
-        code="weights_missing",
+    return ModelError(
+        code="no_weights",
         what=f"{files.name} has a config.json but no safetensors weights",
         why=f"{pickled[0]} is a pickle, which can run code when it is loaded" if pickled else "",
         fix="convert the model to safetensors, or use --load-format dummy",

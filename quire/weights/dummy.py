@@ -22,8 +22,8 @@ from quire.weights.source import (
     TensorInfo,
     WeightSource,
     bounds,
+    missing_tensor,
     source_closed,
-    tensor_missing,
 )
 
 T = TypeVar("T")
@@ -43,6 +43,7 @@ class DummySource(WeightSource):
     fixes the value of floating-point tensors by the end of their name. `index_limits` makes index
     tables by the end of their name: distinct values of 0 to limit - 1 in each row, different from
     row to row. ValueError for two tensors of one name or a row of more indices than the limit.
+    Matrices are read on `device`, with the same values on all devices.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class DummySource(WeightSource):
         seed: int = 0,
         constants: Mapping[str, float] | None = None,
         index_limits: Mapping[str, int] | None = None,
+        device: torch.device | str = "cpu",
     ):
         self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         if len(self._infos) != len(infos):
             raise ValueError("two dummy tensors have the same name")
-        self._seed = seed
+        self._seed, self._device = seed, torch.device(device)
         self._constants = dict(constants or {})
         self._index_limits = dict(index_limits or {})
         self._pools: dict[tuple[str, int], torch.Tensor] = {}
@@ -66,7 +68,7 @@ class DummySource(WeightSource):
 
     def info(self, name: str) -> TensorInfo:
         if name not in self._infos:
-            raise tensor_missing(name, "the list of dummy tensors")
+            raise missing_tensor(name, "the list of dummy tensors")
         return self._infos[name]
 
     def read(
@@ -144,7 +146,8 @@ class DummySource(WeightSource):
         left, units = left // block, right // block - left // block
         places = pool.shape[0] - columns // block + 1
         base = int.from_bytes(self._hash(info.name)[:8], "little")
-        out = torch.empty((last - first, units, *pool.shape[1:]), dtype=pool.dtype)
+        shape = (last - first, units, *pool.shape[1:])
+        out = torch.empty(shape, dtype=pool.dtype, device=self._device)
         row = first
         while row < last and units:
             start = (base + row * ROW_STEP) % places
@@ -165,7 +168,7 @@ class DummySource(WeightSource):
         while size < 4 * columns:
             size *= 2
         if (format, size) not in self._pools:
-            self._pools[format, size] = self._make_pool(format, size)
+            self._pools[format, size] = self._make_pool(format, size).to(self._device)
         return self._pools[format, size]
 
     def _make_pool(self, format: str, size: int) -> torch.Tensor:

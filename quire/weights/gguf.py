@@ -18,9 +18,9 @@ from quire.weights.source import (
     TensorInfo,
     WeightSource,
     bounds,
+    missing_tensor,
     sample_places,
     source_closed,
-    tensor_missing,
 )
 
 
@@ -93,7 +93,7 @@ class GgufSource(WeightSource):
         """A dense tensor under its GGUF name, as stored. ModelError if missing or packed."""
         stored = self._header.tensors.get(name)
         if stored is None or stored.info.packed:
-            raise tensor_missing(name, f"{self._header.path} as a dense tensor")
+            raise missing_tensor(name, f"{self._header.path} as a dense tensor")
         values = self._bytes(stored).view(DENSE_DTYPES[stored.info.format])
         return values.view(stored.info.shape)
 
@@ -107,7 +107,7 @@ class GgufSource(WeightSource):
 
     def _find(self, name: str) -> Mapped:
         if name not in self._mapped:
-            raise tensor_missing(name, str(self._header.path))
+            raise missing_tensor(name, str(self._header.path))
         return self._mapped[name]
 
 
@@ -141,7 +141,7 @@ def _map_file(path: Path) -> torch.Tensor:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ModelError(
-            code="weights_missing", what=f"{path} cannot be mapped", why=str(error)
+            code="no_weights", what=f"{path} cannot be mapped", why=str(error)
         ) from error
     with warnings.catch_warnings():
         # Torch warns that the buffer is read-only; so is what a source promises.

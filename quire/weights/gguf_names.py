@@ -69,7 +69,7 @@ def architecture(header: GgufHeader) -> str:
     name = header.text("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
-            code="architecture_unknown",
+            code="unknown_architecture",
             what=f"{header.path} has the unknown architecture {name!r}",
             fix=f"known GGUF architectures: {', '.join(ARCHITECTURES)}",
         )
@@ -140,7 +140,7 @@ def _experts(header: GgufHeader, info: TensorInfo, prefix: str, name: str) -> li
 
 def _unknown(header: GgufHeader, name: str) -> ModelError:
     return ModelError(
-        code="tensor_unknown",
+        code="unknown_tensor",
         what=f"{header.path} has a tensor {name!r} of unknown meaning",
         why=f"architecture {header.text('general.architecture')!r} is not known to have it",
     )

@@ -85,10 +85,10 @@ class ModelFiles:
             return None
         try:
             if path.stat().st_size > MAX_JSON_BYTES:
-                raise config_invalid(str(path), f"it is larger than {MAX_JSON_BYTES} bytes")
+                raise bad_config(str(path), f"it is larger than {MAX_JSON_BYTES} bytes")
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise config_invalid(str(path), str(error)) from error
+            raise bad_config(str(path), str(error)) from error
 
     @cached_property
     def gguf_header(self) -> GgufHeader:
@@ -96,8 +96,8 @@ class ModelFiles:
         return read_header(self.path)
 
 
-def config_invalid(where: str, why: str) -> ModelError:
-    return ModelError(code="config_invalid", what=f"{where} cannot be used", why=why)
+def bad_config(where: str, why: str) -> ModelError:
+    return ModelError(code="bad_config", what=f"{where} cannot be used", why=why)
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise config_invalid(where, f"bad JSON: {error}") from error
+        raise bad_config(where, f"bad JSON: {error}") from error
     if not isinstance(parsed, dict):
-        raise config_invalid(where, "the JSON is not an object")
+        raise bad_config(where, "the JSON is not an object")
     return parsed
 
 

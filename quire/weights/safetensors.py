@@ -23,9 +23,9 @@ from quire.weights.source import (
     TensorInfo,
     WeightSource,
     bounds,
+    missing_tensor,
     sample_places,
     source_closed,
-    tensor_missing,
 )
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -101,7 +101,7 @@ class SafetensorsSource(WeightSource):
 
     def _find(self, name: str) -> Stored:
         if name not in self._stored:
-            raise tensor_missing(name, str(self._path))
+            raise missing_tensor(name, str(self._path))
         return self._stored[name]
 
 
@@ -138,13 +138,13 @@ def _locate(path: Path) -> dict[str, Stored]:
         missing = [str(file.relative_to(path)) for file in files if not file.is_file()]
         if missing:
             raise ModelError(
-                code="weights_missing",
+                code="no_weights",
                 what=f"{len(missing)} of {len(files)} weight files are missing in {path}",
                 why=f"{INDEX_NAME} names {', '.join(missing[:5])}",
                 fix="finish the download",
             )
     if not files:
-        raise ModelError(code="weights_missing", what=f"there are no safetensors files in {path}")
+        raise ModelError(code="no_weights", what=f"there are no safetensors files in {path}")
     return _merge(path, files, weight_map)
 
 
@@ -161,7 +161,7 @@ def _merge(path: Path, files: list[Path], weight_map: dict[str, str] | None) -> 
             found[name] = stored
     for name in weight_map or {}:
         if name not in found:
-            raise tensor_missing(name, f"{weight_map[name] if weight_map else path}")
+            raise missing_tensor(name, f"{weight_map[name] if weight_map else path}")
     return found
 
 

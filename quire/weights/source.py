@@ -97,9 +97,9 @@ class WeightSource(ABC):
         self.close()
 
 
-def tensor_missing(name: str, where: str) -> ModelError:
+def missing_tensor(name: str, where: str) -> ModelError:
     return ModelError(
-        code="tensor_missing",
+        code="missing_tensor",
         what=f"the weights have no tensor {name!r}",
         why=f"{where} does not hold it",
         fix="check that the files are complete and that config.json belongs to them",

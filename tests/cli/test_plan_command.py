@@ -55,6 +55,17 @@ def test_a_gguf_file_is_planned_from_its_header(quire: Quire) -> None:
     assert "q4_1" in plan["weight_formats"]
 
 
+def test_a_load_format_that_the_files_do_not_have_is_refused(quire: Quire, ids_model: str) -> None:
+    for model, wanted, held in (
+        ("smollm2", "safetensors", "gguf"),
+        (ids_model, "gguf", "safetensors"),
+    ):
+        for words in (["plan", model], ["run", model, "hi"]):
+            ran = quire(*words, "--load-format", wanted)
+            assert ran.code == 1 and f"are {held}" in ran.err, ran
+    assert quire("plan", "smollm2", "--load-format", "gguf").code == 0
+
+
 def test_a_damaged_model_cannot_be_planned(quire: Quire, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"nonsense")

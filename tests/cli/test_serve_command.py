@@ -1,12 +1,14 @@
 """`quire serve` and `quire bench serve` against each other, in real processes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from quire.cli.serve import engine_options, find_files, ready_lines
@@ -71,6 +73,25 @@ def test_serve_is_ready_answers_its_curl_line_and_is_measured(
         _, error = child.communicate(timeout=30)
     assert child.returncode == 0, error
     assert "Traceback" not in error
+
+
+def test_sigterm_to_the_whole_process_group_lets_a_stream_complete(ids_model: str) -> None:
+    """As `kill -- -PID`, systemd and a terminal that closes send it."""
+    child = spawn("serve", ids_model, *IDS, "--port", "0", "--json", start_new_session=True)
+    try:
+        assert child.stdout is not None
+        url = json.loads(child.stdout.readline())["url"]
+        body = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            pieces = answer.iter_text()
+            text = next(pieces)
+            os.killpg(child.pid, signal.SIGTERM)
+            text += "".join(pieces)
+    finally:
+        child.send_signal(signal.SIGINT)
+        _, error = child.communicate(timeout=30)
+    assert text.endswith("[DONE]\n\n"), error
+    assert child.returncode == 0 and "Traceback" not in error
 
 
 def test_a_server_that_cannot_start_says_why_once(tmp_path: Path, ids_model: str) -> None:

@@ -31,7 +31,7 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
     assert options.server.port == 11
     assert options.engine.max_queue == 22
     assert options.engine.threads == 3
-    assert options.engine.max_num_seqs == 64
+    assert options.engine.deterministic is None
 
 
 def test_values_come_as_their_option_type() -> None:

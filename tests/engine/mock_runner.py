@@ -18,7 +18,7 @@ import msgspec
 from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, Batch, Enter, Result, Row, RowResult, TokenLogprobs
+from quire.step import DEVICE_TOKEN, NAN_ERROR, Batch, Enter, Result, Row, RowResult, TokenLogprobs
 
 VOCAB = 12
 EOS = (0, 1)
@@ -239,7 +239,7 @@ class MockRunner:
 
     def _result(self, slot: Slot, row: Row) -> RowResult:
         if slot.broken:
-            return RowResult([], error="NaN")
+            return RowResult([], error=NAN_ERROR)
         result = RowResult([])
         end = row.start + len(row.tokens)
         if row.prompt_logprobs:

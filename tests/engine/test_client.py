@@ -12,14 +12,18 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from quire import LLM, SamplingParams
 from quire.engine.api import GenerateRequest
-from quire.engine.client import EngineClient
-from quire.errors import EngineDead, ModelError, UsageError
+from quire.engine.client import EngineClient, _pieces
+from quire.engine.collect import Collector
+from quire.engine.wire import Abort, Delta
+from quire.errors import EngineDead, ModelError, Overloaded, QuireError, UsageError
 from quire.outputs import RequestDelta
+from quire.step import TokenLogprobs
 
 WAIT = 60.0
 
@@ -140,9 +144,70 @@ def test_impossible_requests_are_refused_before_the_engine(tiny_llama: str) -> N
     async def body(client: EngineClient) -> None:
         for prompt in ([], [5] * 512, [320], [-1]):
             with pytest.raises(UsageError):
-                client.check(request("bad", prompt))
+                client.check([request("bad", prompt)])
         with pytest.raises(UsageError, match="vocabulary"):
-            client.check(request("bad", [5], stop_token_ids=[5000]))
+            client.check([request("bad", [5], stop_token_ids=[5000])])
+
+    with_client(tiny_llama, body)
+
+
+def test_prompts_that_do_not_fit_the_queue_together_are_refused_together(tiny_llama: str) -> None:
+    async def body(client: EngineClient) -> None:
+        room = 4 + client.info.max_queue  # --max-num-seqs and the queue
+        several = [request(f"r{i}", [5], n=2) for i in range(room // 2)]
+        client.check(several)
+        with pytest.raises(Overloaded, match=f"{client.info.max_queue + 1} would be waiting"):
+            client.check([*several, request("one", [5])])
+
+    with_client(tiny_llama, body)
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 33, 64, 100])
+def test_a_long_prompts_logprobs_are_taken_in_pieces(count: int) -> None:
+    found = [TokenLogprobs([i], [-1.0], [1]) for i in range(count)]
+    delta = Delta("r", [5], [found[0]] if found else None, found or None, "length", None, 3)
+    *pieces, last = _pieces(delta)
+    assert all(
+        p == Delta("r", [], prompt_logprobs=p.prompt_logprobs, cached_tokens=3) for p in pieces
+    )
+    assert all(len(p.prompt_logprobs or []) == 32 for p in pieces)
+    assert len(last.prompt_logprobs or []) <= 32
+    assert [x for p in [*pieces, last] for x in p.prompt_logprobs or []] == found
+    assert last == msgspec.structs.replace(delta, prompt_logprobs=last.prompt_logprobs)
+
+
+def test_a_defect_in_taking_an_answer_ends_that_request_alone(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = Collector.push
+
+    def broken(self: Collector, delta: Delta) -> list[Abort]:
+        if delta.request_id.startswith("bad"):
+            raise KeyError("a defect")
+        return push(self, delta)
+
+    async def body(client: EngineClient) -> None:
+        monkeypatch.setattr(Collector, "push", broken)
+        good = asyncio.create_task(collect(client, request("good", [5], max_tokens=30)))
+        with pytest.raises(QuireError) as caught:
+            await collect(client, request("bad", [5], max_tokens=400, n=2))
+        assert caught.value.code == "internal_error"
+        assert len(token_ids(await good)) == 30
+        await becomes_idle(client)
+
+    with_client(tiny_llama, body)
+
+
+def test_a_defect_in_reading_ends_every_request_instead_of_leaving_it(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: EngineClient, delta: Delta) -> None:
+        raise KeyError("a defect")
+
+    async def body(client: EngineClient) -> None:
+        monkeypatch.setattr(EngineClient, "_deliver", broken)
+        with pytest.raises(EngineDead, match="reading from the engine failed"):
+            await collect(client, request("r", [5], max_tokens=5))
 
     with_client(tiny_llama, body)
 
@@ -160,7 +225,7 @@ def test_a_killed_engine_is_reported_to_every_consumer(tiny_llama: str) -> None:
         with pytest.raises(EngineDead):
             await client.stats()
         with pytest.raises(EngineDead):
-            client.check(request("next", [5]))
+            client.check([request("next", [5])])
 
     with_client(tiny_llama, body)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from quire.engine.api import GenerateRequest
 from quire.engine.collect import Collector
 from quire.engine.wire import Abort, Delta
 from quire.errors import Overloaded, QuireError, UsageError
+from quire.kernels.device_state import MAX_WORD_TOKENS
 from quire.step import TokenLogprobs
+from quire.tokenization.rules import MAX_BAD_WORD_TOKENS, text_rules
 from quire.tokenization.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -116,7 +120,7 @@ def test_each_choice_has_its_own_request_and_the_request_ends_with_the_last(
     tokenizer: Tokenizer,
 ) -> None:
     c = collector(tokenizer, n=3, seed=7)
-    adds = c.adds()
+    adds = c.add().choices()
     assert [a.choice for a in adds] == [0, 1, 2]
     assert {a.seed for a in adds} == {7}
     for i in (2, 0):
@@ -132,7 +136,7 @@ def test_each_choice_has_its_own_request_and_the_request_ends_with_the_last(
 
 def test_one_failed_choice_fails_the_request_and_aborts_the_others(tokenizer: Tokenizer) -> None:
     c = collector(tokenizer, n=2)
-    [first, second] = c.adds()
+    [first, second] = c.add().choices()
     aborts = c.push(
         Delta(first.request_id, [], finish_reason="error", error=["step_failed", "w", "y", "f"])
     )
@@ -176,11 +180,68 @@ def test_logprobs_name_their_tokens_and_prompt_logprobs_begin_with_none(
 
 
 def test_a_seed_is_drawn_where_none_is_given(tokenizer: Tokenizer) -> None:
-    seeds = {collector(tokenizer).adds()[0].seed for _ in range(5)}
+    seeds = {collector(tokenizer).add().seed for _ in range(5)}
     assert len(seeds) == 5
 
 
 def test_bad_words_need_a_tokenizer_and_become_tokens(tokenizer: Tokenizer) -> None:
-    assert collector(tokenizer, bad_words=["bad"]).adds()[0].bad_words == [ids("bad"), ids(" bad")]
+    assert collector(tokenizer, bad_words=["bad"]).add().bad_words == [ids("bad"), ids(" bad")]
     with pytest.raises(UsageError):
-        collector(None, bad_words=["bad"]).adds()
+        collector(None, bad_words=["bad"])
+
+
+def test_choices_and_prompts_share_one_compiled_set_of_stop_strings(tokenizer: Tokenizer) -> None:
+    params = SamplingParams(n=128, stop=["ab" * 64 + letter for letter in LETTERS[:16]])
+    rules = text_rules(params, tokenizer)
+    start = time.process_time()
+    two = [Collector(GenerateRequest("r", [1], params, rules=rules), tokenizer) for _ in "ab"]
+    assert time.process_time() - start < 0.2
+    checkers = [choice.stops for c in two for choice in c._choices]
+    assert len({id(checker._stop_strings) for checker in checkers}) == 1
+
+
+def test_stop_strings_are_freed_without_the_garbage_collector(tokenizer: Tokenizer) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        c = collector(tokenizer, n=4, stop=["abc" * 100])
+        feed(c, "ab", [2], "length")
+        del c
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
+
+
+def test_other_choices_wait_for_the_prompts_logprobs_of_the_first(tokenizer: Tokenizer) -> None:
+    c = collector(tokenizer, n=2, prompt_logprobs=0)
+    c.push(Delta("r#1", ids("b")))
+    assert c.take() is None
+    c.push(Delta("r", [], prompt_logprobs=[TokenLogprobs([2], [-1.0], [1])]))
+    delta = c.take()
+    assert delta is not None and [x.index for x in delta.choices] == [0]
+    assert delta.prompt_logprobs is not None and delta.prompt_logprobs[0] is None
+    c.push(Delta("r", ids("a"), prompt_logprobs=[TokenLogprobs([3], [-2.0], [1])]))
+    delta = c.take()
+    assert delta is not None and [(x.index, x.text) for x in delta.choices] == [(0, "a"), (1, "b")]
+    assert delta.prompt_logprobs is not None and len(delta.prompt_logprobs) == 1
+
+
+def test_a_prompt_of_one_token_has_one_position_without_logprobs() -> None:
+    c = Collector(GenerateRequest("r", [1], SamplingParams(prompt_logprobs=1)), None)
+    c.push(Delta("r", [4], finish_reason="length"))
+    delta = c.take()
+    assert delta is not None and delta.prompt_logprobs == [None]
+
+
+@pytest.mark.parametrize("field", [{"stop": "a"}, {"bad_words": ["a"]}])
+def test_text_rules_without_a_tokenizer_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        collector(None, **field)
+    assert caught.value.code == "no_tokenizer"
+
+
+def test_bad_words_of_too_many_tokens_are_refused(tokenizer: Tokenizer) -> None:
+    words = [f"{a}{b}" + "x" * 20 for a in LETTERS for b in LETTERS[:9]]
+    with pytest.raises(UsageError, match="bad_words"):
+        collector(tokenizer, bad_words=words)
+    assert MAX_BAD_WORD_TOKENS == MAX_WORD_TOKENS

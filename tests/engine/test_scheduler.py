@@ -5,6 +5,7 @@ computed without an engine, whatever arrives, ends, is preempted, is found in th
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from quire.engine.request import State
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
+from quire.kernels.device_state import MAX_WORD_TOKENS, MAX_WORDS
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
@@ -605,7 +607,6 @@ def test_running_ahead_sends_the_device_token_and_stops_at_max_tokens() -> None:
     assert first.rows[0].tokens == BASES[0][:4]
     assert (second.rows[0].start, second.rows[0].tokens) == (4, [DEVICE_TOKEN])
     assert driver.scheduler.schedule() is None, "two samples are on their way"
-    assert not driver.scheduler.has_work
 
 
 def test_decoding_comes_before_prompts_so_that_nobody_waits_for_a_long_one() -> None:
@@ -914,7 +915,7 @@ def test_prompts_that_cannot_run_are_refused(prompt: list[int], code: str) -> No
     with pytest.raises(UsageError) as caught:
         driver.add(prompt)
     assert caught.value.code == code
-    assert driver.scheduler.idle and not driver.scheduler.has_work
+    assert driver.scheduler.idle and driver.scheduler.schedule() is None
 
 
 def test_the_longest_prompt_gives_one_token() -> None:
@@ -933,10 +934,33 @@ def test_token_ids_of_options_outside_the_vocabulary_are_refused() -> None:
         driver.scheduler.add(add)
 
 
+def test_bad_words_that_no_slot_holds_are_refused() -> None:
+    for words in ([[3]] * (MAX_WORDS + 1), [[3] * (MAX_WORD_TOKENS + 1)]):
+        with pytest.raises(UsageError, match="bad_words"):
+            plain().scheduler.add(Add("x", [3], SamplingParams(), seed=0, bad_words=words))
+
+
 @pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("-inf")])
 def test_timeouts_that_are_no_time_are_refused(timeout: float) -> None:
     with pytest.raises(UsageError, match="timeout"):
         plain().add([3], timeout=timeout)
+
+
+def test_aborting_all_that_waits_takes_time_in_proportion_and_leaves_the_queue_right() -> None:
+    driver = plain(slots=1)
+    count, scheduler = 4000, driver.scheduler
+    for i in range(count):
+        scheduler.add(Add(str(i), [3], FOREVER, seed=0), bounded=False)
+    assert scheduler.stats().waiting == count
+    start = time.process_time()
+    for i in range(count - 2):
+        scheduler.abort(str(i))
+    assert time.process_time() - start < 1
+    assert scheduler.stats().waiting == 2 and len(scheduler._waiting) < 100
+    scheduler.check_integrity()
+    batch = scheduler.schedule()
+    assert batch is not None and ids(driver, batch) == [str(count - 2)]
+    assert (scheduler.stats().waiting, scheduler.stats().running) == (1, 1)
 
 
 def test_a_running_request_id_is_refused_and_free_again_after_its_end() -> None:

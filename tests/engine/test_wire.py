@@ -15,7 +15,6 @@ from quire.engine.wire import (
     MAX_FRAME,
     Abort,
     Add,
-    ClearCache,
     Delta,
     Failed,
     FrameReader,
@@ -40,7 +39,6 @@ TO_ENGINE: list[Any] = [
     Add("é\u2028", [], SamplingParams(), seed=-(2**63), bad_words=[[1], [2, 3]], cache_salt="s"),
     Abort("r", "stop", 7),
     Abort("r"),
-    ClearCache(),
     Shutdown(),
 ]
 FROM_ENGINE: list[Any] = [
@@ -208,3 +206,15 @@ def test_well_formed_junk_is_decoded_or_refused(tag: str, fields: list[Any]) -> 
     data = framed(msgspec.msgpack.encode([tag, *fields]))
     for decoder in (to_engine_decoder, from_engine_decoder):
         refused_or_decoded(decoder, data)
+
+
+def test_an_add_stands_for_all_choices_and_one_copy_of_their_parameters() -> None:
+    params = SamplingParams(n=3, prompt_logprobs=2, stop="x")
+    add = Add("r", [5, 6], params, seed=9, tenant="t", bad_words=[[1]])
+    choices = add.choices()
+    assert [c.request_id for c in choices] == ["r", "r#1", "r#2"]
+    assert [c.choice for c in choices] == [0, 1, 2]
+    assert [c.params.prompt_logprobs for c in choices] == [2, None, None]
+    assert choices[1].params is choices[2].params
+    assert all((c.seed, c.tenant, c.bad_words) == (9, "t", [[1]]) for c in choices)
+    assert all(c.prompt_token_ids is add.prompt_token_ids for c in choices)

@@ -28,7 +28,7 @@ class Tensors(WeightSource):
         self, name: str, rows: slice | None = None, columns: slice | None = None
     ) -> torch.Tensor | BlockTensor:
         if name not in self.tensors:
-            raise ModelError("tensor_missing", name)
+            raise ModelError("missing_tensor", name)
         tensor = self.tensors[name]
         if isinstance(tensor, BlockTensor):
             tensor = tensor if rows is None else tensor.rows(rows)

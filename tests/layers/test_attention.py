@@ -14,6 +14,7 @@ from quire.kv import BLOCK_SIZE
 from quire.layers.attention import Attention
 from quire.layers.build import Build
 from quire.layers.inputs import GroupInputs, StepInputs
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.rotary import rope_parameters
 
 H, HEADS, KV, D = 32, 4, 2, 16
@@ -68,6 +69,7 @@ def test_several_requests_in_one_step_equal_each_alone(settings: dict[str, objec
         build, "a", hidden=H, heads=HEADS, kv_heads=KV, head_size=D, rope=rope_parameters({}),
         **settings,  # type: ignore[arg-type]
     )  # fmt: skip
+    norm = RMSNorm(build, "n", H, 1e-6)
     tensors = {t.name: torch.randn(t.shape) * 0.4 for w in build.weights for t in w.tensors()}
     load(build, dict(tensors))
     layer.cache.group = 0
@@ -88,10 +90,12 @@ def test_several_requests_in_one_step_equal_each_alone(settings: dict[str, objec
             torch.tensor([first + n for n in lengths], dtype=torch.int32),
             [GroupInputs(tables[rows], blocks * BLOCK_SIZE + positions % BLOCK_SIZE)],
         )
-        for i, part in zip(rows, layer(x, positions, step).split(lengths), strict=True):
+        for i, part in zip(
+            rows, layer(norm, ResidualStream(x), positions, step).split(lengths), strict=True
+        ):
             found[i].append(part)
     for sequence, parts in zip(sequences, found, strict=True):
-        assert torch.allclose(torch.cat(parts), dense(sequence, tensors, settings), atol=1e-4)
+        assert torch.allclose(torch.cat(parts), dense(norm(sequence), tensors, settings), atol=1e-4)
 
 
 def test_kv_heads_that_ranks_cannot_share_are_an_error_for_people() -> None:

@@ -10,6 +10,7 @@ from quire.formats.gguf import quantize
 from quire.kernels.reference import ops
 from quire.layers.build import Build
 from quire.layers.linear import Linear, merge
+from quire.layers.read import to_dense
 
 K = 64
 
@@ -54,12 +55,12 @@ def test_parts_of_any_formats_give_their_rows_one_after_another(
         expected += torch.cat(biases).float()
     assert torch.allclose(layer(x), expected, atol=1e-4)
     assert layer(x[:0]).shape == (0, sum(sizes))
-    assert len(merge(weights, None)) == packed
+    assert len(merge(weights)) == packed
 
 
 def test_a_dtype_makes_all_dense_parts_alike() -> None:
     parts = [part("f16", 4), part("bf16", 4), part("f32", 4)]
-    [(merged, rows)] = merge(parts, torch.float32)
+    [(merged, rows)] = merge([to_dense(p, torch.float32) for p in parts])
     assert rows == 12
     assert isinstance(merged, torch.Tensor)
     assert torch.equal(merged, torch.cat([dense(p) for p in parts]))

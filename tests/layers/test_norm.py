@@ -6,7 +6,7 @@ import torch
 from layers.source import load
 from quire.kernels.reference import ops
 from quire.layers.build import Build
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import ResidualStream, RMSNorm
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,10 +25,12 @@ def test_norm_and_norm_of_a_sum(offset: float, dtype: torch.dtype) -> None:
     assert norm.weight.dtype == torch.float32
     assert torch.allclose(norm(x), expected(x, weight.float() + offset, 1e-3), atol=1e-5)
     total = x + residual
-    assert torch.allclose(
-        norm.add(x, residual), expected(total, weight.float() + offset, 1e-3), atol=1e-5
-    )
-    assert torch.equal(residual, total), "the residual is updated in place"
+    stream = ResidualStream(residual)
+    stream.add(x)
+    want = expected(total, weight.float() + offset, 1e-3)
+    assert torch.allclose(norm.read(stream), want, atol=1e-5)
+    assert torch.equal(stream.value, total)
+    assert torch.allclose(norm.read(stream), want, atol=1e-5), "nothing is added twice"
 
 
 def test_its_memory_is_float32_whatever_the_file_has() -> None:

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from models.harness import KERNELS
+from models.harness import CASES, KERNELS
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +19,10 @@ def one_thread() -> Iterator[None]:
 def kernels(request: pytest.FixtureRequest) -> str:
     """Each kernel set of this machine, by the name of its option."""
     return str(request.param)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """FamilyTests run with the cases of their family."""
+    for argument, attribute in CASES.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, list(getattr(metafunc.cls.family, attribute)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,3 +215,69 @@ def check_greedy(path: Path, model: Any, kernels: str, new_tokens: int = 48) -> 
         assert len(got) == new_tokens
         logits = expected_logits(model, prompt + got)
         assert got == logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models that a family is tested with.
+
+    `cases`: how the configs of models differ from `base`, by name. `older`: cases whose
+    config.json is also read as transformers 4 wrote it, and what that has besides. `greedy`: cases
+    that the whole engine runs. `gguf_cases` are also read from a GGUF file of `gguf_arch`.
+    """
+
+    config: type[PretrainedConfig]
+    cases: dict[str, dict[str, Any]]
+    older: dict[str, dict[str, Any]]
+    greedy: list[str]
+    base: dict[str, Any] = field(default_factory=lambda: TINY)
+    gguf_arch: gguf.MODEL_ARCH | None = None
+    gguf_cases: list[str] = field(default_factory=list)
+
+    def make(self, directory: Path, case: str) -> tuple[Path, Any]:
+        """A case's checkpoint, and the transformers model in it."""
+        path = directory / case
+        return path, checkpoint(path, self.config(**{**self.base, **self.cases[case]}))
+
+
+class FamilyTests:
+    """What is tested of every family: a subclass gives `family`, conftest.py the cases."""
+
+    family: Family
+
+    def test_logits_equal_transformers_whole_chunked_and_token_by_token(
+        self, any_case: str, kernels: str, tmp_path: Path
+    ) -> None:
+        path, model = self.family.make(tmp_path, any_case)
+        check_logits(path, model, kernels)
+
+    def test_older_config_files_give_the_same_logits(self, older_case: str, tmp_path: Path) -> None:
+        path, model = self.family.make(tmp_path, older_case)
+        check_logits(older_config(path, self.family.older[older_case]), model, "reference")
+
+    def test_greedy_tokens_of_the_engine_are_those_of_transformers(
+        self, greedy_case: str, kernels: str, tmp_path: Path
+    ) -> None:
+        path, model = self.family.make(tmp_path, greedy_case)
+        check_greedy(path, model, kernels)
+
+
+class GgufFamilyTests(FamilyTests):
+    """The same of a family that also comes in GGUF files."""
+
+    def test_a_gguf_file_gives_the_same_logits(
+        self, gguf_case: str, kernels: str, tmp_path: Path
+    ) -> None:
+        _, model = self.family.make(tmp_path, gguf_case)
+        assert self.family.gguf_arch is not None
+        file = gguf_checkpoint(tmp_path / "model.gguf", model, self.family.gguf_arch)
+        check_logits(file, model, kernels)
+
+
+# Arguments of these tests, and where a Family lists their values.
+CASES = {
+    "any_case": "cases",
+    "older_case": "older",
+    "greedy_case": "greedy",
+    "gguf_case": "gguf_cases",
+}

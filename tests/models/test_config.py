@@ -29,6 +29,26 @@ def test_a_size_must_be_a_positive_whole_number(value: Any) -> None:
         read_config({**LLAMA, "hidden_size": value})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 2 * 10**9},
+        {"num_experts": 10**9, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        {
+            "num_hidden_layers": 1024,
+            "num_experts": 4096,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+        },
+    ],
+)
+def test_sizes_that_would_keep_a_plan_busy_for_ever_are_refused(changes: dict[str, Any]) -> None:
+    name = "Qwen3MoeForCausalLM" if "num_experts" in changes else "LlamaForCausalLM"
+    with pytest.raises(ModelError) as caught:
+        read_config({**LLAMA, "architectures": [name], **changes})
+    assert caught.value.code == "bad_config"
+
+
 def test_a_missing_size_is_an_error_and_a_default_stands_in_for_null() -> None:
     with pytest.raises(ModelError, match="vocab_size"):
         whole({}, "vocab_size")

@@ -44,6 +44,21 @@ def test_an_unknown_architecture_is_an_error_for_people(names: Any) -> None:
     assert "LlamaForCausalLM" in caught.value.fix
 
 
+def test_only_nearly_the_same_architecture_is_suggested_and_all_known_are_listed() -> None:
+    for name, close in (
+        ("Qwen33MoeForCausalLM", None),
+        ("QwenMoe3ForCausalLM", "Qwen3MoeForCausalLM"),
+        ("LLamaForCausalLM", "LlamaForCausalLM"),
+        ("Llama4ForCausalLM", None),
+        ("FalconForCausalLM", None),
+    ):
+        with pytest.raises(ModelError) as caught:
+            read_config({**LLAMA, "architectures": [name]})
+        fix = caught.value.fix
+        assert fix.startswith(f"did you mean {close!r}?" if close else "known: ")
+        assert all(known in fix for known in ARCHITECTURES)
+
+
 def test_a_quantised_checkpoint_of_another_tool_is_refused() -> None:
     with pytest.raises(ModelError, match="quantised"):
         read_config({**LLAMA, "quantization_config": {"quant_method": "gptq"}})

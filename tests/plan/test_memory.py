@@ -8,7 +8,9 @@ from quire.plan import memory
 
 
 def caches(*layers: tuple[int | None, int, int]) -> list[CacheLayer]:
-    return [CacheLayer(i, heads, size, window) for i, (window, heads, size) in enumerate(layers)]
+    return [
+        CacheLayer(i, heads, heads, size, window) for i, (window, heads, size) in enumerate(layers)
+    ]
 
 
 def test_a_page_is_a_block_of_keys_and_values_in_all_layers_of_the_group() -> None:

@@ -13,8 +13,9 @@ from quire.errors import ModelError, PlanError
 from quire.hardware.machine import Machine
 from quire.kernels.reference import ops
 from quire.plan import memory
+from quire.plan.facts import KernelFacts, ModelFacts
 from quire.plan.plan import Plan
-from quire.plan.resolve import KernelFacts, ModelFacts, resolve
+from quire.plan.resolve import resolve
 
 GIB = 2**30
 MACHINE = Machine("a processor", "x86_64", 4, 16 * GIB, 8 * GIB)

@@ -69,6 +69,19 @@ PARAMETERS: list[tuple[dict[str, Any], list[int], list[list[int]]]] = [
 
 
 @pytest.mark.parametrize(("fields", "ends", "words"), PARAMETERS)
+def test_lists_become_tensors_when_the_request_enters_not_at_every_token(
+    fields: dict[str, Any], ends: list[int], words: list[list[int]], monkeypatch: Any
+) -> None:
+    one = slot(SamplingParams(temperature=0.0, max_tokens=None, **fields), 0, 0, ends, words)
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a tensor made of a list")
+
+    monkeypatch.setattr(torch, "tensor", forbidden)
+    assert len(chosen(row()[None], [one])) == 1
+
+
+@pytest.mark.parametrize(("fields", "ends", "words"), PARAMETERS)
 def test_what_changes_logits_changes_them_as_vllm_does(
     fields: dict[str, Any], ends: list[int], words: list[list[int]]
 ) -> None:
@@ -185,9 +198,16 @@ def test_log_probabilities_come_from_the_raw_logits() -> None:
 
 
 def test_no_more_log_probabilities_than_the_vocabulary_has() -> None:
-    found = sampler.logprobs(row(), 3, 100)
+    [found] = sampler.logprobs(row()[None], [3], 100)
     assert sorted(found.tokens[1:]) == list(range(V))
-    assert sampler.logprobs(row(), 3, 0).tokens == [3]
+    assert sampler.logprobs(row()[None], [3], 0)[0].tokens == [3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_logprobs_of_many_rows_are_those_of_each_row_alone(count: int) -> None:
+    rows = torch.stack([row(seed) for seed in range(9)])
+    together = sampler.logprobs(rows, list(range(9)), count)
+    assert together == [sampler.logprobs(r[None], [i], count)[0] for i, r in enumerate(rows)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from quire.kv import BLOCK_SIZE
 from quire.params import SamplingParams
-from quire.runner.slots import Slots, flatten, new_slot
+from quire.runner.slots import Slots, TokenCounts, flatten, new_slot
 from quire.step import DEVICE_TOKEN, Batch, Enter, Row
 
 PLAIN = SamplingParams()
@@ -42,11 +43,23 @@ def test_every_group_has_a_table_of_its_own() -> None:
 def test_penalty_counts_start_from_the_committed_output() -> None:
     params = SamplingParams(frequency_penalty=0.5)
     slot = new_slot(Enter(0, params, [9, 9, 4, 4, 2], 2, 0, 0, [], [], []))
-    assert slot.output_counts == {4: 2, 2: 1}
-    assert slot.prompt_tokens == [9]
+    assert slot.output_counts is not None and slot.prompt_ids is not None
+    assert slot.prompt_ids.tolist() == [9]
+    assert slot.output_counts.ids.tolist() == [4, 2]
+    assert slot.output_counts.counts.tolist() == [2, 1]
     slot.append(2)
-    assert (slot.output_counts[2], slot.num_output, slot.tokens[-1]) == (2, 4, 2)
+    assert slot.output_counts.counts.tolist() == [2, 2]
+    assert (slot.num_output, slot.tokens[-1]) == (4, 2)
     assert new_slot(enter(0, [1], [])).output_counts is None
+
+
+def test_counts_grow_with_the_number_of_distinct_tokens() -> None:
+    tokens = [i * i % 101 for i in range(300)]
+    counts, expected = TokenCounts(tokens[:7]), Counter(tokens)
+    for token in tokens[7:]:
+        counts.add(token)
+    assert counts.ids.tolist() == list(expected)
+    assert counts.counts.tolist() == list(expected.values())
 
 
 def test_reset_forgets_all_requests() -> None:

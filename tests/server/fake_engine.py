@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -62,8 +62,10 @@ class FakeEngine:
     first_delay: float = 0.0
     fail_after: int | None = None  # tokens, then QuireError
     overloaded: bool = False
+    room: int = 2**31  # choices it takes at once
     dead: bool = False
     step_age: float = 0.0
+    silence: float = 0.0
     closed: bool = False
     draining: bool = False
     running: set[str] = field(default_factory=set)
@@ -72,10 +74,10 @@ class FakeEngine:
     finished: int = 0
     info: EngineInfo = INFO
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, requests: Sequence[GenerateRequest]) -> None:
         if self.dead:
             raise EngineDead("engine_dead", "the engine has ended", why="/secret/path: boom")
-        if self.overloaded:
+        if self.overloaded or sum(r.params.n for r in requests) > self.room:
             raise Overloaded("queue_full", "the queue is full")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
@@ -96,7 +98,7 @@ class FakeEngine:
     async def _deltas(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
         """Tokens that fell due while the consumer was busy come as one delta."""
         params, prompt = request.params, request.prompt_token_ids
-        total = params.max_tokens or CONTEXT - len(prompt)
+        total = min(params.max_tokens or CONTEXT, CONTEXT - len(prompt))
         decoders = [codecs.getincrementaldecoder("utf-8")("ignore") for _ in range(params.n)]
         start, sent = time.perf_counter(), 0
         while sent < total:
@@ -117,7 +119,7 @@ class FakeEngine:
                     logprobs = [position(i, params.logprobs) for i in ids]
                 choices.append(ChoiceDelta(c, text, ids, logprobs, reason))
             pieces = None
-            if sent == 0 and params.prompt_logprobs is not None and len(prompt) > 1:
+            if sent == 0 and params.prompt_logprobs is not None:
                 positions = prompt_positions(request)  # in two pieces, as of a chunked prompt
                 half, pieces = positions[: len(prompt) // 2], positions[len(prompt) // 2 :]
                 empty = [ChoiceDelta(c) for c in range(params.n)]
@@ -149,6 +151,7 @@ class FakeEngine:
             preemptions=4,
             prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             step_age=self.step_age,
+            silence=self.silence,
         )
 
     async def drain(self, timeout: float) -> None:

@@ -1,8 +1,8 @@
 """A server process over a fake engine, for tests of signals and memory.
 
 Flags: --delay S (per token), --load S (seconds of loading), --die S (the engine ends S seconds
-after it is ready), --port P, --max-body-bytes N, --drain-timeout S. Prints one JSON line when
-ready and one at the end.
+after it is ready), --port P, --max-body-bytes N, --drain-timeout S, --tokenizer MODEL (a real
+one). Prints one JSON line when ready and one at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from fake_engine import FakeEngine, FakeRenderer, FakeTokenizer
 from quire.config.options import Options, ServerOptions
 from quire.errors import QuireError
 from quire.server.serve import Progress, run
-from quire.server.state import Service
+from quire.server.state import Service, TextTokenizer
+from quire.tokenization.tokenizer import Tokenizer
+from quire.weights.hub import resolve
 
 
 def main() -> int:
@@ -28,8 +30,12 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--max-body-bytes", type=int, default=8 * 2**20)
     parser.add_argument("--drain-timeout", type=float, default=30.0)
+    parser.add_argument("--tokenizer")
     given = parser.parse_args()
     engine = FakeEngine(delay=given.delay)
+    tokenizer: TextTokenizer = FakeTokenizer()
+    if given.tokenizer:
+        tokenizer = Tokenizer.from_files(resolve(given.tokenizer))
 
     async def factory(progress: Progress) -> Service:
         if given.load:
@@ -38,7 +44,7 @@ def main() -> int:
             await asyncio.sleep(given.load)
         if given.die:
             asyncio.get_running_loop().call_later(given.die, setattr, engine, "dead", True)
-        return Service(engine, FakeTokenizer(), FakeRenderer())
+        return Service(engine, tokenizer, FakeRenderer())
 
     server = ServerOptions(
         port=given.port,

@@ -98,10 +98,14 @@ def test_the_engines_death_reaches_every_stream_and_health() -> None:
 
 def test_a_stuck_engine_is_unhealthy(server: RunningServer) -> None:
     with server.client() as http:
-        server.engine.step_age = 31.0
-        assert http.get("/health").status_code == 503
-        server.engine.step_age = 29.0
-        assert http.get("/health").status_code == 200
+        for step_age, silence, status in (
+            (31, 31, 503),
+            (29, 29, 200),
+            (500, 1, 200),
+            (601, 1, 503),
+        ):
+            server.engine.step_age, server.engine.silence = float(step_age), float(silence)
+            assert http.get("/health").status_code == status, (step_age, silence)
 
 
 def test_the_standard_event_loop_serves_too() -> None:

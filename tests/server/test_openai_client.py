@@ -21,7 +21,7 @@ def shared() -> Iterator[RunningServer]:
 def server(shared: RunningServer) -> Iterator[RunningServer]:
     yield shared
     shared.engine.delay = shared.engine.first_delay = 0.0
-    shared.engine.fail_after, shared.engine.overloaded = None, False
+    shared.engine.fail_after, shared.engine.overloaded, shared.engine.room = None, False, 2**31
 
 
 @pytest.fixture
@@ -291,12 +291,58 @@ def test_a_failed_request_is_a_500_without_server_internals(server: RunningServe
     assert answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_max_tokens_0_scores_the_prompt(server: RunningServer, stream: bool) -> None:
+    body = {"prompt": ["abc", "d"], "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2}
+    options = {"stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={**body, **options})
+        assert (
+            http.post("/v1/completions", json={"prompt": "a", "max_tokens": 0}).status_code == 400
+        )
+        chat = {"messages": MESSAGES, "max_tokens": 0}
+        assert http.post("/v1/chat/completions", json=chat).status_code == 400
+    assert answer.status_code == 200, answer.text
+    parts = [answer.text]
+    if stream:
+        parts = [p.removeprefix("data: ") for p in answer.text.split("\n\n") if p[6:7] == "{"]
+    bodies = [json.loads(part) for part in parts]
+    assert bodies[-1]["usage"]["completion_tokens"] == 0
+    choices = sorted((c for b in bodies for c in b["choices"]), key=lambda c: c["index"])
+    assert [c["text"] for c in choices] == ["abc", "abc", "d", "d"]
+    assert [len(c["logprobs"]["token_logprobs"]) for c in choices] == [3, 3, 1, 1]
+    assert choices[0]["logprobs"]["token_logprobs"] == [None, -3.0, -3.0]
+    assert all(c["finish_reason"] == "length" for c in choices)
+
+
 def test_overload_is_a_503_with_retry_after(client: openai.OpenAI, server: RunningServer) -> None:
     server.engine.overloaded = True
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model=MODEL, prompt="a")
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def test_prompts_that_do_not_fit_together_are_a_503_before_the_stream(
+    server: RunningServer,
+) -> None:
+    server.engine.room = 5
+    body = {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 1}
+    with server.client() as http:
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json={**body, "stream": stream})
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+        assert http.post("/v1/completions", json={**body, "n": 1}).status_code == 200
+
+
+def test_prompts_of_a_call_share_stop_strings_and_bad_words(server: RunningServer) -> None:
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 1, "stop": "x", "bad_words": ["no"]}
+    with server.client() as http:
+        assert http.post("/v1/completions", json=body).status_code == 200
+    first, *others = [request.rules for request in server.engine.requests[-3:]]
+    assert first is not None and first.stops is not None
+    assert first.bad_words == [list(b"no"), list(b" no")]
+    assert all(rules is first for rules in others)
 
 
 def test_every_frame_of_a_stream_is_json_and_done_is_last(server: RunningServer) -> None:

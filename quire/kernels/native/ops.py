@@ -10,6 +10,7 @@ import torch
 
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
+from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
     GgufWeight,
@@ -19,11 +20,13 @@ from quire.kernels.reference.packed import (
 )
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding",
-    "gated_activation", "gumbel", "isa", "linear", "logsumexp", "num_threads", "pack",
-    "packed_nbytes", "record", "rms_norm", "rotary_cache", "set_isa", "set_num_threads",
-    "unpack_rows",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
+    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
+    "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache", "route",
+    "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
+
+dense = False
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads
@@ -286,6 +289,20 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
         _address("out", out, torch.float32, rows, both // 2), rows, both // 2,
     )  # fmt: skip
     return out
+
+
+def gated_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
+) -> torch.Tensor:
+    """gated_activation of a linear layer whose first N / 2 outputs are the gate."""
+    return gated_activation(linear(x, weight, bias), kind)
+
+
+def cache_shapes(
+    blocks: int, kv_heads: int, head_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a layer's key and value caches."""
+    return (blocks, kv_heads, head_size, BLOCK), (blocks, kv_heads, BLOCK, head_size)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

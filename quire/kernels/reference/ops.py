@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch.nn import functional
 
+from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
     DENSE_TYPES,
@@ -19,10 +20,13 @@ from quire.kernels.reference.packed import (
 )
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "embedding",
-    "gated_activation", "gumbel", "isa", "linear", "logsumexp", "num_threads", "pack",
-    "packed_nbytes", "rms_norm", "rotary_cache", "set_isa", "set_num_threads", "unpack_rows",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
+    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
+    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "route", "set_isa",
+    "set_num_threads", "unpack_rows",
 ]  # fmt: skip
+
+dense = False
 
 
 def set_num_threads(threads: int) -> None:
@@ -189,6 +193,20 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
     if kind == "gelu_tanh":
         return _into(out, functional.gelu(gate, approximate="tanh") * up)
     raise ValueError(f"kind: {kind!r} is not one of silu, gelu_tanh")
+
+
+def gated_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
+) -> torch.Tensor:
+    """gated_activation of a linear layer whose first N / 2 outputs are the gate."""
+    return gated_activation(linear(x, weight, bias), kind)
+
+
+def cache_shapes(
+    blocks: int, kv_heads: int, head_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a layer's key and value caches."""
+    return (blocks, kv_heads, head_size, BLOCK), (blocks, kv_heads, BLOCK, head_size)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,10 @@
 """Compiling kernels ahead of time for every supported GPU, without having one.
 
     python -m tests.kernels.triton.aot norm        # one area; exit status 1 where one fails
+    python -m tests.kernels.triton.aot norm full   # every case for every target
+
+Without `full`, the first case of each kernel is compiled for all targets, the others for sm_90,
+which is what their tile sizes are for.
 
 Each area has a module `tests/kernels/triton/aot_<area>.py` with a list CASES. This runs in a
 process of its own, since the tests' process has chosen the interpreter.
@@ -70,11 +74,22 @@ def compile_case(case: Case, target: str) -> Any:
     return compiled
 
 
-def main(area: str) -> int:
-    """Compile all cases of an area for all their targets; the number of failures."""
+def planned(cases: list[Case], full: bool) -> list[tuple[Case, tuple[str, ...]]]:
+    """Each case with the targets it is compiled for."""
+    found, seen = [], set()
+    for case in cases:
+        first = case.kernel not in seen
+        seen.add(case.kernel)
+        few = tuple(t for t in case.targets if t == "sm_90") or case.targets
+        found.append((case, case.targets if full or first else few))
+    return found
+
+
+def main(area: str, full: bool) -> int:
+    """Compile the cases of an area; the number of failures."""
     failures = 0
-    for case in import_module(f"tests.kernels.triton.aot_{area}").CASES:
-        for target in case.targets:
+    for case, targets in planned(import_module(f"tests.kernels.triton.aot_{area}").CASES, full):
+        for target in targets:
             start = time.perf_counter()
             try:
                 compiled = compile_case(case, target)
@@ -89,4 +104,4 @@ def main(area: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(sys.argv[1]) else 0)
+    sys.exit(1 if main(sys.argv[1], "full" in sys.argv[2:]) else 0)

@@ -14,11 +14,12 @@ AREAS = sorted(p.stem.removeprefix("aot_") for p in HERE.glob("aot_*.py"))
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_all_kernels_compile_for_all_targets(area: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", ["", pytest.param("full", marks=pytest.mark.full)])
+def test_all_kernels_compile_for_all_targets(area: str, width: str, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.aot", area],
+        [sys.executable, "-m", "tests.kernels.triton.aot", area, width],
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,0 +1,93 @@
+"""Paged attention: decode against the memory bus, prompts against the MMAs, in both modes.
+
+python -m benchmarks.gpu.attention            # all models
+python -m benchmarks.gpu.attention Qwen3-8B   # those with this in their name
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.shapes import DEVICE, copies, random
+from quire.kernels.reference.packed import BLOCK
+from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+MODELS = (
+    Model("Qwen3-8B", 32, 8, 128),
+    Model("SmolLM2-135M", 9, 3, 64),
+    Model("Qwen3-30B-A3B", 32, 4, 128),
+)
+
+# (requests, tokens that are new, tokens in all) of each part of a batch.
+BATCHES = (
+    [(1, 1, 256)],
+    [(1, 1, 8192)],
+    [(32, 1, 512)],
+    [(256, 1, 384)],
+    [(256, 1, 2048)],
+    [(8, 1, 32768)],
+    [(250, 1, 512), (6, 1, 32768)],
+    [(1, 8192, 8192)],
+    [(16, 512, 512)],
+    [(1, 2048, 8192)],
+    [(8, 5, 8192)],
+    [(255, 1, 384), (1, 1024, 1024)],
+)
+
+
+def case(model: Model, batch: list[tuple[int, int, int]], deterministic: bool) -> Timed:
+    """Bytes are counted where every request has one new token; else operations, of causal pairs."""
+    counts = [new for requests, new, _ in batch for _ in range(requests)]
+    contexts = [tokens for requests, _, tokens in batch for _ in range(requests)]
+    rows, tokens, d = len(counts), sum(counts), model.head_size
+    decode = rows == tokens
+    blocks = [-(-c // BLOCK) for c in contexts]
+    nbytes = 2 * 2 * d * (sum(contexts) * model.kv_heads + tokens * model.heads)
+    pairs = sum(n * c - n * (n - 1) // 2 for n, c in zip(counts, contexts, strict=True))
+    scratch = Scratch.allocate(
+        rows, model.heads, model.kv_heads, d, total_tokens=sum(contexts), dtype=torch.bfloat16,
+        deterministic=deterministic, device=DEVICE,
+    )  # fmt: skip
+    start = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
+    length = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    runs = []
+    for _ in range(copies(nbytes)):
+        k_cache, v_cache = (random(sum(blocks) + 1, model.kv_heads, BLOCK, d) for _ in range(2))
+        tables = torch.zeros(rows, max(blocks), dtype=torch.int32, device=DEVICE)
+        order = (torch.randperm(sum(blocks)) + 1).to(DEVICE, torch.int32)
+        for row, part in enumerate(order.split(blocks)):
+            tables[row, : len(part)] = part
+        runs.append(
+            partial(
+                paged_attention, random(tokens, model.heads * d), k_cache, v_cache, tables, start,
+                length, d**-0.5, None, None, None, decode=decode, deterministic=deterministic,
+                scratch=scratch,
+            )
+        )  # fmt: skip
+    parts = " + ".join(f"{requests} x {new} of {tokens}" for requests, new, tokens in batch)
+    name = f"{model.name} {parts}{' deterministic' * deterministic}"
+    if decode:
+        return Timed(name, runs, nbytes=nbytes)
+    return Timed(name, runs, flops=4.0 * pairs * model.heads * d)
+
+
+if __name__ == "__main__":
+    for model in MODELS:
+        if sys.argv[1:] and sys.argv[1] not in model.name:
+            continue
+        for deterministic in (False, True):
+            report([case(model, batch, deterministic) for batch in BATCHES])

@@ -1,0 +1,246 @@
+"""What the host sends of a Batch to a GPU runner's state: runs of int32, packed into packets."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+
+import numpy as np
+import torch
+
+from quire.kernels.device_state import (
+    MAX_ENDS,
+    MAX_WORD_TOKENS,
+    MAX_WORDS,
+    NUM_SCALARS,
+    Flag,
+    Layout,
+    Scalar,
+)
+from quire.params import SamplingParams
+from quire.step import Enter, Row
+
+# As vLLM: dividing by much less would overflow.
+LEAST_TEMPERATURE = 1e-5
+# A factor of 0 would make 0 * -inf of a forbidden token.
+LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
+RUN_WORDS = 4  # of a run in a packet's table: arena offset (int64 in two), packet offset, length
+PIECE = 4096  # longer runs are cut, so that many programs share them
+
+Run = tuple[int, "array[int]"]  # where in the arena, and what: type code "i"
+
+# As plain integers, which are much faster to combine: for each row of each step.
+_GREEDY = int(Flag.GREEDY)
+_SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
+
+
+def flags_of(params: SamplingParams, enter: Enter, vocab_size: int) -> int:
+    """The flags of a request that enters with these parameters."""
+    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+    num_output = len(enter.tokens) - enter.num_prompt
+    found = {
+        Flag.GREEDY: params.greedy,
+        Flag.PENALTIES: penalties != (0.0, 0.0, 1.0),
+        Flag.BIAS: bool(params.logit_bias),
+        Flag.ALLOWED: params.allowed_token_ids is not None,
+        Flag.BAD_WORDS: bool(enter.bad_words),
+        Flag.ENDS: bool(enter.end_tokens) and num_output < params.min_tokens,
+        Flag.LOGPROBS: params.logprobs is not None,
+        Flag.TOP_K: not params.greedy and 0 < params.top_k < vocab_size,
+        Flag.TOP_P: not params.greedy and params.top_p < 1.0,
+        Flag.MIN_P: not params.greedy and params.min_p > 0.0,
+    }
+    return sum(int(flag) for flag, is_set in found.items() if is_set)
+
+
+def variant(flags: Iterable[int]) -> str:
+    """The least of the sampler's variants that serves slots with these flags. A row's token is
+    the same, bit for bit, in every variant that serves it."""
+    some, all_of = 0, _GREEDY
+    for each in flags:
+        some |= each
+        all_of &= each
+    if some & _SPECIAL:
+        return "full"
+    return "greedy" if all_of else "plain"
+
+
+def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str | None:
+    """Why a request with these cannot have a slot, in words, or None where it can. What
+    quire.params bounds always fits."""
+    tokens = sum(len(word) for word in bad_words)
+    if len(end_tokens) > MAX_ENDS:
+        return f"{len(end_tokens)} end tokens, and at most {MAX_ENDS} are possible"
+    if len(bad_words) > MAX_WORDS or tokens > MAX_WORD_TOKENS:
+        return (
+            f"bad_words of {len(bad_words)} token sequences and {tokens} tokens; at most "
+            f"{MAX_WORDS} sequences of {MAX_WORD_TOKENS} tokens together are possible"
+        )
+    return None
+
+
+class Diffs:
+    """The host's side: what to send of a Batch. Remembers how far block tables are filled, and
+    `flags`, those of the request in each slot."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.flags = [0] * layout.slots
+        self._filled = [[0] * layout.slots for _ in range(layout.groups)]
+        self._no_blocks: list[list[int]] = [[] for _ in range(layout.groups)]
+        self._tables = [layout.offset(slot, "tables") for slot in range(layout.slots)]
+
+    def enter(self, enter: Enter) -> list[Run]:
+        """The runs of a request that takes a slot. Raises ValueError where it does not fit one."""
+        reason = unfit(enter.end_tokens, enter.bad_words)
+        if reason is None and len(enter.tokens) > self.layout.max_len:
+            reason = f"{len(enter.tokens)} tokens, and at most {self.layout.max_len} are possible"
+        if reason is not None:
+            raise ValueError(f"slot {enter.slot}: {reason}")
+        params, slot, offset = enter.params, enter.slot, self.layout.offset
+        flags = self.flags[slot] = flags_of(params, enter, self.layout.vocab_size)
+        runs = [
+            (offset(slot, "scalars"), _scalars(enter, flags)),
+            (offset(slot, "history"), array("i", enter.tokens)),
+        ]
+        if flags & Flag.ENDS:
+            runs.append((offset(slot, "ends"), array("i", enter.end_tokens)))
+        if params.logit_bias:
+            values = array("f", params.logit_bias.values())
+            runs.append((offset(slot, "bias_ids"), array("i", params.logit_bias)))
+            runs.append((offset(slot, "bias_values"), array("i", values.tobytes())))
+        if enter.bad_words:
+            starts = accumulate((len(word) for word in enter.bad_words), initial=0)
+            tokens = array("i", chain.from_iterable(enter.bad_words))
+            runs.append((offset(slot, "word_starts"), array("i", starts)))
+            runs.append((offset(slot, "word_tokens"), tokens))
+        if params.allowed_token_ids is not None:
+            allowed = np.zeros(-(-self.layout.vocab_size // 32) * 32, dtype=np.uint8)
+            allowed[params.allowed_token_ids] = 1
+            bits = np.packbits(allowed, bitorder="little")
+            runs.append((offset(slot, "allowed"), array("i", bits.tobytes())))
+        for group, blocks in enumerate(enter.blocks):
+            self._filled[group][slot] = 0
+            self._extend(runs, group, slot, blocks)
+        return [run for run in runs if len(run[1])]
+
+    def blocks(self, rows: Sequence[Row]) -> list[Run]:
+        """The runs of the blocks that are new in a step."""
+        runs: list[Run] = []
+        for row in [row for row in rows if row.new_blocks != self._no_blocks]:
+            for group, blocks in enumerate(row.new_blocks):
+                if blocks:
+                    self._extend(runs, group, row.slot, blocks)
+        return runs
+
+    def rows(self, rows: Sequence[Row], size: int) -> Run:
+        """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
+        end = 4 * len(rows)
+        values = array("i", (-1, 0, 0, 0)) * size
+        values[0:end:4] = array("i", [row.slot for row in rows])
+        values[1:end:4] = array("i", [row.start for row in rows])
+        values[2:end:4] = array("i", [len(row.tokens) for row in rows])
+        values[3:end:4] = array("i", [row.sample for row in rows])  # True is RowFlag.SAMPLE
+        return self.layout.rows_offset, values
+
+    def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:
+        filled = self._filled[group][slot]
+        offset = self._tables[slot] + group * self.layout.max_blocks + filled
+        runs.append((offset, array("i", blocks)))
+        self._filled[group][slot] = filled + len(blocks)
+
+
+def _scalars(enter: Enter, flags: int) -> array[int]:
+    params = enter.params
+    ints = np.zeros(NUM_SCALARS, dtype=np.int32)
+    words, floats, doubles = ints.view(np.uint32), ints.view(np.float32), ints.view(np.float64)
+    ints[Scalar.LENGTH] = len(enter.tokens)
+    ints[Scalar.NUM_PROMPT] = enter.num_prompt
+    ints[Scalar.FLAGS] = flags
+    words[Scalar.SEED_LOW] = enter.seed & 0xFFFF_FFFF
+    words[Scalar.SEED_HIGH] = enter.seed >> 32 & 0xFFFF_FFFF
+    words[Scalar.CHOICE] = enter.choice
+    ints[Scalar.MIN_TOKENS] = params.min_tokens
+    ints[Scalar.TOP_K] = params.top_k
+    ints[Scalar.NUM_ENDS] = len(enter.end_tokens)
+    ints[Scalar.NUM_BIAS] = len(params.logit_bias or ())
+    ints[Scalar.NUM_WORDS] = len(enter.bad_words)
+    ints[Scalar.LONGEST_WORD] = max((len(word) for word in enter.bad_words), default=0)
+    ints[Scalar.NUM_LOGPROBS] = params.logprobs or 0
+    floats[Scalar.TEMPERATURE] = max(params.temperature, LEAST_TEMPERATURE)
+    floats[Scalar.LOG_MIN_P] = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    floats[Scalar.PRESENCE] = params.presence_penalty
+    floats[Scalar.FREQUENCY] = params.frequency_penalty
+    floats[Scalar.REPETITION] = max(params.repetition_penalty, LEAST_REPETITION)
+    doubles[Scalar.TOP_P // 2] = params.top_p
+    return array("i", ints.tobytes())
+
+
+class PacketRing:
+    """Packs runs into packets and brings them to the device.
+
+    A packet is int32: a table of runs (RUN_WORDS each), then their values. Packets live in pinned
+    buffers of `capacity` int32 that are used in turn; one is used again when the device has read
+    what was in it.
+    """
+
+    def __init__(self, device: torch.device, capacity: int = 2**16, depth: int = 8):
+        assert capacity >= RUN_WORDS + 1
+        on_gpu = device.type == "cuda"
+        self._capacity = capacity
+        self._hosts = [
+            torch.zeros(capacity, dtype=torch.int32, pin_memory=on_gpu) for _ in range(depth)
+        ]
+        self._arrays = [host.numpy() for host in self._hosts]
+        self._devices = [
+            torch.zeros(capacity, dtype=torch.int32, device=device) if on_gpu else host
+            for host in self._hosts
+        ]
+        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
+        self._read = [event() if on_gpu else None for _ in range(depth)]
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory on the device."""
+        return 4 * self._capacity * len(self._devices)
+
+    def send(self, runs: Iterable[Run]) -> Iterator[tuple[torch.Tensor, int]]:
+        """Packets on the device, each with its number of runs: the arguments of `apply_runs`, to
+        be launched on the current stream before the next packet is asked for."""
+        packet: list[Run] = []
+        size = 0
+        room = min(PIECE, self._capacity - RUN_WORDS)
+        for offset, values in runs:
+            for start in range(0, len(values), room):
+                piece = values[start : start + room]
+                needed = RUN_WORDS + len(piece)
+                if size + needed > self._capacity:
+                    yield self._pack(packet)
+                    packet, size = [], 0
+                packet.append((offset + start, piece))
+                size += needed
+        if packet:
+            yield self._pack(packet)
+
+    def _pack(self, runs: list[Run]) -> tuple[torch.Tensor, int]:
+        index, self._next = self._next, (self._next + 1) % len(self._hosts)
+        read = self._read[index]
+        if read is not None:
+            read.synchronize()  # returns at once unless the device is `depth` packets behind
+        table, payload = array("q"), array("i")
+        first = RUN_WORDS * len(runs)
+        for offset, values in runs:
+            table.extend((offset, first + len(payload) | len(values) << 32))
+            payload += values
+        end = first + len(payload)
+        host = self._arrays[index]
+        host[:first] = np.frombuffer(table, dtype=np.int32)
+        host[first:end] = np.frombuffer(payload, dtype=np.int32)
+        packet = self._devices[index]
+        if read is not None:
+            packet[:end].copy_(self._hosts[index][:end], non_blocking=True)
+            read.record()
+        return packet, len(runs)

@@ -1,0 +1,1 @@
+"""Plain torch counterparts of the attention kernels."""

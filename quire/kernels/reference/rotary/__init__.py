@@ -1,0 +1,1 @@
+"""From query, key, value projections to rotated queries and a written KV cache."""

@@ -1,0 +1,1 @@
+"""Plain torch references of quire/kernels/triton/step."""

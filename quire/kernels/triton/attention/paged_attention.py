@@ -1,0 +1,160 @@
+"""Causal attention over the paged KV cache for any mix of requests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from quire.kernels.triton.attention.decode import decode_kernel
+from quire.kernels.triton.attention.scratch import Scratch, decode_programs
+from quire.kernels.triton.attention.tiles import (
+    columns,
+    decode_tiles,
+    power_of_2,
+    target_of,
+    varlen_tiles,
+)
+from quire.kernels.triton.attention.varlen import varlen_kernel
+from quire.kernels.triton.launch import launch, num_sms
+from quire.kernels.triton.rows import row_stride
+
+__all__ = ["Scratch", "paged_attention"]
+
+BLOCK = 16  # tokens of a cache block
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_len: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    *,
+    decode: bool,
+    deterministic: bool,
+    scratch: Scratch,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of queries q [T, Hq * D] to their requests' keys and values: [T, Hq * D].
+
+    k_cache, v_cache [blocks, Hkv, 16, D], a block's heads contiguous, of q's dtype or bfloat16
+    under float32. block_tables int32 [B, max_blocks], rows contiguous; query_start int32 [B + 1],
+    not decreasing; context_len int32 [B]. Request b has the queries query_start[b] to
+    query_start[b + 1] - 1, which are its last positions; a query sees the keys up to its own
+    position, of these the last `window` where given. scale > 0 multiplies logits; then `softcap`:
+    softcap * tanh(logit / softcap). sinks float32 [Hq]: one more logit per head, without a value.
+
+    Requests with context_len 0 or no queries, and rows of q beyond query_start[B], are padding:
+    their rows of the result are left as they are or get something finite. Blocks and table entries
+    that no query sees are not read. `decode`: request b's one query is q[b], and T = B;
+    query_start is not read then. `deterministic`: a row's bits depend on nothing but its query, its
+    keys and values and the GPU (tile.py says why). `scratch` serves one call at a time. q and `out`
+    have contiguous rows.
+
+    Raises ValueError for shapes or options that do not fit, and a scratch for fewer requests.
+    """
+    tokens, rows = q.shape[0], context_len.shape[0]
+    _, kv_heads, block, head_size = k_cache.shape
+    heads = q.shape[1] // head_size
+    _check(q, k_cache, v_cache, block_tables, sinks, decode, rows)
+    if not scale > 0 or (softcap is not None and not softcap > 0):
+        raise ValueError("scale and softcap: must be positive")
+    if window is not None and window < 1:
+        raise ValueError("window: must be at least 1")
+    if scratch.arrived.numel() < rows * kv_heads:
+        raise ValueError(f"scratch: allocated for fewer than {rows} rows of {kv_heads} KV heads")
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not tokens or not rows or not block_tables.shape[1]:
+        return out
+
+    device, group = q.device, heads // kv_heads
+    log2_e = math.log2(math.e)
+    # Logits in log2 units are dot * factor, or tanh(dot * inner_scale) * factor.
+    factor = (scale if softcap is None else softcap) * log2_e
+    inner_scale = 1.0 if softcap is None else scale / softcap
+    shared: dict[str, Any] = {
+        "Q_STRIDE": row_stride(q, "q"),
+        "OUT_STRIDE": row_stride(out, "out"),
+        "K_STRIDE": k_cache.stride(0),
+        "V_STRIDE": v_cache.stride(0),
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "D": head_size,
+        "BLOCK": block,
+        "WINDOW": window or 0,
+        "SOFTCAP": softcap is not None,
+        "HAS_SINKS": sinks is not None,
+        "DETERMINISTIC": deterministic,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "D_COLUMNS": columns(head_size),
+        "SEARCH": 32 if rows <= 32 else 256,
+    }
+    tensors = (
+        q, k_cache, v_cache, block_tables, query_start, context_len,
+        context_len if sinks is None else sinks, out,
+    )  # fmt: skip
+    sizes = (group, head_size, q.dtype.itemsize, target_of(device), deterministic)
+
+    tiles = decode_tiles(*sizes)
+    capacity = scratch.capacity(group, head_size)
+    pieces = rows * kv_heads * -(-block_tables.shape[1] * block // tiles.piece)
+    programs = min(decode_programs(tiles, device), pieces)
+    if not deterministic:
+        programs = max(1, min(programs, capacity // 2))
+    launch(
+        decode_kernel, (programs,), device, *tensors, scratch.values, scratch.sums,
+        scratch.arrived, rows, block_tables.stride(0), capacity, factor, inner_scale,
+        ONE_QUERY=decode, PIECE=tiles.piece, TILE=tiles.keys, TILE_ROWS=tiles.rows,
+        GROUP_ROWS=power_of_2(group), **shared, **tiles.meta,
+    )  # fmt: skip
+    if decode:
+        return out
+
+    tall = varlen_tiles(*sizes, small=False)
+    small = -(-tokens // (tall.rows // group)) * kv_heads < num_sms(device)
+    tiles = varlen_tiles(*sizes, small=small)
+    count = (tokens // (tiles.rows // group) + rows) * kv_heads
+    launch(
+        varlen_kernel, (count,), device, *tensors, rows, block_tables.stride(0), factor,
+        inner_scale, TILE=tiles.keys, TILE_ROWS=tiles.rows, **shared, **tiles.meta,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    sinks: torch.Tensor | None,
+    decode: bool,
+    rows: int,
+) -> None:
+    """ValueError where shapes or number formats do not go together."""
+    _, kv_heads, block, head_size = k_cache.shape
+    if block != BLOCK or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"caches: expected [blocks, heads, {BLOCK}, D] twice, not {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}"
+        )
+    if not (k_cache[0].is_contiguous() and v_cache[0].is_contiguous()):
+        raise ValueError("caches: heads, tokens and values of a block must be contiguous")
+    if q.dim() != 2 or q.shape[1] % (kv_heads * head_size):
+        raise ValueError(f"q: {list(q.shape)} has no multiple of {kv_heads} heads of {head_size}")
+    cached = {k_cache.dtype, v_cache.dtype}
+    if cached != {q.dtype} and not (q.dtype == torch.float32 and cached == {torch.bfloat16}):
+        raise ValueError(f"caches: cannot serve queries of {q.dtype} from {k_cache.dtype}")
+    if block_tables.shape[0] != rows or block_tables.stride(1) != 1:
+        raise ValueError(f"block_tables: expected {rows} contiguous rows")
+    if sinks is not None and sinks.shape != (q.shape[1] // head_size,):
+        raise ValueError(f"sinks: expected one per query head, not {list(sinks.shape)}")
+    if decode and q.shape[0] != rows:
+        raise ValueError(f"decode: {q.shape[0]} queries for {rows} requests")

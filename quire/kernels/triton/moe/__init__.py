@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, and the chosen experts' products for few and for many tokens."""

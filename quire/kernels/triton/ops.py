@@ -1,0 +1,111 @@
+"""The GPU kernels under the names that layers call (quire/layers/build.py: Kernels)."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.kernels.dense import DenseWeights
+from quire.kernels.reference.packed import BLOCK, PackedWeight
+from quire.kernels.triton.activation.gated_activation import gated_activation
+from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
+from quire.kernels.triton.embedding.embedding import embedding
+from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, linear
+from quire.kernels.triton.moe.experts import experts
+from quire.kernels.triton.moe.route import route
+from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
+from quire.kernels.triton.rotary.rotary_cache import rotary_cache
+
+
+class TritonKernels(DenseWeights):
+    """Kernels for one GPU, all in one number format; shapes as in quire/kernels/reference/ops.py.
+
+    `deterministic`: a row's bits depend on nothing but the row. `scratch` is the attention
+    kernels' memory; who allocates caches sets it.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool):
+        super().__init__(dtype, device)
+        self.deterministic = deterministic
+        self.scratch: Scratch | None = None
+
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    rotary_cache = staticmethod(rotary_cache)
+    gated_activation = staticmethod(gated_activation)
+    route = staticmethod(route)
+
+    def cache_shapes(
+        self, blocks: int, kv_heads: int, head_size: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys and values alike: a head's 16 tokens of a block lie together."""
+        shape = (blocks, kv_heads, BLOCK, head_size)
+        return shape, shape
+
+    def embedding(
+        self, ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0
+    ) -> torch.Tensor:
+        return embedding(ids, weight.data, scale)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return linear(x, weight.data, bias, deterministic=self.deterministic, out=out)
+
+    def gated_linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
+    ) -> torch.Tensor:
+        return gated_linear(x, weight.data, kind, bias, deterministic=self.deterministic)
+
+    def add_norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        kind: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(product with the norm of residual + x, that sum), gated where a `kind` is named. The
+        residual given may be overwritten."""
+        return add_norm_linear(
+            x, residual, norm_weight, eps, weight.data, bias, kind,
+            deterministic=self.deterministic,
+        )  # fmt: skip
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        context_len: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As many tokens as requests: every request has one, and the kernel for decoding serves
+        them; so a step of other kinds must have more tokens than requests, padding included."""
+        assert self.scratch is not None
+        return paged_attention(
+            q, k_cache, v_cache, block_tables, query_start, context_len, scale, window, softcap,
+            sinks, decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
+            scratch=self.scratch,
+        )  # fmt: skip
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        kind: str,
+    ) -> torch.Tensor:
+        return experts(x, weights, ids, gate_up, down, kind, deterministic=self.deterministic)

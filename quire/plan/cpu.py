@@ -1,0 +1,139 @@
+"""A model on the CPU: which kernels, and how much memory they work in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quire.comm.group import Group
+from quire.config.options import Options
+from quire.errors import PlanError
+from quire.hardware.machine import Machine
+from quire.layers.build import Build, Kernels
+from quire.models.registry import build_model, read_config
+from quire.plan import memory
+from quire.plan.facts import DTYPES, KernelFacts
+from quire.plan.place import Place, remaining, sum_weights
+from quire.plan.plan import Choice
+
+# Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
+RECORDED_ROWS = 8
+NATIVE_HEAD_SIZES = range(8, 257, 8)
+MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
+SMALLER = {
+    "weights": "use a smaller or quantised model",
+    "activations": "lower --max-num-batched-tokens or --max-num-seqs",
+    "interpreter and libraries": "free memory",
+}
+
+
+def place(
+    options: Options,
+    hf: dict[str, Any],
+    formats: Callable[[str], str],
+    machine: Machine,
+    found: KernelFacts,
+    group: Group,
+    choices: list[Choice],
+) -> Place:
+    """Raises PlanError or ModelError."""
+    engine = options.engine
+    if engine.runner == "graph":
+        raise PlanError(
+            "no_graphs",
+            "--runner graph: there is nothing to capture on a CPU",
+            fix="use --runner auto",
+        )
+    dtype = DTYPES.get(options.model.dtype)
+    shapes = Build(found.reference, dtype=dtype, group=group)
+    build_model(hf, shapes)
+    head_sizes = {cache.head_size for cache in shapes.caches}
+    name, kernels = _choose_kernels(options, found, head_sizes, choices)
+    build = Build(kernels, dtype=dtype, group=group)
+    build_model(hf, build)
+    deterministic = _choose_determinism(options, name, choices)
+    choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
+    config = read_config(hf)
+    weights = sum_weights(build, formats)
+    tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    sequences = engine.max_num_seqs or MAX_NUM_SEQS
+    activations = memory.activation_bytes(config, build.width, tokens, sequences)
+    recorded = 0
+    if name == "reference":
+        activations += memory.reference_bytes(build, formats)
+    else:
+        rows = min(RECORDED_ROWS, sequences)
+        recorded = memory.recorded_bytes(config, build.width, rows)
+        choices.append(
+            Choice(
+                "decode steps",
+                f"recorded up to {rows} rows",
+                "what lies between the kernels of a small step takes longer than the kernels",
+            )
+        )
+    parts = {
+        "weights": weights,
+        "activations": activations + recorded,
+        "interpreter and libraries": memory.RESERVE_BYTES,
+    }
+    kv_dtype = options.model.kv_cache_dtype
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if options.model.dtype == "float32" else "bfloat16"
+    return Place(
+        device="cpu",
+        device_name=machine.name,
+        threads=engine.threads or machine.cores,
+        dtype=options.model.dtype,
+        kv_dtype=kv_dtype,
+        kernels=name,
+        isa=found.isa if name == "native" else "torch",
+        runner="eager",
+        deterministic=deterministic,
+        async_scheduling=bool(engine.async_scheduling),
+        max_num_seqs=sequences,
+        max_num_batched_tokens=tokens,
+        build=build,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        graph_bytes=recorded,
+        state_bytes=0,
+        reserve_bytes=memory.RESERVE_BYTES,
+        room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
+        fill=False,
+    )
+
+
+def _choose_kernels(
+    options: Options, found: KernelFacts, head_sizes: set[int], choices: list[Choice]
+) -> tuple[str, Kernels]:
+    asked, why_not = options.engine.kernels, found.why_not
+    fix = "install a C++ compiler and reinstall quire, or use --kernels reference"
+    odd = sorted(head_sizes - set(NATIVE_HEAD_SIZES))
+    if found.native is not None and odd:
+        why_not = f"they do not have head size {odd[0]}: multiples of 8 up to 256"
+        fix = "use --kernels reference"
+    if asked == "native" and why_not:
+        raise PlanError(
+            "no_native_kernels",
+            "--kernels native: the native kernels cannot be used",
+            why=why_not,
+            fix=fix,
+        )
+    if asked != "reference" and found.native is not None and not why_not:
+        reason = f"built for this machine, instruction set {found.isa}"
+        choices.append(Choice("kernels", "native", reason))
+        return "native", found.native
+    reason = "asked for with --kernels" if asked == "reference" else why_not
+    choices.append(Choice("kernels", "reference", reason, downgrade=asked == "auto"))
+    return "reference", found.reference
+
+
+def _choose_determinism(options: Options, kernels: str, choices: list[Choice]) -> bool:
+    if kernels == "native":
+        reason = "every native kernel computes a row alike in any batch; it costs nothing here"
+        choices.append(Choice("deterministic", "yes", reason))
+        return True
+    wanted = options.engine.deterministic is not False
+    reason = "torch's matrix products depend on the number of rows"
+    choices.append(Choice("deterministic", "no", reason, downgrade=wanted))
+    return False

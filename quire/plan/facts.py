@@ -1,0 +1,35 @@
+"""What a plan must be told of the model and of the kernels found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quire.layers.build import CpuKernels
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the plan must know of a model: its config.json, the format of each tensor by
+    checkpoint name (None: no weights at hand, the config's dtype is assumed), its fingerprint."""
+
+    name: str
+    hf_config: dict[str, Any]
+    formats: dict[str, str] | None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """The kernels found here. CPU: `native` None with the reason `why_not`, `isa` its instruction
+    set. GPU: the version of Triton, None where there is none."""
+
+    reference: CpuKernels
+    native: CpuKernels | None
+    why_not: str = ""
+    isa: str = ""
+    triton: str | None = None

@@ -1,0 +1,217 @@
+"""A model on a GPU: which kernels and runner, how much memory they work in, what is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from quire.comm.group import Group
+from quire.config.options import Options
+from quire.errors import PlanError
+from quire.hardware.machine import Gpu, Machine
+from quire.kernels.dense import DenseWeights
+from quire.kernels.device_state import DeviceState
+from quire.kernels.sampling import Scratch as SamplingScratch
+from quire.layers.build import Build, Kernels
+from quire.models.registry import build_model, read_config
+from quire.plan import memory
+from quire.plan.facts import DTYPES, KernelFacts
+from quire.plan.place import Place, remaining, sum_weights
+from quire.plan.plan import Choice
+
+MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
+# Ampere is the first to have bfloat16 and asynchronous copies.
+LEAST_CAPABILITY = (8, 0)
+HEAD_SIZES = range(16, 257, 8)
+# Beyond this many tokens a step computes for longer than its kernels take to launch.
+LARGEST_MIXED_GRAPH = 2048
+# CUDA's context, cuBLAS and its workspace, the kernels' code; measured on an H200.
+RESERVE_BYTES = 900 * 2**20
+# What a captured graph itself takes of the GPU's memory; measured on an H200.
+GRAPH_BYTES = 3 * 2**20
+SMALLER = {
+    "weights": "use a smaller or quantised model, or a GPU with more memory",
+    "activations": "lower --max-num-batched-tokens",
+    "request state": "lower --max-num-seqs or --max-model-len",
+    "graphs": "use --runner eager",
+    "context and libraries": "raise --gpu-memory-utilization, or free the GPU",
+}
+
+
+def choose_device(
+    options: Options, machine: Machine, found: KernelFacts, choices: list[Choice]
+) -> str:
+    """ "cpu" or "cuda". Raises PlanError where a GPU was asked for and cannot be used."""
+    asked, gpu = options.engine.device, machine.gpu
+    if asked == "cpu":
+        choices.append(Choice("device", "cpu", "asked for with --device"))
+        return "cpu"
+    why_not = machine.no_gpu if gpu is None else _unsupported(gpu, found)
+    if gpu is not None and not why_not:
+        choices.append(Choice("device", "cuda", f"{gpu.name}, {gpu.architecture}"))
+        return "cuda"
+    if asked == "cuda":
+        raise PlanError(
+            "no_gpu", "--device cuda: no GPU can be used", why=why_not, fix="use --device cpu"
+        )
+    choices.append(Choice("device", "cpu", f"no GPU: {why_not}", downgrade=gpu is not None))
+    return "cpu"
+
+
+def _unsupported(gpu: Gpu, found: KernelFacts) -> str:
+    if found.triton is None:
+        return "Triton is not installed"
+    if gpu.architecture.startswith("sm_") and gpu.capability < LEAST_CAPABILITY:
+        return f"{gpu.name} is {gpu.architecture}; the kernels need sm_80 or newer"
+    return ""
+
+
+def place(
+    options: Options,
+    hf: dict[str, Any],
+    formats: Callable[[str], str],
+    machine: Machine,
+    found: KernelFacts,
+    group: Group,
+    choices: list[Choice],
+) -> Place:
+    """Raises PlanError or ModelError."""
+    gpu, engine = machine.gpu, options.engine
+    assert gpu is not None
+    dtype = _choose_dtype(options, hf, choices)
+    # A plan asks kernels only how much a weight takes; it must not need Triton.
+    sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
+    build = Build(sizes, dtype=DTYPES[dtype], group=group)
+    build_model(hf, build)
+    _check_head_sizes(build)
+    packed = {f for f in map(formats, _matrices(build)) if f not in ("f32", "f16", "bf16")}
+    if packed:
+        reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
+        choices.append(Choice("weights", f"dequantised to {dtype}", reason, downgrade=True))
+    deterministic = bool(engine.deterministic)
+    runner = _choose_runner(options, choices)
+    _choose_kernels(deterministic, found, choices)
+    config = read_config(hf)
+    tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    sequences = engine.max_num_seqs or MAX_NUM_SEQS
+    decode, mixed = graph_sizes(tokens, sequences) if runner == "graph" else ((), ())
+    itemsize = DTYPES[dtype].itemsize
+    longest = options.model.max_model_len or config.max_len
+    groups = len({(c.window, c.kv_heads, c.head_size) for c in build.caches})
+    parts = {
+        "weights": sum_weights(build, formats),
+        "activations": memory.gpu_activation_bytes(
+            config, build.width, tokens, sequences, itemsize
+        ),
+        "graphs": memory.gpu_activation_bytes(
+            config, build.width, max(mixed, default=0), sequences, itemsize
+        )
+        + GRAPH_BYTES * (3 * len(decode) + len(mixed))
+        if runner == "graph"
+        else 0,
+        "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
+        + SamplingScratch.nbytes(sequences, config.vocab_size),
+        "context and libraries": RESERVE_BYTES,
+    }
+    # What other programs hold, and this process's own context, is not ours to give out.
+    limit = int(gpu.memory_bytes * engine.gpu_memory_utilization)
+    limit = min(limit, gpu.available_bytes)
+    return Place(
+        device="cuda",
+        device_name=gpu.name,
+        threads=engine.threads or machine.cores,
+        dtype=dtype,
+        kv_dtype=_choose_kv_dtype(options, dtype),
+        kernels="triton",
+        isa=f"{gpu.architecture}, triton {found.triton}",
+        runner=runner,
+        deterministic=deterministic,
+        async_scheduling=engine.async_scheduling is not False,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=tokens,
+        build=build,
+        weight_bytes=parts["weights"],
+        activation_bytes=parts["activations"],
+        graph_bytes=parts["graphs"],
+        state_bytes=parts["request state"],
+        reserve_bytes=RESERVE_BYTES,
+        room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
+        fill=True,
+        decode_graphs=decode,
+        mixed_graphs=mixed,
+    )
+
+
+def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows of captured decode steps, and tokens of other captured steps; both ascending.
+
+    Few enough to be captured in seconds, close enough that padding costs little.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4097, 32)]
+    decode = [n for n in sizes if n < sequences] + [sequences]
+    steps = [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, LARGEST_MIXED_GRAPH]
+    return tuple(decode), tuple(n for n in steps if n <= tokens)
+
+
+def _matrices(build: Build) -> list[str]:
+    return [t.name for w in build.weights for t in w.tensors() if len(t.shape) == 2]
+
+
+def _choose_dtype(options: Options, hf: dict[str, Any], choices: list[Choice]) -> str:
+    asked = options.model.dtype
+    if asked != "auto":
+        choices.append(Choice("dtype", asked, "asked for with --dtype"))
+        return asked
+    declared = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if declared in DTYPES:
+        choices.append(Choice("dtype", declared, "the checkpoint's"))
+        return declared
+    choices.append(Choice("dtype", "bfloat16", f"config.json says {declared}", downgrade=True))
+    return "bfloat16"
+
+
+def _choose_kv_dtype(options: Options, dtype: str) -> str:
+    asked = options.model.kv_cache_dtype
+    return dtype if asked == "auto" else asked
+
+
+def _check_head_sizes(build: Build) -> None:
+    odd = sorted({c.head_size for c in build.caches} - set(HEAD_SIZES))
+    if odd:
+        raise PlanError(
+            "unsupported_head_size",
+            f"the GPU kernels do not have head size {odd[0]}",
+            why=f"multiples of 8 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
+            fix="use --device cpu",
+        )
+
+
+def _choose_runner(options: Options, choices: list[Choice]) -> str:
+    if options.engine.runner == "eager":
+        choices.append(Choice("runner", "eager", "asked for with --runner"))
+        return "eager"
+    reason = "a CUDA graph starts a whole step's kernels at once"
+    choices.append(Choice("runner", "graph", reason))
+    return "graph"
+
+
+def _choose_kernels(deterministic: bool, found: KernelFacts, choices: list[Choice]) -> None:
+    """Which kernel serves which operation, as quire/kernels/triton/ops.py does it."""
+    triton = f"triton {found.triton}"
+    choices.append(Choice("norms, rotary, activations", triton, "fused, limited by memory"))
+    if deterministic:
+        choices.append(Choice("deterministic", "yes", "asked for with --deterministic"))
+        one = "one kernel for any number of rows, so that no row's bits depend on the others"
+        choices.append(Choice("matrix products", triton, one))
+        choices.append(Choice("experts", triton, one))
+        pieces = "keys in fixed pieces, combined in order, in decode and prefill alike"
+        choices.append(Choice("attention", triton, pieces))
+    else:
+        choices.append(Choice("deterministic", "no", "it costs speed on a GPU: --deterministic"))
+        few = "few rows read weights at the speed of memory; cuBLAS where arithmetic counts"
+        choices.append(Choice("matrix products", f"{triton} for few rows, else cuBLAS", few))
+        choices.append(Choice("experts", triton, "products grouped by expert"))
+        choices.append(Choice("attention", triton, "split keys for decoding, tiles for prompts"))
+    choices.append(Choice("sampling", triton, "on the device, so that the next step can start"))

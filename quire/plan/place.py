@@ -1,0 +1,71 @@
+"""Where a model runs, and what that takes before the KV cache is sized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quire.errors import ModelError, PlanError
+from quire.layers.build import Build
+from quire.plan.plan import format_bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """One device's part of the plan; sizes are bytes, names as in Plan.
+
+    `room`: what the KV cache and the rotary tables may take. `fill`: the KV cache takes it all by
+    default, instead of a default number of tokens.
+    """
+
+    device: str
+    device_name: str
+    threads: int
+    dtype: str
+    kv_dtype: str
+    kernels: str
+    isa: str
+    runner: str
+    deterministic: bool
+    async_scheduling: bool
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    build: Build
+    weight_bytes: int
+    activation_bytes: int
+    graph_bytes: int
+    state_bytes: int
+    reserve_bytes: int
+    room: int
+    fill: bool
+    decode_graphs: tuple[int, ...] = ()
+    mixed_graphs: tuple[int, ...] = ()
+
+
+def sum_weights(build: Build, formats: Callable[[str], str]) -> int:
+    """Bytes of all weights as packed. Raises ModelError for what the kernels do not have."""
+    try:
+        return sum(weight.nbytes(formats) for weight in build.weights)
+    except ValueError as error:
+        raise ModelError(
+            "unsupported_format",
+            "a weight has a format or shape that the kernels do not have",
+            why=str(error),
+            fix="use another file of the model, such as bfloat16 safetensors or a q8_0 GGUF",
+        ) from None
+
+
+def remaining(available: int, where: str, parts: dict[str, int], flags: dict[str, str]) -> int:
+    """What `parts` leave of `available`. Raises PlanError where they are too much: it names the
+    largest part, and from `flags` what makes that smaller."""
+    room = available - sum(parts.values())
+    if room > 0:
+        return room
+    largest = max(parts, key=lambda name: parts[name])
+    raise PlanError(
+        "out_of_memory",
+        f"the model does not fit in {where}",
+        why=", ".join(f"{name} take {format_bytes(size)}" for name, size in parts.items())
+        + f"; {format_bytes(available)} are available",
+        fix=f"{largest} are the most: {flags[largest]}",
+    )

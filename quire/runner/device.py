@@ -1,0 +1,381 @@
+"""The GPU runner: requests live on the device, the host sends what changes, steps are CUDA graphs.
+
+A step is four things on one stream, none of which waits for the device on the host: what has
+changed (one copy and one kernel), the forward pass, sampling, and the copy of the sampled tokens
+to pinned memory. Forward and sampling are a CUDA graph each where one that fits has been captured,
+and launched kernel by kernel where not. Sampled tokens stay on the device, so the next step can be
+submitted before this one's are known.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from quire.kernels.device_state import DeviceState, Flag, RowFlag, StepBuffers
+from quire.kernels.diffs import Diffs, PacketRing, Run, variant
+from quire.kernels.sampling import SampleOutputs, Status
+from quire.kernels.sampling import Scratch as SamplingScratch
+from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
+from quire.kernels.triton.ops import TritonKernels
+from quire.kernels.triton.sampling.logprobs_of import logprobs_of
+from quire.kernels.triton.sampling.sample import sample
+from quire.kernels.triton.step.apply_runs import apply_runs
+from quire.kernels.triton.step.count_tokens import count_tokens
+from quire.kernels.triton.step.prepare_step import prepare_step
+from quire.kv import BLOCK_SIZE
+from quire.layers.build import Build
+from quire.layers.inputs import GroupInputs, StepInputs
+from quire.models.registry import Model
+from quire.plan.memory import LOGIT_ROWS
+from quire.plan.plan import Plan
+from quire.runner.clock import DeviceClock
+from quire.runner.graphs import Graphs
+from quire.runner.sampler import FORBIDDEN_ERROR, NAN_ERROR
+from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
+
+# A plain integer: it is looked at for every row of every step.
+LOGPROBS = int(Flag.LOGPROBS)
+# Host copies of results: of steps in flight, and of the one being written.
+RING = 4
+
+
+class Shape(NamedTuple):
+    """Tokens and rows of a forward pass with its padding. They are equal where every row has one
+    token, and only there: that is how the attention kernels know (TritonKernels.attention)."""
+
+    tokens: int
+    rows: int
+
+
+class Sampling(NamedTuple):
+    """Rows of a sampling pass with its padding, the kernel's variant, and whether any row wants
+    log-probabilities."""
+
+    rows: int
+    variant: str
+    logprobs: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the host keeps of a request that wants log-probabilities of its prompt."""
+
+    tokens: list[int]
+    count: int
+
+
+class DeviceRunner:
+    """Owns the slots, the steps' buffers and the graphs; the model and its caches are given
+    built, loaded and allocated. `submit` raises what launching raises; then call `reset`."""
+
+    def __init__(self, model: Model, build: Build, plan: Plan, vocab_size: int):
+        self.model, self.device = model, build.device
+        self._kernels = cast(TritonKernels, build.kernels)
+        rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
+        self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
+        groups, max_blocks = len(plan.groups), -(-plan.max_model_len // BLOCK_SIZE) + 1
+        # Two tables of rows: those that are computed, and of these the ones that sample.
+        self.state = DeviceState.allocate(
+            rows, plan.max_model_len, vocab_size, groups, max_blocks, self.device, 2 * rows
+        )
+        self._diffs = Diffs(self.state.layout)
+        self._packets = PacketRing(self.device)
+        self._buffers = StepBuffers.allocate(rows, tokens, groups, max_blocks, self.device)
+        self._attention_scratch(build, plan)
+        self._sampling_scratch = SamplingScratch.allocate(rows, vocab_size, self.device)
+        self._outputs = SampleOutputs.allocate(rows, self.device)
+        self._hidden: torch.Tensor | None = None
+        self._prompts: dict[int, Prompt] = {}
+        self._logprobs: list[int | None] = [None] * rows  # how many of the top each slot wants
+        self._ring = [HostOutputs(self._outputs) for _ in range(RING)]
+        self._submitted = 0
+        self.clock: DeviceClock | None = None  # set by who wants to measure
+        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
+        self._graphs = Graphs(self.device) if plan.runner == "graph" else None
+        self._wanted = deque(self._planned())
+
+    def _attention_scratch(self, build: Build, plan: Plan) -> None:
+        """One scratch for all layers, of the shape that takes the most."""
+        common: dict[str, Any] = {
+            "total_tokens": plan.context_tokens,
+            "dtype": self._kernels.dtype,
+            "deterministic": self._kernels.deterministic,
+            "device": self.device,
+        }
+        shapes = {(self._rows, c.heads, c.kv_heads, c.head_size) for c in build.caches}
+        largest = max(shapes, key=lambda shape: AttentionScratch.nbytes(*shape, **common))
+        self._kernels.scratch = AttentionScratch.allocate(*largest, **common)
+
+    # -- a step ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> DevicePending:
+        """Launch a step."""
+        if self.clock is not None:
+            self.clock.begin()
+        rows = batch.rows
+        places, end = [], 0  # of rows that sample: the row, and its last token's place
+        for i, row in enumerate(rows):
+            end += len(row.tokens)
+            if row.sample:
+                places.append((i, end - 1))
+        shape = self._shape(end, len(rows))
+        sampled = self._size(len(places), self._decode_sizes)
+        self._apply(batch, shape, places, sampled)
+        self._run(shape, lambda: self._forward(shape))
+        prompts = self._prompt_logprobs(rows)
+        flags = [self._diffs.flags[rows[i].slot] for i, _ in places]
+        logprobs = any(each & LOGPROBS for each in flags)
+        if places:
+            sampling = Sampling(sampled, variant(flags), logprobs)
+            self._run(sampling, lambda: self._sample(sampling))
+        host = self._ring[self._submitted % RING]
+        self._submitted += 1
+        host.copy(self._outputs, len(places), logprobs)
+        if self.clock is not None:
+            self.clock.end()
+        wanted = [self._logprobs[rows[i].slot] for i, _ in places] if logprobs else []
+        return DevicePending(batch.step, len(rows), [i for i, _ in places], wanted, host, prompts)
+
+    def reset(self) -> None:
+        """Forget all requests, after a step that raised."""
+        self._prompts.clear()
+        cast(AttentionScratch, self._kernels.scratch).reset()
+
+    @torch.inference_mode()
+    def warm(self) -> bool:
+        """Prepare for one shape: capture its graph, or compute it where it gets none, so that its
+        kernels are compiled and its memory is there. False where nothing is left."""
+        if not self._wanted:
+            return False
+        key = self._wanted.popleft()
+        # What is computed is padding: it reads no request and writes nowhere.
+        self.state.rows[:, 0] = -1
+        if isinstance(key, Shape):
+            self._prepare(key, lambda: self._forward(key))
+        else:
+            self._prepare(key, lambda: self._sample(key))
+        return bool(self._wanted)
+
+    def _prepare(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
+        sizes = (*self._decode_sizes, *self._mixed_sizes)
+        if self._graphs is None or (isinstance(key, Shape) and key.tokens not in sizes):
+            compute()
+        elif not self._graphs.known(key):
+            self._graphs.capture(key, compute)
+
+    def _planned(self) -> list[Shape | Sampling]:
+        """Shapes to prepare, the largest first, so that the others find memory in the pool."""
+        largest = self._shape(self._tokens, min(self._rows, max(1, self._tokens - 1)))
+        keys: list[Shape | Sampling] = [largest]
+        keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
+        for rows in reversed(self._decode_sizes):
+            keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
+        return keys + [Sampling(rows, "plain", False) for rows in reversed(self._decode_sizes)]
+
+    def _run(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
+        """Launch the graph of a shape, or its kernels one by one where there is none yet."""
+        if self._graphs is None:
+            compute()
+        elif not self._graphs.replay(key):
+            if isinstance(key, Sampling) and not self._graphs.known(key):
+                self._wanted.appendleft(key)  # captured only where a request asks for it
+            compute()
+
+    @staticmethod
+    def _size(count: int, sizes: Sequence[int]) -> int:
+        """The first of ascending `sizes` that holds `count`; `count` itself where none does."""
+        return next((size for size in sizes if size >= count), count)
+
+    def _shape(self, tokens: int, rows: int) -> Shape:
+        if tokens == rows:
+            padded = self._size(rows, self._decode_sizes)
+            return Shape(padded, padded)
+        if not self._mixed_sizes or max(tokens, rows + 1) > self._mixed_sizes[-1]:
+            return Shape(tokens, rows)
+        padded = self._size(max(tokens, rows + 1), self._mixed_sizes)
+        return Shape(padded, self._mixed_rows(padded))
+
+    def _mixed_rows(self, tokens: int) -> int:
+        return min(self._rows, tokens - 1)
+
+    def _apply(
+        self, batch: Batch, shape: Shape, places: list[tuple[int, int]], sampled: int
+    ) -> None:
+        """Bring what is new to the device, and the tables of rows."""
+        runs: list[Run] = []
+        counted: list[int] = []
+        for slot in batch.leave:
+            self._prompts.pop(slot, None)
+        for enter in batch.enter:
+            runs += self._diffs.enter(enter)
+            if self._diffs.flags[enter.slot] & Flag.PENALTIES:
+                counted.append(enter.slot)
+            self._logprobs[enter.slot] = enter.params.logprobs
+            if enter.params.prompt_logprobs is not None:
+                prompt = enter.tokens[: enter.num_prompt]
+                self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
+        runs += self._diffs.blocks(batch.rows)
+        runs.append(self._diffs.rows(batch.rows, shape.rows))
+        runs.append(self._sampling_rows(batch.rows, places, sampled))
+        for packet, count in self._packets.send(runs):
+            apply_runs(self.state.arena, packet, count)
+        if counted:
+            count_tokens(self.state, torch.tensor(counted, dtype=torch.int32, device=self.device))
+
+    def _sampling_rows(self, rows: list[Row], places: list[tuple[int, int]], size: int) -> Run:
+        """The run of the second table of rows: slot, place of the hidden state, 1, flags."""
+        values = array("i", (-1, 0, 0, 0)) * size
+        end = 4 * len(places)
+        values[0:end:4] = array("i", [rows[i].slot for i, _ in places])
+        values[1:end:4] = array("i", [place for _, place in places])
+        values[3:end:4] = array("i", (RowFlag.SAMPLE,)) * len(places)
+        return self.state.layout.rows_offset + 4 * self._rows, values
+
+    def _forward(self, shape: Shape) -> None:
+        """Hidden states of the step's tokens, from the table of rows on the device."""
+        buffers = self._buffers.view(shape.rows, shape.tokens)
+        prepare_step(self.state, self.state.rows[: shape.rows], buffers)
+        groups = [
+            GroupInputs(*both) for both in zip(buffers.block_tables, buffers.slots, strict=True)
+        ]
+        step = StepInputs(buffers.query_start, buffers.context_len, groups)
+        hidden_TH = self.model.forward(buffers.tokens, buffers.positions, step)
+        if self._hidden is None:
+            size = (self._tokens, hidden_TH.shape[1])
+            self._hidden = torch.zeros(size, dtype=hidden_TH.dtype, device=self.device)
+        self._hidden[: shape.tokens] = hidden_TH
+
+    def _sample(self, sampling: Sampling) -> None:
+        """Sample for the second table of rows; its second column says whose hidden states."""
+        assert self._hidden is not None
+        rows = self.state.rows[self._rows : self._rows + sampling.rows]
+        logits_BV = self.model.logits(self._hidden.index_select(0, rows[:, 1]))
+        sample(
+            logits_BV, rows, self.state, sampling.variant, self._outputs.view(sampling.rows),
+            self._sampling_scratch, sampling.logprobs,
+        )  # fmt: skip
+
+    # -- log-probabilities ---------------------------------------------------------------------
+
+    def _prompt_logprobs(self, rows: list[Row]) -> dict[int, list[TokenLogprobs]]:
+        """Of rows that ask for them, by the row's place. This waits for the device."""
+        found, end = {}, 0
+        for i, row in enumerate(rows):
+            begin, end = end, end + len(row.tokens)
+            if row.prompt_logprobs:
+                prompt = self._prompts[row.slot]
+                targets = prompt.tokens[row.start + 1 : row.start + 1 + len(row.tokens)]
+                found[i] = self._of_targets(begin, targets, prompt.count)
+        return found
+
+    def _of_targets(self, begin: int, targets: list[int], count: int) -> list[TokenLogprobs]:
+        assert self._hidden is not None
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(targets), self._logit_rows):
+            some = targets[start : start + self._logit_rows]
+            hidden_RH = self._hidden[begin + start : begin + start + len(some)]
+            wanted = torch.tensor(some, device=self.device)
+            got = logprobs_of(self.model.logits(hidden_RH), wanted, count, self._sampling_scratch)
+            values = zip(some, *(tensor.tolist() for tensor in got), strict=True)
+            for token, logprob, rank, top_ids, top in values:
+                found.append(_token_logprobs(token, logprob, rank, top_ids, top))
+        return found
+
+
+def _token_logprobs(
+    token: int, logprob: float, rank: int, top_ids: list[int], top: list[float]
+) -> TokenLogprobs:
+    return TokenLogprobs([token, *top_ids], [logprob, *top], [rank, *range(1, len(top_ids) + 1)])
+
+
+def _arrays(outputs: SampleOutputs) -> list[torch.Tensor]:
+    """Tokens and status first, then what belongs to log-probabilities."""
+    return [getattr(outputs, field.name) for field in fields(outputs)]
+
+
+class HostOutputs:
+    """Pinned copies of one step's sampling outputs."""
+
+    def __init__(self, outputs: SampleOutputs):
+        on_gpu = outputs.tokens.is_cuda
+        self._arrays = SampleOutputs(
+            *(
+                torch.empty(array.shape, dtype=array.dtype, pin_memory=on_gpu)
+                for array in _arrays(outputs)
+            )
+        )
+        self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._rows = 0
+
+    def copy(self, outputs: SampleOutputs, rows: int, logprobs: bool) -> None:
+        """Start copying the first `rows` of the outputs."""
+        self._rows = rows
+        both = zip(_arrays(self._arrays.view(rows)), _arrays(outputs.view(rows)), strict=True)
+        for host, device in list(both)[: None if logprobs else 2]:
+            host.copy_(device, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def done(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> SampleOutputs:
+        """The outputs, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._arrays.view(self._rows)
+
+
+@dataclass(frozen=True)
+class DevicePending:
+    """A step on the device. `sampled` are the rows that sample, in the order of the outputs;
+    `wanted` says how many top log-probabilities each gets (none: no row asks for any)."""
+
+    step: int
+    rows: int
+    sampled: list[int]
+    wanted: list[int | None]
+    host: HostOutputs
+    prompts: dict[int, list[TokenLogprobs]]
+
+    def done(self) -> bool:
+        return self.host.done()
+
+    def result(self) -> Result:
+        """Wait for the step. Raises what the device raises."""
+        outputs = self.host.wait()
+        tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
+        rows = [RowResult(tokens=[]) for _ in range(self.rows)]
+        for place, i in enumerate(self.sampled):
+            if status[place] == Status.OK:
+                rows[i].tokens = [tokens[place]]
+            else:
+                rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
+        for place, count in enumerate(self.wanted):
+            if count is not None and status[place] == Status.OK:
+                rows[self.sampled[place]].logprobs = [_at(outputs, place, count)]
+        for i, found in self.prompts.items():
+            if any(math.isnan(position.logprobs[0]) for position in found):
+                rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+            else:
+                rows[i].prompt_logprobs = found
+        return Result(self.step, rows)
+
+
+def _at(outputs: SampleOutputs, place: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of one sampled row."""
+    return _token_logprobs(
+        int(outputs.tokens[place]),
+        float(outputs.logprob[place]),
+        int(outputs.rank[place]),
+        outputs.top_ids[place, :count].tolist(),
+        outputs.top_logprobs[place, :count].tolist(),
+    )

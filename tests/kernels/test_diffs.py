@@ -1,0 +1,160 @@
+"""What the host sends arrives: every field of a request, however the packets are cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quire.kernels.device_state import (
+    MAX_WORD_TOKENS,
+    MAX_WORDS,
+    DeviceState,
+    Flag,
+    RowFlag,
+    Scalar,
+)
+from quire.kernels.diffs import Diffs, PacketRing, Run, unfit, variant
+from quire.kernels.reference.step.apply_runs import apply_runs
+from quire.params import SamplingParams
+from quire.step import Enter, Row
+
+V = 70
+
+
+def state() -> DeviceState:
+    return DeviceState.allocate(5, max_len=100, vocab_size=V, groups=2, max_blocks=9)
+
+
+def enter(slot: int = 3, **fields: object) -> Enter:
+    defaults: dict[str, object] = {
+        "slot": slot, "params": SamplingParams(), "tokens": [5, 6, 7], "num_prompt": 2, "seed": 1,
+        "choice": 0, "blocks": [[4], [2, 3]], "end_tokens": [], "bad_words": [],
+    }  # fmt: skip
+    return Enter(**{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def apply(state: DeviceState, runs: list[Run], ring: PacketRing | None = None) -> None:
+    for packet, num_runs in (ring or PacketRing(state.device)).send(runs):
+        apply_runs(state.arena, packet, num_runs)
+
+
+PARAMS = SamplingParams(
+    temperature=0.7,
+    top_p=0.9,
+    top_k=11,
+    min_p=0.25,
+    presence_penalty=0.5,
+    frequency_penalty=-1.5,
+    repetition_penalty=1.25,
+    min_tokens=4,
+    logprobs=7,
+    logit_bias={9: 1.5, 0: -100.0},
+    allowed_token_ids=[0, 31, 32, 69],
+    max_tokens=None,
+)
+
+
+@pytest.mark.parametrize("capacity", [2**16, 37, 8, 5])
+def test_a_request_arrives_whole_through_packets_of_any_size(capacity: int) -> None:
+    at, seed = state(), 2**64 - 5
+    one = enter(
+        params=PARAMS, seed=seed, choice=127, end_tokens=[1, 2], bad_words=[[8], [9, 10, 11]]
+    )
+    diffs = Diffs(at.layout)
+    apply(at, diffs.enter(one), PacketRing(at.device, capacity, depth=2))
+    assert at.history[3, :3].tolist() == [5, 6, 7]
+    assert (int(at.length[3]), int(at.num_prompt[3])) == (3, 2)
+    assert at.tables[3, 0, :2].tolist() == [4, 0]
+    assert at.tables[3, 1, :3].tolist() == [2, 3, 0]
+    ints = at.scalars[3].tolist()
+    assert (ints[Scalar.SEED_LOW], ints[Scalar.SEED_HIGH], ints[Scalar.CHOICE]) == (-5, -1, 127)
+    assert (ints[Scalar.MIN_TOKENS], ints[Scalar.TOP_K], ints[Scalar.NUM_LOGPROBS]) == (4, 11, 7)
+    counts = (Scalar.NUM_ENDS, Scalar.NUM_BIAS, Scalar.NUM_WORDS, Scalar.LONGEST_WORD)
+    assert [ints[c] for c in counts] == [2, 2, 2, 3]
+    floats = at.scalars[3].contiguous().view(torch.float32)
+    assert floats[Scalar.TEMPERATURE] == torch.tensor(0.7)
+    assert floats[Scalar.LOG_MIN_P] == torch.tensor(math.log(0.25))
+    assert floats[[Scalar.PRESENCE, Scalar.FREQUENCY, Scalar.REPETITION]].tolist() == [
+        0.5,
+        -1.5,
+        1.25,
+    ]
+    assert at.scalars[3].contiguous().view(torch.float64)[Scalar.TOP_P // 2] == 0.9
+    assert at.ends[3, :2].tolist() == [1, 2]
+    assert at.bias_ids[3, :2].tolist() == [9, 0]
+    assert at.bias_values[3, :2].tolist() == [1.5, -100.0]
+    assert at.word_starts[3, :3].tolist() == [0, 1, 4]
+    assert at.word_tokens[3, :4].tolist() == [8, 9, 10, 11]
+    bits = [bool(int(at.allowed[3, t // 32]) >> t % 32 & 1) for t in range(V)]
+    assert [t for t in range(V) if bits[t]] == [0, 31, 32, 69]
+    assert not at.scalars[[0, 1, 2, 4]].any() and not at.history[[0, 1, 2, 4]].any()
+
+
+@pytest.mark.parametrize(
+    ("params", "fields", "flags"),
+    [
+        ({}, {}, Flag(0)),
+        ({"temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, {}, Flag.GREEDY),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.5}, {}, Flag.TOP_K | Flag.TOP_P | Flag.MIN_P),
+        ({"top_k": V, "logprobs": 0}, {}, Flag.LOGPROBS),
+        ({"repetition_penalty": 1.1}, {}, Flag.PENALTIES),
+        ({"logit_bias": {}, "min_tokens": 2}, {}, Flag(0)),
+        ({"min_tokens": 1}, {"end_tokens": [2]}, Flag(0)),  # there is one output token already
+        ({"min_tokens": 2}, {"end_tokens": [2]}, Flag.ENDS),
+        ({"allowed_token_ids": [1]}, {"bad_words": [[3]]}, Flag.ALLOWED | Flag.BAD_WORDS),
+    ],
+)
+def test_flags_say_what_a_request_needs(
+    params: dict[str, object], fields: dict[str, object], flags: Flag
+) -> None:
+    diffs = Diffs(state().layout)
+    diffs.enter(enter(params=SamplingParams(**params), **fields))  # type: ignore[arg-type]
+    assert diffs.flags[3] == flags
+
+
+def test_the_variant_is_the_least_that_serves_all() -> None:
+    assert variant([]) == "greedy"
+    assert variant([Flag.GREEDY, Flag.GREEDY | Flag.LOGPROBS]) == "greedy"
+    assert variant([Flag.GREEDY, Flag(0)]) == "plain"
+    assert variant([Flag.GREEDY, Flag(0), Flag.GREEDY | Flag.BIAS]) == "full"
+
+
+def test_new_blocks_extend_the_tables_and_a_new_request_starts_them_again() -> None:
+    at = state()
+    diffs = Diffs(at.layout)
+    apply(at, diffs.enter(enter(2, blocks=[[5], [6, 7]])))
+    apply(at, diffs.blocks([Row(2, 3, [1], [[8, 9], []], True), Row(1, 0, [1], [[1], [1]], True)]))
+    apply(at, diffs.blocks([Row(2, 4, [1], [[], [4]], True), Row(1, 1, [1], [[], []], True)]))
+    assert at.tables[2].tolist() == [[5, 8, 9] + [0] * 6, [6, 7, 4] + [0] * 6]
+    assert at.tables[1].tolist() == [[1] + [0] * 8, [1] + [0] * 8]
+    apply(at, diffs.enter(enter(2, blocks=[[3], []])))
+    apply(at, diffs.blocks([Row(2, 3, [1], [[2], [1]], True)]))
+    assert at.tables[2, :, :2].tolist() == [[3, 2], [1, 7]]
+
+
+def test_rows_arrive_with_padding_after_them() -> None:
+    at = state()
+    rows = [Row(2, 7, [1, 2], [[], []], True), Row(0, 3, [1], [[], []], False)]
+    apply(at, [Diffs(at.layout).rows(rows, 4)])
+    assert at.rows[:4].tolist() == [
+        [2, 7, 2, RowFlag.SAMPLE],
+        [0, 3, 1, 0],
+        [-1, 0, 0, 0],
+        [-1, 0, 0, 0],
+    ]
+    assert not at.rows[4:].any()
+
+
+def test_what_does_not_fit_a_slot_is_refused_in_words() -> None:
+    diffs = Diffs(state().layout)
+    assert unfit([], [[1]] * MAX_WORDS) is None
+    for fields in (
+        {"bad_words": [[1]] * (MAX_WORDS + 1)},
+        {"bad_words": [[1] * MAX_WORD_TOKENS, [1]]},
+        {"end_tokens": list(range(321))},
+        {"tokens": list(range(101))},
+    ):
+        with pytest.raises(ValueError, match="at most"):
+            diffs.enter(enter(**fields))

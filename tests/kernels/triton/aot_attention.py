@@ -1,0 +1,119 @@
+"""The attention kernels' tile shapes on every GPU, for compilation ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quire.kernels.triton.attention.decode import decode_kernel
+from quire.kernels.triton.attention.tiles import (
+    Target,
+    Tiles,
+    columns,
+    decode_tiles,
+    power_of_2,
+    varlen_tiles,
+)
+from quire.kernels.triton.attention.varlen import varlen_kernel
+from tests.kernels.triton.aot import SHARED, Case
+
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+AHEAD = {
+    name: Target(shared, wgmma=name == "sm_90", amd=name == "gfx942")
+    for name, shared in SHARED.items()
+}
+
+
+def _types(dtype: torch.dtype, cache: torch.dtype, kernel: Any) -> dict[str, str]:
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"factor": "fp32", "inner_scale": "fp32"}
+    for name in ("q_ptr", "out_ptr"):
+        types[name] = NAMES[dtype]
+    for name in ("k_ptr", "v_ptr"):
+        types[name] = NAMES[cache]
+    for name in ("tables_ptr", "query_start_ptr", "context_len_ptr", "arrived_ptr"):
+        types[name] = "*i32"
+    for name in ("sinks_ptr", "values_ptr", "sums_ptr"):
+        types[name] = "*fp32"
+    return types
+
+
+def case(
+    kind: str,
+    target: str,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    *,
+    deterministic: bool = False,
+    small: bool = False,
+    decode: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    cache: torch.dtype | None = None,
+    window: int = 0,
+    softcap: bool = False,
+    sinks: bool = False,
+) -> Case:
+    """The "decode" or the "varlen" kernel as paged_attention would launch it on `target`."""
+    group = heads // kv_heads
+    sizes = (group, d, dtype.itemsize, AHEAD[target], deterministic)
+    tiles: Tiles = decode_tiles(*sizes) if kind == "decode" else varlen_tiles(*sizes, small)
+    kernel = decode_kernel if kind == "decode" else varlen_kernel
+    constants = {
+        "Q_STRIDE": heads * d,
+        "OUT_STRIDE": heads * d,
+        "K_STRIDE": kv_heads * 16 * d,
+        "V_STRIDE": kv_heads * 16 * d,
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "D": d,
+        "BLOCK": 16,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "HAS_SINKS": sinks,
+        "DETERMINISTIC": deterministic,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "TILE": tiles.keys,
+        "TILE_ROWS": tiles.rows,
+        "D_COLUMNS": columns(d),
+        "SEARCH": 256,
+    }
+    if kind == "decode":
+        constants |= {"ONE_QUERY": decode, "PIECE": tiles.piece}
+        constants |= {"GROUP_ROWS": power_of_2(group)}
+    name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
+    name += " deterministic" * deterministic + " small" * small
+    name += " mixed" * (not decode and kind == "decode") + " extras" * (softcap or sinks)
+    return Case(
+        name,
+        kernel,
+        _types(dtype, cache or dtype, kernel),
+        constants,
+        tiles.warps,
+        tiles.stages,
+        targets=(target,),
+        options={"maxnreg": tiles.registers} if tiles.registers else {},
+    )
+
+
+CASES = [
+    new
+    for target in AHEAD
+    for new in (
+        case("decode", target, 32, 8, 128),
+        case("decode", target, 32, 8, 128, deterministic=True, decode=False),
+        case("varlen", target, 32, 8, 128),
+        case("varlen", target, 32, 8, 128, deterministic=True, small=True),
+        case("decode", target, 8, 4, 256, window=1024, softcap=True, sinks=True),
+        case("varlen", target, 8, 4, 256, window=1024, softcap=True, sinks=True),
+    )
+] + [
+    case("decode", "sm_90", 9, 3, 64, dtype=torch.float16),
+    case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16),
+    case("varlen", "sm_90", 32, 8, 128, small=True),
+    case("varlen", "sm_90", 8, 4, 256, deterministic=True),
+    case("varlen", "sm_90", 32, 8, 128, deterministic=True),
+    case("decode", "sm_90", 8, 4, 256, deterministic=True),
+    case("decode", "sm_90", 4, 2, 16, dtype=torch.float32, cache=torch.bfloat16),
+    case("varlen", "sm_90", 4, 2, 16, dtype=torch.float32, deterministic=True),
+]

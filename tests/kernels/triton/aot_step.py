@@ -1,0 +1,45 @@
+"""Kernels of quire/kernels/triton/step."""
+
+from __future__ import annotations
+
+from quire.kernels.triton.step.apply_runs import apply_runs_kernel
+from quire.kernels.triton.step.count_tokens import count_tokens_kernel
+from quire.kernels.triton.step.prepare_step import prepare_step_kernel
+from tests.kernels.triton.aot import Case
+
+INTS = ["rows", "scalars", "tables", "history", "query_start", "context_len", "out_tables", "slots"]
+INTS += ["arena", "packet"]
+TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
+    "counts_ptr": "*i16",
+    "tokens_ptr": "*i64",
+    "positions_ptr": "*i64",
+    "out_slots_ptr": "*i64",
+    **dict.fromkeys(("num_rows", "num_tokens"), "i32"),
+    **dict.fromkeys(("group_tables", "group_slots"), "i64"),
+}
+RECORD = 21088
+
+CASES = [
+    Case("apply_runs", apply_runs_kernel, TYPES, {"BLOCK": 1024}),
+    Case(
+        "count_tokens",
+        count_tokens_kernel,
+        TYPES,
+        {"RECORD": RECORD, "V": 151936, "BLOCK_V": 2048, "TILE": 1024},
+    ),
+    *(
+        Case(
+            f"prepare_step rows<={rows} groups={groups}",
+            prepare_step_kernel,
+            TYPES,
+            {
+                "RECORD": RECORD,
+                "MAX_BLOCKS": 514,
+                "GROUPS": groups,
+                "BLOCK_B": rows,
+                "TILE": 512,
+            },
+        )
+        for rows, groups in ((1, 1), (256, 2))
+    ),
+]

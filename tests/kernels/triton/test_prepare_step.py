@@ -1,0 +1,103 @@
+"""A step's inputs against the reference and against quire.runner.slots.flatten."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from device_requests import POISON, request, rows_of, state_of
+
+from quire.kernels.device_state import DeviceState, StepBuffers
+from quire.kernels.reference.step.prepare_step import prepare_step as reference
+from quire.kernels.triton.step.prepare_step import prepare_step
+from quire.runner.slots import Slots, flatten
+from quire.step import Batch, Row
+
+GROUPS, MAX_LEN, MAX_BLOCKS, NUM_SLOTS = 2, 1300, 84, 6
+LENGTHS = [1, 17, 640, 1290, 33]
+
+
+def state(device: torch.device) -> DeviceState:
+    return state_of(
+        [
+            request(
+                slot,
+                [(31 * slot + i) % 47 for i in range(length)],
+                blocks=[[100 * (slot + 1) + 7 * g + b for b in range(82)] for g in range(GROUPS)],
+            )
+            for slot, length in enumerate(LENGTHS)
+        ],
+        device,
+        slots=NUM_SLOTS,
+        max_len=MAX_LEN,
+        groups=GROUPS,
+        max_blocks=MAX_BLOCKS,
+    )
+
+
+def poisoned(rows: int, tokens: int, device: torch.device) -> StepBuffers:
+    out = StepBuffers.allocate(rows, tokens, GROUPS, MAX_BLOCKS, device)
+    for field in fields(out):
+        getattr(out, field.name).fill_(POISON)
+    return out
+
+
+CASES = {
+    "nothing": ([], 0),
+    "only padding": ([(-1, 0, 0, 0)] * 2, 3),
+    "decode": ([(3, 1289, 1, 1), (0, 0, 1, 1), (4, 32, 1, 1)], 3),
+    "decode with padding": ([(2, 639, 1, 1), (1, 16, 1, 1), (-1, 0, 0, 0)], 3),
+    "one prompt": ([(2, 0, 640, 1)], 640),
+    "mixed": ([(3, 600, 690, 1), (1, 16, 1, 1), (2, 3, 520, 0), (0, 0, 1, 1)], 1300),
+    "unknown tokens": ([(1, 17, 1, 1), (4, 30, 5, 1)], 6),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_equals_reference(case: str, device: torch.device) -> None:
+    rows, tokens = CASES[case]
+    at = state(device)
+    # Views of larger buffers: what lies behind them must stay.
+    found, wanted = (poisoned(len(rows) + 2, tokens + 3, device) for _ in range(2))
+    prepare_step(at, rows_of(rows, device), found.view(len(rows), tokens))
+    reference(at, rows_of(rows, device), wanted.view(len(rows), tokens))
+    for field in fields(found):
+        assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
+
+
+@pytest.mark.parametrize("case", ["decode", "one prompt", "mixed"])
+def test_step_equals_the_eager_runners(case: str, device: torch.device) -> None:
+    rows, tokens = CASES[case]
+    at = state(device)
+    found = poisoned(len(rows), tokens, device)
+    prepare_step(at, rows_of(rows, device), found)
+    slots = Slots(NUM_SLOTS, MAX_BLOCKS, GROUPS)
+    enters = [
+        request(s, at.history[s, :n].tolist(), blocks=[t[:82].tolist() for t in at.tables[s]])
+        for s, n in enumerate(LENGTHS)
+    ]
+    slots.apply(Batch(0, [], enters, []))
+    nothing: list[list[int]] = [[]] * GROUPS
+    wanted = flatten([Row(s, start, [0] * n, nothing, True) for s, start, n, _ in rows], slots)
+    total = len(wanted.tokens_T)
+    assert found.tokens[:total].tolist() == wanted.tokens_T.tolist()
+    assert found.positions[:total].tolist() == wanted.positions_T.tolist()
+    assert found.query_start.tolist() == wanted.query_start.tolist()
+    assert found.context_len.tolist() == wanted.context_len.tolist()
+    for g in range(GROUPS):
+        assert found.slots[g, :total].tolist() == wanted.slots[g].tolist()
+        for i, context in enumerate(wanted.context_len):
+            needed = -(-int(context) // 16)
+            table = wanted.block_tables[g][i, :needed].tolist()
+            assert found.block_tables[g, i, :needed].tolist() == table
+            assert (found.block_tables[g, i, needed:] == POISON).all()
+    assert (found.slots[:, total:] == -1).all() and not found.tokens[total:].any()
+
+
+def test_a_token_that_was_never_sampled_is_zero(device: torch.device) -> None:
+    at = state(device)
+    assert int(at.history[1, 17]) == POISON
+    out = poisoned(1, 1, device)
+    prepare_step(at, rows_of([(1, 17, 1, 1)], device), out)
+    assert (out.tokens.tolist(), out.positions.tolist()) == ([0], [17])

@@ -79,6 +79,7 @@ def resolve(
         pool_blocks=blocks,
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
+        ranks=(group or Group()).size,
     )
     downgrades = [c for c in choices if c.downgrade]
     if options.engine.strict and downgrades:

@@ -115,7 +115,7 @@ def test_unusable_models_give_one_clear_message(quire: Quire, tmp_path: Path) ->
         str(corrupt): "corrupt.gguf",
         str(empty): "no config.json",
         str(shards): "model-00001-of-00002.safetensors",
-        bare: "no weights",
+        bare: "no safetensors weights",
     }
     for model, told in cases.items():
         ran = quire("run", model, "hi")

@@ -54,6 +54,10 @@ class Faulty:
     def reset(self) -> None:
         self.inner.reset()
 
+    def warm(self) -> bool:
+        warmed: bool = self.inner.warm()
+        return warmed
+
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_faulty_request_fails_alone(tiny_llama: str, ahead: bool) -> None:

@@ -69,11 +69,12 @@ def test_descriptors_reach_the_same_elements(
 
 @pytest.mark.parametrize("tma", [False, True])
 def test_only_the_result_is_written(tma: bool, device: torch.device) -> None:
+    n = 24 if tma else 21  # the copy engine is not used for columns that end within 16 bytes
     whole = torch.full((9, 48), torch.nan, dtype=torch.float16, device=device)
-    x, weight = (torch.ones(r, 40, dtype=torch.float16, device=device) for r in (7, 21))
-    run_gemm(x, weight, None, whole[1:-1, 8:29], "", tma=tma)
+    x, weight = (torch.ones(r, 40, dtype=torch.float16, device=device) for r in (7, n))
+    run_gemm(x, weight, None, whole[1:-1, 8 : 8 + n], "", tma=tma)
     written = torch.zeros_like(whole, dtype=torch.bool)
-    written[1:-1, 8:29] = True
+    written[1:-1, 8 : 8 + n] = True
     assert torch.equal(~whole.isnan(), written)
 
 

@@ -168,6 +168,8 @@ def run_gemm(
         strides = ((x_TK, x_stride), (weight_NK, k), (out_TN, out_stride))
         # Multiply-adds (float32) take tiles in registers, which the copy engine only makes more of.
         tma = hopper and itemsize == 2 and all(_copied_by_tma(*s) for s in strides)
+        # It writes whole units of 16 bytes, beyond the last column where that ends within one.
+        tma = tma and n * itemsize % 16 == 0
     x: Any = x_TK
     weight: Any = weight_NK
     target: Any = out_TN

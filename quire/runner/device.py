@@ -173,8 +173,11 @@ class DeviceRunner:
 
     def _planned(self) -> list[Shape | Sampling]:
         """Shapes to prepare, the largest first, so that the others find memory in the pool."""
-        largest = self._shape(self._tokens, min(self._rows, max(1, self._tokens - 1)))
-        keys: list[Shape | Sampling] = [largest]
+        size, keys = self._tokens, list[Shape | Sampling]()
+        # What gets no graph is computed at every doubling: between them kernels are the same.
+        while size > (*self._decode_sizes, *self._mixed_sizes, 1)[-1]:
+            keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
+            size //= 2
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
         for rows in reversed(self._decode_sizes):
             keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]

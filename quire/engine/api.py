@@ -52,7 +52,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
 class EngineStats(msgspec.Struct, frozen=True):
     """Counters since start, and gauges. `step_age`: seconds that the engine has been in the same
     step (or since it was last heard). `silence`: seconds since it was last heard, which is every
-    second even while a step computes."""
+    second even while a step computes. `to_warm`: shapes of steps that are still to be prepared
+    (CUDA graphs to capture); until then they are computed more slowly."""
 
     waiting: int = 0
     running: int = 0
@@ -66,6 +67,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     generated_tokens: int = 0
     step_age: float = 0.0
     silence: float = 0.0
+    to_warm: int = 0
 
 
 class AsyncEngine(Protocol):

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from typing import Protocol
 
+import msgspec
+
+from quire.engine.api import EngineStats
 from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Abort, Add, Delta
 from quire.errors import QuireError
@@ -32,8 +35,8 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Drop all slots, after a step that raised."""
 
-    def warm(self) -> bool:
-        """Do one piece of work that makes later steps faster; False where none is left."""
+    def warm(self) -> int:
+        """Do one piece of work that makes later steps faster; how many pieces are left."""
 
 
 class EngineCore:
@@ -48,6 +51,7 @@ class EngineCore:
         self.runner = runner
         self.depth = depth
         self.host_seconds = 0.0
+        self._to_warm = 0
         self._inflight: deque[tuple[int, Pending]] = deque()
 
     @property
@@ -72,9 +76,14 @@ class EngineCore:
     def abort(self, abort: Abort) -> None:
         self.scheduler.abort(abort.request_id, abort.reason, abort.length)
 
-    def warm(self) -> bool:
-        """Prepare for faster steps, a piece (some ten milliseconds) a call; False once done."""
-        return self.runner.warm()
+    def warm(self) -> int:
+        """Prepare for faster steps, a piece (some ten milliseconds) a call; the pieces left."""
+        self._to_warm = self.runner.warm()
+        return self._to_warm
+
+    def stats(self) -> EngineStats:
+        """The scheduler's numbers, and the runner's."""
+        return msgspec.structs.replace(self.scheduler.stats(), to_warm=self._to_warm)
 
     def step(self) -> list[Delta]:
         """Submit what can be in flight, commit the oldest step; deltas in order of requests."""

@@ -82,7 +82,7 @@ class EngineProcess:
 
     def _serve(self, core: EngineCore) -> None:
         deltas: list[wire.Delta] = []
-        self._stats = core.scheduler.stats()
+        self._stats = core.stats()
         while not self._ending:
             self._turned = time.monotonic()
             for message in self._messages(wait=core.idle and not core.warm()):
@@ -90,7 +90,7 @@ class EngineProcess:
             deltas += core.step()
             now = time.monotonic()
             if deltas or now - self._told >= HEARTBEAT_SECONDS:
-                self._stats, self._told = core.scheduler.stats(), now
+                self._stats, self._told = core.stats(), now
                 self._send(wire.Outputs(deltas, self._stats))
                 deltas = []
             if core.idle:

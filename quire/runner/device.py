@@ -150,11 +150,11 @@ class DeviceRunner:
         cast(AttentionScratch, self._kernels.scratch).reset()
 
     @torch.inference_mode()
-    def warm(self) -> bool:
+    def warm(self) -> int:
         """Prepare for one shape: capture its graph, or compute it where it gets none, so that its
-        kernels are compiled and its memory is there. False where nothing is left."""
+        kernels are compiled and its memory is there. Returns how many shapes are left."""
         if not self._wanted:
-            return False
+            return 0
         key = self._wanted.popleft()
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
@@ -162,7 +162,7 @@ class DeviceRunner:
             self._prepare(key, lambda: self._forward(key))
         else:
             self._prepare(key, lambda: self._sample(key))
-        return bool(self._wanted)
+        return len(self._wanted)
 
     def _prepare(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
         sizes = (*self._decode_sizes, *self._mixed_sizes)

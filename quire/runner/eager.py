@@ -102,9 +102,9 @@ class EagerRunner:
         """Forget all requests, after a step that raised."""
         self.slots.reset()
 
-    def warm(self) -> bool:
+    def warm(self) -> int:
         """Nothing to prepare: decode steps are recorded when they first come."""
-        return False
+        return 0
 
     def _forward(self, flat: Flat) -> torch.Tensor:
         groups = [

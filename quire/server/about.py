@@ -75,12 +75,14 @@ async def health(state: ServerState, request: Request) -> Response:
 
 
 async def ready(state: ServerState, request: Request) -> Response:
-    """GET /ready: 200 once requests are accepted. Raises HttpError 503 otherwise."""
+    """GET /ready: 200 once requests are accepted, with the number of step shapes (CUDA graphs)
+    that are still to be prepared. Raises HttpError 503 otherwise."""
     state.accepting_service()
     answer = await health(state, request)
     if answer.status_code != 200:
         raise HttpError(503, "not_ready", "the engine does not answer")
-    return _json({"status": "ready"})
+    stats = await _stats(state)
+    return _json({"status": "ready", "graphs_to_capture": stats.to_warm if stats else 0})
 
 
 async def metrics(state: ServerState, request: Request) -> Response:

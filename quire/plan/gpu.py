@@ -112,7 +112,8 @@ def place(
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
-        + SamplingScratch.nbytes(sequences, config.vocab_size),
+        + SamplingScratch.nbytes(sequences, config.vocab_size)
+        + config.hidden * tokens * itemsize,  # hidden states between forward pass and sampling
         "context and libraries": RESERVE_BYTES,
     }
     # What other programs hold, and this process's own context, is not ours to give out.
@@ -150,7 +151,8 @@ def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int
     Few enough to be captured in seconds, close enough that padding costs little.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4097, 32)]
-    decode = [n for n in sizes if n < sequences] + [sequences]
+    most = min(sequences, tokens)
+    decode = [n for n in sizes if n < most] + [most]
     steps = [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, LARGEST_MIXED_GRAPH]
     return tuple(decode), tuple(n for n in steps if n <= tokens)
 

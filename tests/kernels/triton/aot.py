@@ -4,7 +4,7 @@
     python -m tests.kernels.triton.aot norm full   # every case for every target
 
 Without `full`, the first case of each kernel is compiled for all targets, the others for sm_90,
-which is what their tile sizes are for.
+which is what their tile sizes are for, and those marked `only_full` are left out.
 
 Each area has a module `tests/kernels/triton/aot_<area>.py` with a list CASES. This runs in a
 process of its own, since the tests' process has chosen the interpreter.
@@ -43,6 +43,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)
+    only_full: bool = False
 
 
 # Bytes of shared memory that one program can have.
@@ -78,6 +79,8 @@ def planned(cases: list[Case], full: bool) -> list[tuple[Case, tuple[str, ...]]]
     """Each case with the targets it is compiled for."""
     found, seen = [], set()
     for case in cases:
+        if case.only_full and not full:
+            continue
         first = case.kernel not in seen
         seen.add(case.kernel)
         few = tuple(t for t in case.targets if t == "sm_90") or case.targets

@@ -53,6 +53,7 @@ def case(
     window: int = 0,
     softcap: bool = False,
     sinks: bool = False,
+    only_full: bool = False,
 ) -> Case:
     """The "decode" or the "varlen" kernel as paged_attention would launch it on `target`."""
     group = heads // kv_heads
@@ -93,27 +94,30 @@ def case(
         tiles.stages,
         targets=(target,),
         options={"maxnreg": tiles.registers} if tiles.registers else {},
+        only_full=only_full,
     )
 
 
-CASES = [
-    new
-    for target in AHEAD
-    for new in (
+def _for_target(target: str) -> list[Case]:
+    rest: dict[str, Any] = {"only_full": target != "sm_90"}
+    extras: dict[str, Any] = {"window": 1024, "softcap": True, "sinks": True} | rest
+    return [
         case("decode", target, 32, 8, 128),
-        case("decode", target, 32, 8, 128, deterministic=True, decode=False),
         case("varlen", target, 32, 8, 128),
-        case("varlen", target, 32, 8, 128, deterministic=True, small=True),
-        case("decode", target, 8, 4, 256, window=1024, softcap=True, sinks=True),
-        case("varlen", target, 8, 4, 256, window=1024, softcap=True, sinks=True),
-    )
-] + [
-    case("decode", "sm_90", 9, 3, 64, dtype=torch.float16),
-    case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16),
-    case("varlen", "sm_90", 32, 8, 128, small=True),
-    case("varlen", "sm_90", 8, 4, 256, deterministic=True),
-    case("varlen", "sm_90", 32, 8, 128, deterministic=True),
-    case("decode", "sm_90", 8, 4, 256, deterministic=True),
-    case("decode", "sm_90", 4, 2, 16, dtype=torch.float32, cache=torch.bfloat16),
-    case("varlen", "sm_90", 4, 2, 16, dtype=torch.float32, deterministic=True),
+        case("decode", target, 32, 8, 128, deterministic=True, decode=False, **rest),
+        case("varlen", target, 32, 8, 128, deterministic=True, small=True, **rest),
+        case("decode", target, 8, 4, 256, **extras),
+        case("varlen", target, 8, 4, 256, **extras),
+    ]
+
+
+CASES = [new for target in AHEAD for new in _for_target(target)] + [
+    case("decode", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
+    case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
+    case("varlen", "sm_90", 32, 8, 128, small=True, only_full=True),
+    case("varlen", "sm_90", 8, 4, 256, deterministic=True, only_full=True),
+    case("varlen", "sm_90", 32, 8, 128, deterministic=True, only_full=True),
+    case("decode", "sm_90", 8, 4, 256, deterministic=True, only_full=True),
+    case("decode", "sm_90", 4, 2, 16, dtype=torch.float32, cache=torch.bfloat16, only_full=True),
+    case("varlen", "sm_90", 4, 2, 16, dtype=torch.float32, deterministic=True, only_full=True),
 ]

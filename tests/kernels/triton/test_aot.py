@@ -36,9 +36,8 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Compiled]:
     """What the tests of this module need, compiled on all cores at once."""
-    wanted = [
-        item.callspec.params for item in request.session.items if "width" in item.fixturenames
-    ]
+    mine = [item for item in request.session.items if item.path == Path(__file__)]
+    wanted = [item.callspec.params for item in mine if "area" in item.fixturenames]
     cache = tmp_path_factory.mktemp("triton")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {

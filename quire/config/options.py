@@ -56,7 +56,8 @@ class ModelOptions:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "number format of the KV cache; auto is float32 with --dtype float32, else bfloat16",
+        "number format of the KV cache; auto is the model's on a GPU; on a CPU float32 with "
+        "--dtype float32, else bfloat16",
         choices=("auto", "float32", "bfloat16"),
     )
     max_model_len: int | None = option(

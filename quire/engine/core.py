@@ -78,7 +78,10 @@ class EngineCore:
 
     def warm(self) -> int:
         """Prepare for faster steps, a piece (some ten milliseconds) a call; the pieces left."""
-        self._to_warm = self.runner.warm()
+        try:
+            self._to_warm = self.runner.warm()
+        except Exception as error:  # steps of that shape may be slow, the others must go on
+            log.error("preparing for a shape of steps failed", exc_info=error)
         return self._to_warm
 
     def stats(self) -> EngineStats:

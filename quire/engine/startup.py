@@ -185,7 +185,7 @@ def assemble(
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
-        core.warm()  # the largest step: most kernels are there then, and memory has sufficed
+        runner.warm()  # the largest step: most kernels are there then, and memory has sufficed
     return Engine(core, plan, info, files)
 
 

@@ -15,7 +15,7 @@ from quire.kernels.dense import DenseWeights
 from quire.kernels.device_state import DeviceState
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.layers.build import Build, Kernels
-from quire.models.registry import build_model, read_config
+from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts
 from quire.plan.place import Place, remaining, sum_weights
@@ -25,11 +25,12 @@ MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
 # Ampere is the first to have bfloat16 and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
 HEAD_SIZES = range(16, 257, 8)
+MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN = 512, 16
 # Beyond this many tokens a step computes for longer than its kernels take to launch.
 LARGEST_MIXED_GRAPH = 2048
-# CUDA's context, cuBLAS and its workspace, the kernels' code; measured on an H200.
-RESERVE_BYTES = 900 * 2**20
-# What a captured graph itself takes of the GPU's memory; measured on an H200.
+# CUDA's context, cuBLAS and its workspace, the kernels' code and attention's scratch.
+RESERVE_BYTES = 1024 * 2**20
+# What a captured graph itself takes of the GPU's memory, generously.
 GRAPH_BYTES = 3 * 2**20
 SMALLER = {
     "weights": "use a smaller or quantised model, or a GPU with more memory",
@@ -86,6 +87,7 @@ def place(
     build = Build(sizes, dtype=DTYPES[dtype], group=group)
     build_model(hf, build)
     _check_head_sizes(build)
+    _check_experts(read_config(hf))
     packed = {f for f in map(formats, _matrices(build)) if f not in ("f32", "f16", "bf16")}
     if packed:
         reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
@@ -176,7 +178,26 @@ def _choose_dtype(options: Options, hf: dict[str, Any], choices: list[Choice]) -
 
 def _choose_kv_dtype(options: Options, dtype: str) -> str:
     asked = options.model.kv_cache_dtype
+    if asked not in ("auto", dtype) and (dtype, asked) != ("float32", "bfloat16"):
+        raise PlanError(
+            "unsupported_kv_dtype",
+            f"--kv-cache-dtype {asked} does not go with --dtype {dtype} on a GPU",
+            why="the attention kernels read a cache of the model's own number format, or bfloat16 "
+            "under float32",
+            fix="use --kv-cache-dtype auto",
+        )
     return dtype if asked == "auto" else asked
+
+
+def _check_experts(config: ModelConfig) -> None:
+    experts, chosen = getattr(config, "experts", 0), getattr(config, "experts_per_token", 0)
+    if experts > MOST_EXPERTS or chosen > MOST_EXPERTS_PER_TOKEN:
+        raise PlanError(
+            "unsupported_experts",
+            f"the GPU kernels do not have {chosen} of {experts} experts for each token",
+            why=f"at most {MOST_EXPERTS_PER_TOKEN} of {MOST_EXPERTS}",
+            fix="use --device cpu",
+        )
 
 
 def _check_head_sizes(build: Build) -> None:

@@ -40,6 +40,9 @@ from quire.runner.graphs import Graphs
 from quire.runner.sampler import FORBIDDEN_ERROR, NAN_ERROR
 from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
 
+# Of the attention kernels at most, beside small amounts that the number of rows decides; part of
+# the plan's reserve (quire/plan/gpu.py).
+SCRATCH_BYTES = 128 * 2**20
 # A plain integer: it is looked at for every row of every step.
 LOGPROBS = int(Flag.LOGPROBS)
 # Host copies of results: of steps in flight, and of the one being written.
@@ -110,6 +113,12 @@ class DeviceRunner:
             "device": self.device,
         }
         shapes = {(self._rows, c.heads, c.kv_heads, c.head_size) for c in build.caches}
+
+        def size() -> int:
+            return max(AttentionScratch.nbytes(*shape, **common) for shape in shapes)
+
+        while common["total_tokens"] and size() > SCRATCH_BYTES:
+            common["total_tokens"] //= 2  # what finds no room is computed without splitting
         largest = max(shapes, key=lambda shape: AttentionScratch.nbytes(*shape, **common))
         self._kernels.scratch = AttentionScratch.allocate(*largest, **common)
 
@@ -162,6 +171,8 @@ class DeviceRunner:
             self._prepare(key, lambda: self._forward(key))
         else:
             self._prepare(key, lambda: self._sample(key))
+        if not self._wanted:
+            count_tokens(self.state, self._slots([-1]))
         return len(self._wanted)
 
     def _prepare(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
@@ -175,13 +186,17 @@ class DeviceRunner:
         """Shapes to prepare, the largest first, so that the others find memory in the pool."""
         size, keys = self._tokens, list[Shape | Sampling]()
         # What gets no graph is computed at every doubling: between them kernels are the same.
-        while size > (*self._decode_sizes, *self._mixed_sizes, 1)[-1]:
+        while size > max((*self._decode_sizes, *self._mixed_sizes, 1)):
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
             size //= 2
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
-        for rows in reversed(self._decode_sizes):
+        sizes = self._decode_sizes or (min(self._rows, self._tokens),)
+        for rows in reversed(sizes):
             keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
-        return keys + [Sampling(rows, "plain", False) for rows in reversed(self._decode_sizes)]
+        keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
+        # The rest is captured where a request asks for it; its kernels are compiled before.
+        rest = (("full", False), ("greedy", True), ("full", True))
+        return keys + [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
 
     def _run(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
@@ -221,7 +236,9 @@ class DeviceRunner:
             runs += self._diffs.enter(enter)
             if self._diffs.flags[enter.slot] & Flag.PENALTIES:
                 counted.append(enter.slot)
-            self._logprobs[enter.slot] = enter.params.logprobs
+            wanted = enter.params.logprobs
+            vocabulary = self.state.layout.vocab_size
+            self._logprobs[enter.slot] = None if wanted is None else min(wanted, vocabulary)
             if enter.params.prompt_logprobs is not None:
                 prompt = enter.tokens[: enter.num_prompt]
                 self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
@@ -231,7 +248,12 @@ class DeviceRunner:
         for packet, count in self._packets.send(runs):
             apply_runs(self.state.arena, packet, count)
         if counted:
-            count_tokens(self.state, torch.tensor(counted, dtype=torch.int32, device=self.device))
+            count_tokens(self.state, self._slots(counted))
+
+    def _slots(self, slots: list[int]) -> torch.Tensor:
+        """Slots on the device, by a copy that the host does not wait for."""
+        host = torch.tensor(slots, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
 
     def _sampling_rows(self, rows: list[Row], places: list[tuple[int, int]], size: int) -> Run:
         """The run of the second table of rows: slot, place of the hidden state, 1, flags."""

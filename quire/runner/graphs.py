@@ -41,11 +41,11 @@ class Graphs:
 
         A failure leaves this key without a graph, and is logged.
         """
-        compute()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
         try:
+            compute()
+            self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 # Other threads may use the device meanwhile. torch.cuda.graph() would collect
                 # garbage and wait for the device each time.

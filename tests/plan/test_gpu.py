@@ -135,3 +135,18 @@ def test_graph_sizes_end_at_what_a_step_can_hold(tokens: int, sequences: int) ->
     assert list(decode) == sorted(set(decode))
     assert all(size <= tokens for size in mixed)
     assert all(2 * a >= b for a, b in pairwise(decode))
+
+
+def test_limits_of_the_kernels_are_refused_before_loading() -> None:
+    with pytest.raises(PlanError, match="--kv-cache-dtype float32 does not go with"):
+        plan(kv_cache_dtype="float32")
+    assert plan(dtype="float32", kv_cache_dtype="bfloat16").kv_dtype == "bfloat16"
+    many = {
+        **QWEN,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 1024,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 64,
+    }
+    with pytest.raises(PlanError, match="8 of 1024 experts"):
+        plan(many)

@@ -276,9 +276,11 @@ def test_nan_fails_only_the_request_that_has_it(write_model: WriteModel) -> None
 
 @pytest.mark.gpu
 def test_nothing_is_allocated_or_compiled_once_all_is_warm(write_model: WriteModel) -> None:
-    model = write_model(num_hidden_layers=2)
-    made = engine(model, "cuda", max_num_batched_tokens=512, max_num_seqs=8)
+    model = write_model(num_hidden_layers=2, max_position_embeddings=4096)
+    sizes = {"max_num_batched_tokens": 4096, "max_num_seqs": 64, "max_model_len": 4096}
+    made = engine(model, "cuda", kv_cache_memory=2**26, **sizes)
     assert not made.core.runner._graphs.failed  # type: ignore[attr-defined]
+    long = [Add("long", [7] * 3000, SamplingParams(temperature=0.0, max_tokens=2), 0)]
     run(made, requests(4, 8))
     while made.core.warm():
         pass
@@ -289,6 +291,7 @@ def test_nothing_is_allocated_or_compiled_once_all_is_warm(write_model: WriteMod
     try:
         for seed in (9, 10):
             run(made, requests(20, seed), seed=seed)
+        run(made, long)
     finally:
         knobs.jit_post_compile_hook = None
     assert torch.cuda.memory_stats()["num_device_alloc"] == before

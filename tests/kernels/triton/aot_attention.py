@@ -77,7 +77,7 @@ def case(
         "TILE": tiles.keys,
         "TILE_ROWS": tiles.rows,
         "D_COLUMNS": columns(d),
-        "SEARCH": 256,
+        "SEARCH": 32 if kind == "decode" and decode else 256,
     }
     if kind == "decode":
         constants |= {"ONE_QUERY": decode, "PIECE": tiles.piece}

@@ -95,7 +95,8 @@ def paged_attention(
         "DETERMINISTIC": deterministic,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "D_COLUMNS": columns(head_size),
-        "SEARCH": 32 if rows <= 32 else 256,
+        # One for all mixed steps: a variant more would compile while serving.
+        "SEARCH": 32 if rows <= 32 and decode else 256,
     }
     tensors = (
         q, k_cache, v_cache, block_tables, query_start, context_len,

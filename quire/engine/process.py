@@ -48,9 +48,9 @@ class EngineProcess:
 
     def run(self) -> int:
         """Serve until told to end. Returns the exit code."""
-        self._send(wire.Hello(wire.WIRE_VERSION))
-        threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
         try:
+            self._send(wire.Hello(wire.WIRE_VERSION))
+            threading.Thread(target=self._read, name="engine-reader", daemon=True).start()
             start = self._inbox.get()
             if not isinstance(start, wire.Start):
                 raise QuireError("protocol", "the first message must be Start")

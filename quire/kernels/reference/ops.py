@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch.nn import functional
 
+from quire.kernels.reference.activation.gated_activation import gated_activation
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
@@ -184,15 +185,6 @@ def attention(
         mixed = torch.einsum("hgts,hsd->thgd", weights, v)
         result[first:last] = mixed.reshape(last - first, -1)
     return _into(out, result)
-
-
-def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    if kind == "silu":
-        return _into(out, functional.silu(gate) * up)
-    if kind == "gelu_tanh":
-        return _into(out, functional.gelu(gate, approximate="tanh") * up)
-    raise ValueError(f"kind: {kind!r} is not one of silu, gelu_tanh")
 
 
 def gated_linear(

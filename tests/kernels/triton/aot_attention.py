@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quire.kernels.triton.attention.decode import decode_kernel
+from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
 from quire.kernels.triton.attention.tiles import (
     Target,
     Tiles,
@@ -53,13 +54,15 @@ def case(
     window: int = 0,
     softcap: bool = False,
     sinks: bool = False,
+    one_row: bool = False,
     only_full: bool = False,
 ) -> Case:
     """The "decode" or the "varlen" kernel as paged_attention would launch it on `target`."""
     group = heads // kv_heads
     sizes = (group, d, dtype.itemsize, AHEAD[target], deterministic)
     tiles: Tiles = decode_tiles(*sizes) if kind == "decode" else varlen_tiles(*sizes, small)
-    kernel = decode_kernel if kind == "decode" else varlen_kernel
+    decodes = decode_ordered_kernel if deterministic else decode_kernel
+    kernel = decodes if kind == "decode" else varlen_kernel
     constants = {
         "Q_STRIDE": heads * d,
         "OUT_STRIDE": heads * d,
@@ -72,7 +75,6 @@ def case(
         "WINDOW": window,
         "SOFTCAP": softcap,
         "HAS_SINKS": sinks,
-        "DETERMINISTIC": deterministic,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "TILE": tiles.keys,
         "TILE_ROWS": tiles.rows,
@@ -80,10 +82,13 @@ def case(
         "SEARCH": 32 if kind == "decode" and decode else 256,
     }
     if kind == "decode":
-        constants |= {"ONE_QUERY": decode, "PIECE": tiles.piece}
-        constants |= {"GROUP_ROWS": power_of_2(group)}
+        constants |= {"ONE_QUERY": decode, "ONE_ROW": one_row, "GROUP_ROWS": power_of_2(group)}
+    if kernel is decode_kernel:
+        constants |= {"PIECE": tiles.piece}
+    if kernel is varlen_kernel:
+        constants |= {"DETERMINISTIC": deterministic}
     name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
-    name += " deterministic" * deterministic + " small" * small
+    name += " deterministic" * deterministic + " small" * small + " one row" * one_row
     name += " mixed" * (not decode and kind == "decode") + " extras" * (softcap or sinks)
     return Case(
         name,
@@ -104,6 +109,7 @@ def _for_target(target: str) -> list[Case]:
     return [
         case("decode", target, 32, 8, 128),
         case("varlen", target, 32, 8, 128),
+        case("decode", target, 32, 8, 128, one_row=True, **rest),
         case("decode", target, 32, 8, 128, deterministic=True, decode=False, **rest),
         case("varlen", target, 32, 8, 128, deterministic=True, small=True, **rest),
         case("decode", target, 8, 4, 256, **extras),

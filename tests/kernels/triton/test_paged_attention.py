@@ -248,6 +248,16 @@ def test_more_requests_than_are_searched_at_once(device: torch.device) -> None:
     requests.check(counts)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("context", [1, 64, 300])
+def test_one_request_alone_equals_the_reference(
+    context: int, deterministic: bool, device: torch.device
+) -> None:
+    for shape in (PLAIN, EXTRAS):
+        requests = Requests(shape, [context], device)
+        requests.check([1], decode=True, deterministic=deterministic)
+
+
 def test_nothing_to_do_is_no_launch(device: torch.device) -> None:
     requests = Requests(PLAIN, [20], device)
     width = PLAIN.heads * PLAIN.d

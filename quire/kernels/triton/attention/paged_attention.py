@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quire.kernels.triton.attention.decode import decode_kernel
+from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
 from quire.kernels.triton.attention.scratch import Scratch, decode_programs
 from quire.kernels.triton.attention.tiles import (
     columns,
@@ -92,7 +93,6 @@ def paged_attention(
         "WINDOW": window or 0,
         "SOFTCAP": softcap is not None,
         "HAS_SINKS": sinks is not None,
-        "DETERMINISTIC": deterministic,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "D_COLUMNS": columns(head_size),
         # One for all mixed steps: a variant more would compile while serving.
@@ -108,14 +108,21 @@ def paged_attention(
     capacity = scratch.capacity(group, head_size)
     pieces = rows * kv_heads * -(-block_tables.shape[1] * block // tiles.piece)
     programs = min(decode_programs(tiles, device), pieces)
-    if not deterministic:
+    one_row = decode and rows == 1
+    walk: dict[str, Any] = {"ONE_QUERY": decode, "ONE_ROW": one_row, "TILE": tiles.keys}
+    walk |= {"TILE_ROWS": tiles.rows, "GROUP_ROWS": power_of_2(group), **shared, **tiles.meta}
+    handed = (scratch.values, scratch.sums, scratch.arrived, rows, block_tables.stride(0))
+    if deterministic:
+        launch(
+            decode_ordered_kernel, (programs,), device, *tensors, *handed, capacity, factor,
+            inner_scale, **walk,
+        )  # fmt: skip
+    else:
         programs = max(1, min(programs, capacity // 2))
-    launch(
-        decode_kernel, (programs,), device, *tensors, scratch.values, scratch.sums,
-        scratch.arrived, rows, block_tables.stride(0), capacity, factor, inner_scale,
-        ONE_QUERY=decode, PIECE=tiles.piece, TILE=tiles.keys, TILE_ROWS=tiles.rows,
-        GROUP_ROWS=power_of_2(group), **shared, **tiles.meta,
-    )  # fmt: skip
+        launch(
+            decode_kernel, (programs,), device, *tensors, *handed, factor, inner_scale,
+            PIECE=tiles.piece, **walk,
+        )  # fmt: skip
     if decode:
         return out
 
@@ -125,7 +132,8 @@ def paged_attention(
     count = (tokens // (tiles.rows // group) + rows) * kv_heads
     launch(
         varlen_kernel, (count,), device, *tensors, rows, block_tables.stride(0), factor,
-        inner_scale, TILE=tiles.keys, TILE_ROWS=tiles.rows, **shared, **tiles.meta,
+        inner_scale, DETERMINISTIC=deterministic, TILE=tiles.keys, TILE_ROWS=tiles.rows, **shared,
+        **tiles.meta,
     )  # fmt: skip
     return out
 

@@ -80,11 +80,12 @@ def _deterministic_keys(head_size: int) -> int:
 def decode_tiles(
     group: int, head_size: int, itemsize: int, target: Target, deterministic: bool
 ) -> Tiles:
-    """Tiles of the decode kernel.
+    """Tiles of the decode kernels.
 
-    Pieces are 128 tokens: at 36 GB/s, a multiprocessor's part of an H200's memory bus, one takes
-    2 us at D = 128, about what handing on a state costs. A tile is 16 KiB of keys and as much of
-    values; with two of them in flight three programs fit a Hopper multiprocessor.
+    One warp and tiles of 8 KiB of keys and as much of values, three of them in flight: four
+    programs fill a Hopper multiprocessor's shared memory. With four warps and tiles twice as large
+    one request of 3,000 tokens took 18 us a layer on an H200, with one warp 12: warps wait for each
+    other in every tile. Pieces of 64 tokens, so that one request occupies many programs.
 
     Deterministic: 64 rows and 4 warps, one wgmma of Hopper, as the varlen kernel has (elsewhere
     one shape for both). A tile is too large for three stages, so it has one, and other programs on
@@ -95,17 +96,18 @@ def decode_tiles(
     rows = max(16, power_of_2(group))
     width = columns(head_size) * itemsize
     if itemsize == 4:
-        return Tiles(rows, 32, 32 if deterministic else 128, 4, 1)
+        return Tiles(rows, 32, 32 if deterministic else 64, 4 if deterministic else 1, 1)
     if deterministic:
         keys = _deterministic_keys(head_size)
-        rows, stages, buffered = max(64, rows), 1, 2 * keys
-    else:
-        keys = min(128, max(16, 16384 // width))
-        stages = 1 if target.amd else 3 if target.shared > 100_000 else 2
-        buffered = 2 * keys * max(1, stages - 1)
-    together = min(3, max(1, target.shared // ((buffered + rows) * width + 4096)))
-    registers = 168 if together == 3 and not target.amd else None  # 65,536 for 3 x 128 threads
-    return Tiles(rows, keys, keys if deterministic else 128, 4, stages, together, registers)
+        rows = max(64, rows)
+        together = min(3, max(1, target.shared // ((2 * keys + rows) * width + 4096)))
+        registers = 168 if together == 3 and not target.amd else None  # 65,536 for 3 x 128 threads
+        return Tiles(rows, keys, keys, 4, 1, together, registers)
+    keys = min(128, max(16, 8192 // width))
+    stages = 1 if target.amd else 4
+    buffered = 2 * keys * max(1, stages - 1)
+    together = min(8, max(1, target.shared // ((buffered + rows) * width + 1024)))
+    return Tiles(rows, keys, max(64, keys), 1, stages, together)
 
 
 def varlen_tiles(

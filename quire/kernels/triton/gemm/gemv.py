@@ -107,10 +107,14 @@ def gemv_tiles(tokens: int, n: int, k: int, gated: bool) -> dict[str, int]:
     Short rows of few elements a thread, so that many programs share a multiprocessor and about
     32 KB are on their way on each; more rows for more tokens, since every row of the weight
     takes all tokens out of the L1 cache once. Many short rows, as of a small model's head, go to
-    programs of one warp.
+    programs of one warp. A weight that about fits the registers of all multiprocessors together is
+    loaded whole before the inputs are there: what runs before it, attention, leaves the bus idle.
+    (On an H200 that is 1 us less for [2048, 4096] in its layer, and 2 us more for [4096, 4096].)
     """
     if k <= 1024 and n >= 16384:
         return {"ROWS": 8, "BLOCK_K": 256, "num_warps": 1}
+    if not gated and 2048 < k <= 4096 and 2048 <= n <= 10 * 2**20 // k and tokens == 1:
+        return {"ROWS": 4, "BLOCK_K": 4096, "num_warps": 8}
     rows = 2 * (1 + gated) if tokens == 1 else 4
     block = max(32, min(triton.next_power_of_2(k), 1024))
     return {"ROWS": rows, "BLOCK_K": block, "num_warps": max(1, min(4, block // 256))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -21,6 +21,12 @@ from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build, CpuKernels, Kernels
+from quire.models.checkpoint import (
+    checkpoint_scheme,
+    declared_formats,
+    dummy_checkpoint,
+    open_checkpoint,
+)
 from quire.models.registry import (
     Model,
     build_model,
@@ -28,16 +34,16 @@ from quire.models.registry import (
     load_weights,
     read_config,
 )
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
+from quire.quant.source import QuantizedSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights, open_source
-from quire.weights.dummy import DummySource
 from quire.weights.hub import ModelFiles
 from quire.weights.hub import resolve as find_files
-from quire.weights.source import TensorInfo, WeightSource
+from quire.weights.source import WeightSource
 
 Progress = Callable[[str, float], None]
 
@@ -79,16 +85,24 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
-    hf = files.config()
-    formats, fingerprint = None, "no weights"
+    hf, scheme = files.config(), checkpoint_scheme(files)
+    formats, fingerprint = declared_formats(hf, scheme), "no weights"
     if options.model.load_format == "dummy":
-        source = dummy_source(options, hf, torch.device("cpu"), stored_formats(files))
+        source = dummy_source(options, files, torch.device("cpu"))
         fingerprint = source.fingerprint()
     elif source is not None:
         fingerprint = files.commit or source.fingerprint()
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
-    facts = ModelFacts(files.name, hf, formats, f"{fingerprint} {config_digest(hf)}")
+    kv_scales = isinstance(source, QuantizedSource) and source.has_kv_scales
+    facts = ModelFacts(
+        files.name,
+        hf,
+        formats,
+        f"{fingerprint} {config_digest(hf)}",
+        scheme="" if scheme is None else scheme.name,
+        kv_cache="" if scheme is None else scheme.kv_cache or ("fp8" if kv_scales else ""),
+    )
     return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
 
 
@@ -106,27 +120,14 @@ def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
             fix="leave --load-format out, or name another model",
             field="load_format",
         )
-    return None if wanted == "dummy" or files.kind == "config" else open_source(files)
+    return None if wanted == "dummy" or files.kind == "config" else open_checkpoint(files)
 
 
-def dummy_source(
-    options: Options,
-    hf_config: dict[str, Any],
-    device: torch.device,
-    formats: Mapping[str, str] | None = None,
-) -> DummySource:
-    """Seeded weights of the model's shapes, made on `device`: in `formats` by tensor name, in the
-    config's dtype where they name none."""
-    build = Build(reference_ops)
-    build_model(hf_config, build)
-    declared = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
-    dense = {"float32": "f32", "float16": "f16"}.get(declared, "bf16")
-    infos = [
-        TensorInfo(t.name, t.shape, (formats or {}).get(t.name, dense))
-        for weight in build.weights
-        for t in weight.tensors()
-    ]
-    return DummySource(infos, options.model.seed, device=device)
+def dummy_source(options: Options, files: ModelFiles, device: torch.device) -> WeightSource:
+    """Seeded weights of the model's shapes, made on `device`, in the formats that its config or its
+    GGUF file tell."""
+    scheme, formats = checkpoint_scheme(files), stored_formats(files)
+    return dummy_checkpoint(files.config(), scheme, formats, options.model.seed, device)
 
 
 def stored_formats(files: ModelFiles) -> dict[str, str]:
@@ -150,7 +151,7 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     found = kernel_facts()
     plan = make_plan(options, files, source, found)
     device = torch.device(plan.device)
-    source = source or dummy_source(options, files.config(), device, stored_formats(files))
+    source = source or dummy_source(options, files, device)
     return assemble(options, files, plan, source, found, device, say)
 
 
@@ -168,6 +169,7 @@ def assemble(
     build = Build(
         _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
         dtype=DTYPES.get(plan.dtype),
+        widened=DTYPES[declared_dtype(files.config())],
         max_len=plan.max_model_len,
         device=device,
         moe_routing=options.engine.moe_routing,

@@ -19,14 +19,15 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Inverse of `unpack_nibbles`: uint8 codes below 16 [..., K], K even, to [..., K / 2]."""
-    pairs = codes.unflatten(-1, (-1, 2))
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def decode_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [..., K / 2] to float32 [..., K]."""
     table = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=packed.device)
-    return table[unpack_nibbles(packed).int()]
+    values: torch.Tensor = table[unpack_nibbles(packed).int()]
+    return values
 
 
 def encode_e2m1(values: torch.Tensor) -> torch.Tensor:

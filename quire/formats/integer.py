@@ -24,7 +24,8 @@ def pack_words(codes: torch.Tensor, bits: int, dim: int = -1) -> torch.Tensor:
     per_word = 32 // bits
     padded = torch.nn.functional.pad(moved, (0, -moved.shape[-1] % per_word))
     shifts = torch.arange(0, 32, bits, device=codes.device)
-    words = (padded.unflatten(-1, (-1, per_word)).long() << shifts).sum(-1)
+    runs = padded.reshape(*padded.shape[:-1], padded.shape[-1] // per_word, per_word)
+    words = (runs.long() << shifts).sum(-1)
     # int32 holds the upper half of the words as negative numbers.
     words = words - ((words >> 31) << 32)
     return words.to(torch.int32).movedim(-1, dim)
@@ -32,11 +33,16 @@ def pack_words(codes: torch.Tensor, bits: int, dim: int = -1) -> torch.Tensor:
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """AWQ's int32 [R, C / 8] to uint8 codes [R, C]."""
-    codes = unpack_words(words, 4).unflatten(-1, (-1, 8))
     place = [AWQ_ORDER.index(column) for column in range(8)]
-    return codes[..., place].flatten(-2)
+    return _reorder(unpack_words(words, 4), place)
 
 
 def pack_awq(codes: torch.Tensor) -> torch.Tensor:
     """Inverse of `unpack_awq`."""
-    return pack_words(codes.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2), 4)
+    return pack_words(_reorder(codes, list(AWQ_ORDER)), 4)
+
+
+def _reorder(codes: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Each run of eight columns in another order."""
+    runs = codes.reshape(codes.shape[0], codes.shape[1] // 8, 8)
+    return runs[:, :, order].flatten(1)

@@ -40,7 +40,8 @@ def quantize_fp8_block(
     values = _finite(values)
     rows, columns = values.shape
     padded = torch.nn.functional.pad(values, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    high, wide = (size // FP8_BLOCK for size in padded.shape)
+    blocks = padded.view(high, FP8_BLOCK, wide, FP8_BLOCK)
     scales = _scale(blocks.abs().amax((1, 3)), E4M3_MAX)
     if ue8m0:
         scales = decode_ue8m0(encode_ue8m0(scales))
@@ -127,7 +128,7 @@ def _shape(values: torch.Tensor) -> tuple[int, int]:
 def _groups(values: torch.Tensor, group: int) -> torch.Tensor:
     if values.shape[1] % group:
         raise ValueError(f"groups of {group} do not divide {values.shape[1]} columns")
-    return values.unflatten(1, (-1, group))
+    return values.reshape(values.shape[0], values.shape[1] // group, group)
 
 
 def _scale(size: torch.Tensor, largest: float) -> torch.Tensor:

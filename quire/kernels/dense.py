@@ -17,6 +17,7 @@ class DenseWeights:
     """Packing for kernels that want every weight [N, K] row-major in `dtype` on `device`."""
 
     dense = True
+    quantized: frozenset[str] = frozenset()
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device

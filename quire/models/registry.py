@@ -30,6 +30,7 @@ ARCHITECTURES = {
 CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
 # 2023 have them), and a copy of tied embeddings.
+LARGEST_BIAS = 2**20  # bytes
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
@@ -60,13 +61,6 @@ def _module(hf: dict[str, Any]) -> Any:
             f"the model's architecture {name!r} is not known",
             why="config.json: architectures",
             fix=_known(str(name)),
-        )
-    if hf.get("quantization_config"):
-        raise ModelError(
-            "quantized_checkpoint",
-            "the checkpoint is quantised in a way that is not known",
-            why="config.json: quantization_config",
-            fix="use the unquantised checkpoint, or a .gguf file",
         )
     return import_module(f"quire.models.{ARCHITECTURES[name]}")
 
@@ -141,7 +135,7 @@ def _check_tensors(build: Build, source: WeightSource) -> None:
                 f"tensor {want.name!r} has shape {list(shape)}, the config says {list(want.shape)}",
                 fix="check that config.json and weights belong together",
             )
-    unknown = sorted(name for name in left if not name.endswith(DERIVED))
+    unknown = sorted(name for name in left if not _says_nothing(source, name))
     if unknown:
         raise ModelError(
             "unknown_tensor",
@@ -149,3 +143,15 @@ def _check_tensors(build: Build, source: WeightSource) -> None:
             why="without them it is another model",
             fix="check that config.json and weights belong together",
         )
+
+
+def _says_nothing(source: WeightSource, name: str) -> bool:
+    """Whether a tensor can be left out: it follows from others, or it is a bias of zeros, as some
+    quantising tools write for layers that have none."""
+    if name.endswith(DERIVED):
+        return True
+    info = source.info(name)
+    if not name.endswith(".bias") or len(info.shape) != 1 or info.nbytes > LARGEST_BIAS:
+        return False
+    values = source.read(name)
+    return isinstance(values, torch.Tensor) and not values.any()

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.errors import ModelError, PlanError
+from quire.formats.layout import QUANT_FORMATS
 from quire.layers.build import Build
-from quire.plan.plan import format_bytes
+from quire.plan.plan import Choice, format_bytes
+
+DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,29 @@ class Place:
     fill: bool
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
+
+
+def matrices(build: Build) -> list[str]:
+    """Names of all weights that are matrices."""
+    return [t.name for w in build.weights for t in w.tensors() if len(t.shape) == 2]
+
+
+def held_formats(
+    build: Build, formats: Callable[[str], str], dtype: str, device: str, choices: list[Choice]
+) -> Callable[[str], str]:
+    """The format in which each tensor is held: quantised ones that the kernels do not have are
+    widened to `dtype` while loading."""
+    missing = set(QUANT_FORMATS) - build.kernels.quantized
+    widened = sorted(missing.intersection(map(formats, matrices(build))))
+    if widened:
+        reason = f"there are no {device} kernels for {', '.join(widened)}"
+        choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
+
+    def held(name: str) -> str:
+        format = formats(name)
+        return DENSE[dtype] if format in missing else format
+
+    return held
 
 
 def sum_weights(build: Build, formats: Callable[[str], str]) -> int:

@@ -59,11 +59,6 @@ def test_only_nearly_the_same_architecture_is_suggested_and_all_known_are_listed
         assert all(known in fix for known in ARCHITECTURES)
 
 
-def test_a_quantised_checkpoint_of_another_tool_is_refused() -> None:
-    with pytest.raises(ModelError, match="quantised"):
-        read_config({**LLAMA, "quantization_config": {"quant_method": "gptq"}})
-
-
 def test_building_allocates_nothing_so_that_a_plan_can_be_made_of_any_model() -> None:
     build, tensors = needed({**LLAMA, "num_hidden_layers": 4, "vocab_size": 2**20})
     assert sum(t.nbytes for t in tensors.values()) > 2**27

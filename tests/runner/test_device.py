@@ -46,7 +46,7 @@ def engine(model: str, device: str, **given: Any) -> Engine:
     found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
     plan = resolve(options, ModelFacts("m", files.config(), None), MACHINE, found)
     where = DEVICE if device == "cuda" else torch.device("cpu")
-    source = dummy_source(options, files.config(), where)
+    source = dummy_source(options, files, where)
     made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
     while made.core.warm():
         pass

@@ -22,11 +22,12 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache", "route",
-    "set_isa", "set_num_threads", "unpack_rows",
+    "num_threads", "pack", "packed_nbytes", "quantized", "record", "rms_norm", "rotary_cache",
+    "route", "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
 
 dense = False
+quantized: frozenset[str] = frozenset()
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads

@@ -1,0 +1,65 @@
+"""Which modules a pattern of a quantisation config means."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from quire.quant.errors import bad_quantization
+
+# Parts that tools leave as they are without saying so: tables of tokens and what chooses experts.
+USUALLY_DENSE = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
+MAX_PATTERN = 400
+
+
+class Patterns:
+    """Patterns of module names, of which the first that means a module counts.
+
+    "re:..." is a regular expression from the name's beginning (compressed-tensors); with "*" a
+    wildcard (ModelOpt, gpt-oss); else whole parts of the dotted name, wherever they stand, so that
+    "gate" means "mlp.gate" and not "mlp.gate_proj". A pattern also means what lies in a module.
+    Raises ModelError for a bad expression.
+    """
+
+    def __init__(self, patterns: Sequence[str]):
+        self._plain: dict[str, int] = {}
+        self._others: list[tuple[int, re.Pattern[str], bool]] = []
+        for place, pattern in enumerate(patterns):
+            if pattern.startswith("re:"):
+                self._others.append((place, _compiled(pattern.removeprefix("re:")), False))
+            elif "*" in pattern:
+                # A wildcard may begin at any part of the name and end before any.
+                text = fnmatch.translate(pattern), fnmatch.translate(pattern + ".*")
+                self._others.append((place, re.compile("|".join(text)), True))
+            else:
+                self._plain.setdefault(pattern, place)
+
+    def first(self, module: str) -> int | None:
+        """The place of the first pattern that means a module."""
+        parts = module.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts))]
+        runs = [
+            ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
+        ]
+        found = [self._plain[run] for run in runs if run in self._plain]
+        found += [
+            place
+            for place, pattern, anywhere in self._others
+            if any(pattern.match(end) for end in (ends if anywhere else [module]))
+        ]
+        return min(found, default=None)
+
+
+def _compiled(expression: str) -> re.Pattern[str]:
+    # A repeated group inside a config file could take forever to match.
+    if len(expression) > MAX_PATTERN or re.search(r"\)[*+{]", expression):
+        raise bad_quantization(f"the pattern {expression[:80]!r} repeats a group, or is too long")
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise bad_quantization(f"the pattern {expression!r} is bad: {error}") from None
+
+
+def usually_dense(module: str) -> bool:
+    return module.rpartition(".")[2] in USUALLY_DENSE

@@ -37,6 +37,8 @@ from quire.models.registry import (
 from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
+from quire.quant.online import Online, OnlineSource
+from quire.quant.scheme import Scheme
 from quire.quant.source import QuantizedSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.tokenization.special_tokens import eos_token_ids
@@ -85,8 +87,8 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
-    hf, scheme = files.config(), checkpoint_scheme(files)
-    formats, fingerprint = declared_formats(hf, scheme), "no weights"
+    hf, scheme, online = files.config(), checkpoint_scheme(files), _online(options, files)
+    formats, fingerprint = declared_formats(hf, scheme, online), "no weights"
     if options.model.load_format == "dummy":
         source = dummy_source(options, files, torch.device("cpu"))
         fingerprint = source.fingerprint()
@@ -94,20 +96,44 @@ def make_plan(
         fingerprint = files.commit or source.fingerprint()
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
-    kv_scales = isinstance(source, QuantizedSource) and source.has_kv_scales
+    how = "" if scheme is None else scheme.name
     facts = ModelFacts(
         files.name,
         hf,
         formats,
-        f"{fingerprint} {config_digest(hf)}",
-        scheme="" if scheme is None else scheme.name,
-        kv_cache="" if scheme is None else scheme.kv_cache or ("fp8" if kv_scales else ""),
+        f"{fingerprint} {config_digest(hf)} {online or ''}",
+        scheme=how if online is None else f"{online.method}, quantised while loading",
+        kv_cache=_kv_cache(scheme, source),
     )
     return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
 
 
+def _online(options: Options, files: ModelFiles) -> Online | None:
+    """What --quantization asks for. Raises UsageError for a checkpoint that is quantised."""
+    if options.model.quantization is None:
+        return None
+    if files.kind == "gguf" or checkpoint_scheme(files) is not None:
+        raise UsageError(
+            "already_quantized",
+            f"--quantization {options.model.quantization}: {files.name} is quantised already",
+            why="rounding twice would lose more than the format says",
+            fix="leave it out, or name an unquantised checkpoint",
+            field="quantization",
+        )
+    return Online(options.model.quantization)
+
+
+def _kv_cache(scheme: Scheme | None, source: WeightSource | None) -> str:
+    """The format of the KV cache that a checkpoint was made for, "" for the model's own."""
+    if isinstance(source, QuantizedSource) and source.has_kv_scales:
+        source.kv_scales()  # they must make sense, although nothing uses them
+        return (scheme.kv_cache if scheme is not None else "") or "fp8"
+    return "" if scheme is None else scheme.kv_cache
+
+
 def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
-    """The files' weights; None with --load-format dummy and where there is only config.json.
+    """The files' weights, quantised as they are read where --quantization asks for it; None with
+    --load-format dummy and where there is only config.json.
 
     Raises UsageError where --load-format names another kind than the files are.
     """
@@ -120,14 +146,22 @@ def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
             fix="leave --load-format out, or name another model",
             field="load_format",
         )
-    return None if wanted == "dummy" or files.kind == "config" else open_checkpoint(files)
+    if wanted == "dummy" or files.kind == "config":
+        return None
+    return _quantize(open_checkpoint(files), options, files)
+
+
+def _quantize(source: WeightSource, options: Options, files: ModelFiles) -> WeightSource:
+    online = _online(options, files)
+    return source if online is None else OnlineSource(source, online)
 
 
 def dummy_source(options: Options, files: ModelFiles, device: torch.device) -> WeightSource:
     """Seeded weights of the model's shapes, made on `device`, in the formats that its config or its
     GGUF file tell."""
     scheme, formats = checkpoint_scheme(files), stored_formats(files)
-    return dummy_checkpoint(files.config(), scheme, formats, options.model.seed, device)
+    source = dummy_checkpoint(files.config(), scheme, formats, options.model.seed, device)
+    return _quantize(source, options, files)
 
 
 def stored_formats(files: ModelFiles) -> dict[str, str]:
@@ -151,7 +185,10 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     found = kernel_facts()
     plan = make_plan(options, files, source, found)
     device = torch.device(plan.device)
-    source = source or dummy_source(options, files, device)
+    if source is None:
+        source = dummy_source(options, files, device)
+    elif isinstance(source, OnlineSource):
+        source = source.to(device)
     return assemble(options, files, plan, source, found, device, say)
 
 

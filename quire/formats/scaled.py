@@ -7,6 +7,8 @@ zeros. ValueError for values that are not finite, or where groups do not divide 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from quire.formats.float4 import E2M1_MAX, encode_e2m1, pack_nibbles
@@ -58,8 +60,7 @@ def quantize_nvfp4(values: torch.Tensor, global_scale: float | None = None) -> Q
     groups = _groups(values, QUANT_FORMATS["nvfp4"])
     size = groups.abs().amax(2)
     if global_scale is None:
-        largest = float(size.max()) if size.numel() else 0.0
-        global_scale = max(largest / (E2M1_MAX * E4M3_MAX), LEAST_SCALE)
+        global_scale = nvfp4_global_scale(float(size.max()) if size.numel() else 0.0)
     scales = encode_e4m3(size / E2M1_MAX / global_scale)
     step = scales.float() * global_scale
     # A group far below the largest rounds to the scale zero, and with it to zeros.
@@ -67,6 +68,13 @@ def quantize_nvfp4(values: torch.Tensor, global_scale: float | None = None) -> Q
     codes = encode_e2m1(scaled.flatten(1))
     rows = values.new_full((values.shape[0],), global_scale)
     return QuantTensor("nvfp4", _shape(values), codes, scales, row_scales=rows)
+
+
+def nvfp4_global_scale(largest: float) -> float:
+    """The multiplier of a matrix whose largest magnitude is this."""
+    if not math.isfinite(largest):
+        raise ValueError("values to quantise must be finite")
+    return max(largest / (E2M1_MAX * E4M3_MAX), LEAST_SCALE)
 
 
 def quantize_mxfp4(values: torch.Tensor) -> QuantTensor:

@@ -11,6 +11,7 @@ from quire.kernels.reference import ops as reference_ops
 from quire.layers.build import Build
 from quire.models.registry import build_model
 from quire.quant.config import read_scheme
+from quire.quant.online import Online
 from quire.quant.scheme import Scheme
 from quire.quant.source import QuantizedSource
 from quire.weights import open_source
@@ -35,12 +36,17 @@ def open_checkpoint(files: ModelFiles) -> WeightSource:
     return source if scheme is None else QuantizedSource(source, scheme)
 
 
-def declared_formats(hf: dict[str, Any], scheme: Scheme | None) -> dict[str, str]:
-    """The formats of quantised weights by tensor name, as the config alone tells them."""
-    if scheme is None:
+def declared_formats(
+    hf: dict[str, Any], scheme: Scheme | None, online: Online | None = None
+) -> dict[str, str]:
+    """The formats of quantised weights by tensor name, as the config and --quantization tell them.
+    Raises UsageError or ModelError where there is nothing to quantise, or it cannot be."""
+    if scheme is None and online is None:
         return {}
-    matrices = {info.name for info in _tensors(hf) if len(info.shape) == 2}
-    return scheme.formats(sorted(matrices), matrices.__contains__)
+    matrices = {info.name: info.shape for info in _tensors(hf) if len(info.shape) == 2}
+    if scheme is not None:
+        return scheme.formats(matrices)
+    return online.formats(matrices.items()) if online is not None else {}
 
 
 def dummy_checkpoint(

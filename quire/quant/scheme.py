@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,13 +60,12 @@ class Scheme:
         # The pattern that means all comes last, whatever its place.
         return Patterns([t if t != "*" else "" for rule in self.rules for t in rule.targets])
 
-    def formats(self, names: Iterable[str], linear: Callable[[str], bool]) -> dict[str, str]:
-        """The format of each weight among tensor names that is quantised, without its files;
-        `linear`: whether a name is that of a matrix."""
+    def formats(self, matrices: Iterable[str]) -> dict[str, str]:
+        """The format of each weight among these matrices that is quantised, without its files."""
         found = {}
-        for name in names:
+        for name in matrices:
             module, _, last = name.rpartition(".")
-            storage = self.find(module) if last == "weight" and linear(name) else None
+            storage = self.find(module) if last == "weight" else None
             if storage is not None:
                 found[name] = storage.format
         return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, write
 from quant.stored import SCHEMES
 
 from models.harness import Loaded, text
@@ -88,3 +88,25 @@ def test_without_a_dtype_weights_are_widened_to_what_the_config_declares(tmp_pat
     engine = start_engine(build_options(options))
     layer = engine.core.runner.model.layers[0]  # type: ignore[attr-defined]
     assert layer.mlp.down._parts[0][0].data.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
+def test_quantising_while_loading_gives_the_values_of_the_encoders(
+    method: str, kernels: str, tmp_path: Path
+) -> None:
+    """The same tokens as a checkpoint that holds the rounded values."""
+    from safetensors.torch import load_file, save_file
+
+    from quire.formats.scaled import quantize_fp8, quantize_nvfp4
+
+    path, rounded = write(tmp_path, QWEN3_MOE, None, None)
+    tensors = load_file(rounded / "model.safetensors")
+    for name, values in tensors.items():
+        kept = any(part in name for part in ("embed", "lm_head", "mlp.gate.", "norm"))
+        if kept or (method == "nvfp4-experts" and "experts" not in name):
+            continue
+        encode = quantize_fp8 if method == "fp8" else quantize_nvfp4
+        tensors[name] = encode(values).dequantize()
+    save_file(tensors, rounded / "model.safetensors")
+    found = generate(path, kernels, quantization=method)
+    assert found == generate(rounded, kernels) != generate(path, kernels)

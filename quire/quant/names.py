@@ -63,3 +63,7 @@ def _compiled(expression: str) -> re.Pattern[str]:
 
 def usually_dense(module: str) -> bool:
     return module.rpartition(".")[2] in USUALLY_DENSE
+
+
+def is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] == "embed_tokens"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from quire.quant.names import Patterns, usually_dense
+from quire.quant.names import Patterns, is_embedding, usually_dense
 from quire.quant.storage import Storage
 
 
@@ -33,9 +33,11 @@ class Scheme:
     def find(self, module: str) -> Storage | None:
         """How a module's weight is stored; None for as it is. Raises ModelError for a bad
         pattern."""
-        if usually_dense(module) and not self.everything:
+        if self.ignored(module) or (usually_dense(module) and not self.everything):
             return None
-        return None if self.ignored(module) else self.storage_of(module)
+        if is_embedding(module) and self._targets.first(module) is None:
+            return None  # "*" means linear layers
+        return self.storage_of(module)
 
     def ignored(self, module: str) -> bool:
         return self._ignored.first(module) is not None

@@ -37,9 +37,10 @@ class SeparateExperts:
         intermediate: int,
         experts: int,
         activation: str,
+        bias: bool = False,
     ):
         self.experts = [
-            GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, reduce=False)
+            GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, bias, reduce=False)
             for e in range(experts)
         ]
 

@@ -9,7 +9,7 @@ import torch
 
 from quire.kernels.reference import ops as reference_ops
 from quire.layers.build import Build
-from quire.models.registry import build_model
+from quire.models.registry import adapt_source, build_model
 from quire.quant.config import read_scheme
 from quire.quant.online import Online
 from quire.quant.scheme import Scheme
@@ -31,7 +31,7 @@ def checkpoint_scheme(files: ModelFiles) -> Scheme | None:
 def open_checkpoint(files: ModelFiles) -> WeightSource:
     """The weights under the names and shapes that the family's layers ask for. Raises ModelError
     for files that are corrupt, incomplete or contradict the config."""
-    source = open_source(files)
+    source = adapt_source(files.config(), open_source(files))
     scheme = checkpoint_scheme(files)
     return source if scheme is None else QuantizedSource(source, scheme)
 

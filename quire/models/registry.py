@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
+    "GptOssForCausalLM": "gpt_oss",
 }
 CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
@@ -87,6 +88,13 @@ def config_digest(hf: dict[str, Any]) -> str:
     config = read_config(hf)
     text = msgspec.json.encode([type(config).__module__, config], order="sorted")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def adapt_source(hf: dict[str, Any], source: WeightSource) -> WeightSource:
+    """A checkpoint's tensors under the names of the family's layers."""
+    adapt = getattr(_module(hf), "adapt", None)
+    adapted: WeightSource = source if adapt is None else adapt(source)
+    return adapted
 
 
 def build_model(hf: dict[str, Any], build: Build) -> Model:

@@ -86,10 +86,10 @@ def place(
     dtype = _choose_dtype(options, hf, choices)
     # A plan asks kernels only how much a weight takes; it must not need Triton.
     sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
+    _check_experts(read_config(hf))
     build = Build(sizes, dtype=DTYPES[dtype], group=group)
     build_model(hf, build)
     _check_head_sizes(build)
-    _check_experts(read_config(hf))
     formats = held_formats(build, formats, dtype, "GPU", choices)
     packed = {f for f in map(formats, matrices(build)) if f in BLOCK_FORMATS and f not in DENSE}
     if packed:
@@ -189,6 +189,13 @@ def _choose_kv_dtype(options: Options, dtype: str) -> str:
 
 
 def _check_experts(config: ModelConfig) -> None:
+    if getattr(config, "expert_bias", False):
+        raise PlanError(
+            "unsupported_experts",
+            "the GPU kernels do not have experts with biases and a clamped SwiGLU",
+            why="the model's experts add biases, and their products are computed all at once there",
+            fix="use --device cpu",
+        )
     experts, chosen = getattr(config, "experts", 0), getattr(config, "experts_per_token", 0)
     if experts > MOST_EXPERTS or chosen > MOST_EXPERTS_PER_TOKEN:
         raise PlanError(

@@ -11,7 +11,7 @@ import torch
 from models.harness import TINY, checkpoint
 from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
 from safetensors.torch import load_file
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from comm.rank import compute, work
 from quire.comm.group import Group
@@ -28,6 +28,9 @@ MODELS: dict[str, Any] = {
     "odd vocabulary": LlamaConfig(**{**TINY, "vocab_size": 161}),
     "tied": LlamaConfig(**{**TINY, "tie_word_embeddings": True}),
     "moe": Qwen3MoeConfig(**TINY, **MOE),
+    "gpt-oss": GptOssConfig(
+        **{**TINY, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
 }
 # Quantised ones: the scheme, and the config.
 QUANTIZED: dict[str, Any] = {

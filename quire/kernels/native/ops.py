@@ -10,6 +10,7 @@ import torch
 
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
+from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
@@ -276,7 +277,10 @@ def attention(
 
 
 def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh"."""
+    """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh", or
+    "clamped_swiglu", where both halves are clamped and 1 is added to the second."""
+    if kind == "clamped_swiglu":
+        return gated_activation(_clamp(x), "silu", out)
     if kind not in _ACTIVATIONS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(_ACTIVATIONS)}")
     rows, both = x.shape
@@ -290,6 +294,17 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
         _address("out", out, torch.float32, rows, both // 2), rows, both // 2,
     )  # fmt: skip
     return out
+
+
+def _clamp(x: torch.Tensor) -> torch.Tensor:
+    """What silu makes the clamped SwiGLU of: g sigmoid(a g) (u + 1) = silu(a g) (u + 1) / a.
+
+    Only operations that round each element by itself, so that a row's bits are its own.
+    """
+    gate, up = x.chunk(2, dim=1)
+    gate = gate.clamp(max=SWIGLU_LIMIT) * SWIGLU_ALPHA
+    up = (up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1) / SWIGLU_ALPHA
+    return torch.cat([gate, up], dim=1)
 
 
 def gated_linear(

@@ -8,6 +8,7 @@ A wrong shape or type raises ValueError.
 
 import torch
 
+from quire.kernels.capabilities import held_as_codes
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
@@ -28,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 dense = False
-quantized: frozenset[str] = frozenset()
+quantized = held_as_codes("native")
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads

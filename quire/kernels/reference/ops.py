@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch.nn import functional
 
+from quire.kernels.capabilities import held_as_codes
 from quire.kernels.reference.activation.gated_activation import gated_activation
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
@@ -28,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 dense = False
-quantized: frozenset[str] = frozenset()
+quantized = held_as_codes("reference")
 
 
 def set_num_threads(threads: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
@@ -96,15 +96,19 @@ def make_plan(
         fingerprint = files.commit or source.fingerprint()
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
-    how = "" if scheme is None else scheme.name
     facts = ModelFacts(
         files.name,
         hf,
         formats,
         f"{fingerprint} {config_digest(hf)} {online or ''}",
-        scheme=how if online is None else f"{online.method}, quantised while loading",
         kv_cache=_kv_cache(scheme, source),
     )
+    if scheme is not None:
+        facts = replace(facts, scheme=scheme.name)
+    elif online is not None:
+        facts = replace(
+            facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
+        )
     return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
 
 

@@ -16,13 +16,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelFacts:
     """What the plan must know of a model: its config.json, the format of each tensor by
     checkpoint name (the config's dtype is assumed for others), its fingerprint. `scheme`: how it
-    is quantised, for people; `kv_cache`: the format of the KV cache that it was quantised for."""
+    is quantised, for people, and `scheme_from`: who says so; `kv_cache`: the format of the KV cache
+    that it was quantised for."""
 
     name: str
     hf_config: dict[str, Any]
     formats: dict[str, str] | None
     fingerprint: str = ""
     scheme: str = ""
+    scheme_from: str = "its quantisation config"
     kv_cache: str = ""
 
 

@@ -39,7 +39,7 @@ def resolve(
     """
     choices: list[Choice] = []
     if model.scheme:
-        choices.append(Choice("checkpoint", model.scheme, "its quantisation config"))
+        choices.append(Choice("quantisation", model.scheme, model.scheme_from))
     formats = _formats(model, options)
     device = gpu.choose_device(options, machine, found, choices)
     make = gpu.place if device == "cuda" else cpu.place

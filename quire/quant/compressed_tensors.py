@@ -33,14 +33,15 @@ def compressed_tensors(config: dict[str, Any]) -> Scheme:
         names = tuple(target for target in targets if target not in CLASSES)
         if names:
             named.append(Rule(names, storage))
-    if not named and not by_class:
+    kv_cache = "fp8" if table(config, "kv_cache_scheme") else ""
+    if not named and not by_class and not kv_cache:
         raise bad_quantization("config_groups names no module")
     return Scheme(
         f"compressed-tensors {config.get('format')}",
         (*named, *by_class),  # a name says more than a class
         strings(config, "ignore"),
         everything=True,
-        kv_cache="fp8" if table(config, "kv_cache_scheme") else "",
+        kv_cache=kv_cache,
     )
 
 

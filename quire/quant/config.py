@@ -91,6 +91,8 @@ def _gptq(config: dict[str, Any]) -> Scheme:
     kind = choice(config, "checkpoint_format", "gptq", ("gptq", "gptq_v2"))
     if kind is None:
         raise unknown_quantization(f"gptq with checkpoint_format {config['checkpoint_format']!r}")
+    if config.get("is_marlin_format"):
+        raise unknown_quantization("gptq in marlin format")
     group = _group(config)
     # Without groups the order of columns changes nothing.
     ordered = flag(config, "desc_act", False) and group > 0

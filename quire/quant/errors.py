@@ -7,7 +7,7 @@ from quire.errors import ModelError
 KNOWN = (
     "fp8, fbgemm_fp8, compressed-tensors (float-quantized, int-quantized, pack-quantized, "
     "nvfp4-pack-quantized, mxfp4-pack-quantized), modelopt (FP8, FP8_PER_CHANNEL_PER_TOKEN, "
-    "FP8_PB_WO, NVFP4, MIXED_PRECISION), mxfp4, gptq, awq"
+    "FP8_PB_WO, NVFP4, W4A16_NVFP4, MIXED_PRECISION), mxfp4, gptq, awq"
 )
 
 

@@ -11,7 +11,14 @@ from quire.formats.integer import unpack_awq, unpack_words
 from quire.formats.quantized import QuantTensor
 from quire.quant.errors import bad_values, contradiction, group_mismatch, part_mismatch
 from quire.quant.parts import FLOATS, Parts
-from quire.quant.storage import DEVIATION, INT4_DEVIATION, INT8_DEVIATION, Dummy, Storage
+from quire.quant.storage import (
+    DEVIATION,
+    INT4_DEVIATION,
+    INT8_DEVIATION,
+    Dummy,
+    Storage,
+    check_symmetric,
+)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,9 @@ class PackedIntegers(_Integers):
         _, columns = self.open(parts)
         codes = unpack_words(parts.read("weight_packed", rows), self.bits)[:, :columns]
         zeros = None
-        if not self.symmetric:
+        if self.symmetric:
+            check_symmetric(parts)
+        else:
             zeros = unpack_words(parts.read("weight_zero_point"), self.bits, dim=0)[rows]
             zeros = zeros.contiguous()
         order = parts.read("weight_g_idx") if "weight_g_idx" in parts.present else None
@@ -253,7 +262,9 @@ class PlainIntegers(_Integers):
 
         codes = parts.read("weight", rows).view(torch.uint8) ^ 0x80  # adds 128
         zeros = None
-        if not self.symmetric:
+        if self.symmetric:
+            check_symmetric(parts)
+        else:
             zeros = spread("weight_zero_point").contiguous().view(torch.uint8) ^ 0x80
         return self.make(parts, codes, spread("weight_scale"), zeros)
 

@@ -15,6 +15,7 @@ STORAGES: dict[str, Storage] = {
     "FP8_PER_CHANNEL_PER_TOKEN": Fp8(),
     "FP8_PB_WO": Fp8(block=True, activation="none"),
     "NVFP4": Nvfp4(),
+    "W4A16_NVFP4": Nvfp4(),
 }
 
 
@@ -25,6 +26,7 @@ def modelopt(config: dict[str, Any]) -> Scheme:
     algorithm = inner.get("quant_algo")
     if not isinstance(algorithm, str):
         raise bad_quantization(f"quant_algo is {algorithm!r}")
+    algorithm = algorithm.upper()
     if algorithm == "MIXED_PRECISION":
         layers = table(inner, "quantized_layers")
         rules = tuple(
@@ -46,11 +48,11 @@ def modelopt(config: dict[str, Any]) -> Scheme:
 
 
 def _storage(layer: dict[str, Any]) -> Storage:
-    algorithm = layer.get("quant_algo")
-    if not isinstance(algorithm, str) or algorithm not in STORAGES:
+    algorithm = str(layer.get("quant_algo")).upper()
+    if algorithm not in STORAGES:
         raise unknown_quantization(f"modelopt {algorithm!r}")
     storage = STORAGES[algorithm]
     group = whole(layer, "group_size", QUANT_FORMATS["nvfp4"])
-    if algorithm == "NVFP4" and group != QUANT_FORMATS["nvfp4"]:
+    if storage.format == "nvfp4" and group != QUANT_FORMATS["nvfp4"]:
         raise unknown_quantization(f"modelopt NVFP4 in groups of {group}")
     return storage

@@ -10,7 +10,7 @@ from quire.quant.errors import bad_quantization
 
 # Parts that tools leave as they are without saying so: tables of tokens and what chooses experts.
 USUALLY_DENSE = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
-MAX_PATTERN = 400
+MAX_PATTERN, MAX_REPEATS = 400, 6
 
 
 class Patterns:
@@ -52,9 +52,12 @@ class Patterns:
 
 
 def _compiled(expression: str) -> re.Pattern[str]:
-    # A repeated group inside a config file could take forever to match.
-    if len(expression) > MAX_PATTERN or re.search(r"\)[*+{]", expression):
-        raise bad_quantization(f"the pattern {expression[:80]!r} repeats a group, or is too long")
+    # Repeated groups, or many repetitions, could take forever to match.
+    repeats = len(re.findall(r"[*+{]", expression))
+    if len(expression) > MAX_PATTERN or repeats > MAX_REPEATS or re.search(r"\)[*+{]", expression):
+        raise bad_quantization(
+            f"the pattern {expression[:80]!r} repeats a group or too often, or is too long"
+        )
     try:
         return re.compile(expression)
     except re.error as error:

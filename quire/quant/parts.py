@@ -14,7 +14,7 @@ PRIMARY = ("weight", "weight_packed", "qweight")
 COMPANIONS = (
     "weight_scale", "weight_scale_inv", "scale", "weight_scale_2", "weight_global_scale",
     "weight_zero_point", "weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx",
-    "input_scale", "input_global_scale", "input_scale_ub",
+    "input_scale", "activation_scale", "input_global_scale", "input_scale_ub", "input_zero_point",
 )  # fmt: skip
 FLOATS = ("f32", "bf16", "f16")
 

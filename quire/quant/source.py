@@ -20,7 +20,10 @@ from quire.weights.source import TensorInfo, WeightSource, bounds
 # Last parts of the names of KV-cache scales, of which a module may have one more for queries.
 KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
 # Companions that may be left over beside an unquantised weight and say nothing of it.
-_HARMLESS = ("input_scale", "input_global_scale", "input_scale_ub", "weight_shape")
+_HARMLESS = (
+    "input_scale", "activation_scale", "input_global_scale", "input_scale_ub", "input_zero_point",
+    "weight_shape",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

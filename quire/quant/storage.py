@@ -10,7 +10,7 @@ import torch
 from quire.formats.float8 import decode_ue8m0
 from quire.formats.layout import FP8_BLOCK, QUANT_FORMATS
 from quire.formats.quantized import QuantTensor
-from quire.quant.errors import bad_values, cut_group, group_mismatch
+from quire.quant.errors import bad_values, contradiction, cut_group, group_mismatch
 from quire.quant.parts import FLOATS, Parts
 
 # Shape, format and value of a part of a dummy weight; None for random values.
@@ -18,6 +18,7 @@ Dummy = tuple[tuple[int, ...], str, float | None]
 # What values of dummy weights deviate by, and e2m1 and integer codes chosen at random.
 DEVIATION, E2M1_DEVIATION, INT4_DEVIATION, INT8_DEVIATION = 0.02, 2.9, 4.6, 74.0
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
+INPUT_SCALES = ("input_scale", "activation_scale")
 
 
 class Storage(ABC):
@@ -66,7 +67,7 @@ class Fp8(Storage):
         else:
             parts.expect(scale, (), (1,), (1, 1), (rows,), (rows, 1))
         if self.activation == "tensor":
-            name = parts.need("input_scale", formats=FLOATS)
+            name = parts.need(*INPUT_SCALES, formats=FLOATS)
             parts.expect(name, (), (1,))
         return rows, columns
 
@@ -89,16 +90,18 @@ class Fp8(Storage):
         # Both NaNs of e4m3: all bits but the sign.
         if ((codes.view(torch.uint8) & 0x7F) == 0x7F).any():
             raise bad_values(parts.module, "some of its codes are NaN")
-        static = self.activation == "tensor"
-        input_scale = parts.read_scalar("input_scale") if static else None
-        if input_scale is not None and not 0 < float(input_scale) < torch.inf:
-            raise bad_values(parts.module, f"its input_scale is {float(input_scale)}")
+        input_scale = None
+        if self.activation == "tensor":
+            input_scale = parts.read_scalar(parts.first(*INPUT_SCALES) or "")
+            if not 0 < float(input_scale) < torch.inf:
+                raise bad_values(parts.module, f"its input scale is {float(input_scale)}")
         shape = (codes.shape[0], columns)
         tensor = QuantTensor(
             self.format, shape, codes, scales, activation=self.activation, input_scale=input_scale
         )
         _check_scales(parts.module, scales)
         _check_lost(parts.module, tensor)
+        check_symmetric(parts)
         return tensor
 
     def dummies(self, rows: int, columns: int) -> dict[str, Dummy]:
@@ -196,6 +199,13 @@ def _float(scales: torch.Tensor) -> torch.Tensor:
 def _divides(parts: Parts, columns: int, group: int) -> None:
     if columns % group:
         raise group_mismatch(parts.module, f"groups of {group} do not divide {columns} columns")
+
+
+def check_symmetric(parts: Parts) -> None:
+    """Raises ModelError for zero points, which some tools write although there are none, that are
+    not zero."""
+    if "weight_zero_point" in parts.present and parts.read("weight_zero_point").float().any():
+        raise contradiction(parts.module, "it has zero points, and the config says symmetric")
 
 
 def _check_scales(module: str, scales: torch.Tensor) -> None:

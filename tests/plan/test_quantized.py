@@ -77,7 +77,7 @@ def test_quantisation_while_loading_is_planned_from_the_config(method: str, tmp_
     experts, others = 2 * 4 * 3, 2 * 4
     count = experts if method == "nvfp4-experts" else experts + others
     assert f"{method.removesuffix('-experts')} x {count}" in found.weight_formats
-    assert "quantised while loading" in choice(found, "checkpoint").chosen
+    assert choice(found, "quantisation").chosen == f"{method}, while loading"
     assert found.fingerprint != plan_of(path).fingerprint
 
 

@@ -166,6 +166,23 @@ def test_a_weight_that_contradicts_the_config_is_refused(scheme: str) -> None:
     assert error.code == "quantization_contradiction"
 
 
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "ct w4a16", "ct w8a8"])
+def test_zero_points_that_the_config_does_not_tell_are_refused_unless_zero(scheme: str) -> None:
+    known, maker, _ = SCHEMES[scheme]
+    parts, values = maker(256, 256, torch.Generator().manual_seed(0))
+    parts["weight_zero_point"] = torch.zeros(256, 1, dtype=torch.int8)
+    parsed = read_scheme({"quantization_config": known})
+    assert parsed is not None
+    source = QuantizedSource(Tensors({f"{NAME}.{p}": t for p, t in parts.items()}), parsed)
+    found = source.read(f"{NAME}.weight").dequantize()  # type: ignore[union-attr]
+    torch.testing.assert_close(found, values)
+
+    def change(parts: Parts) -> None:
+        parts["weight_zero_point"] = torch.ones(256, 1, dtype=torch.int8)
+
+    assert refusal(scheme, change).code == "quantization_contradiction"
+
+
 def test_columns_in_an_order_that_the_config_does_not_tell_are_refused() -> None:
     def change(parts: Parts) -> None:
         parts["g_idx"] = parts["g_idx"].flip(0)

@@ -54,6 +54,20 @@ def test_a_config_may_stand_inside_the_text_config_or_have_its_old_name_or_a_fil
     assert format_of(found, EXPERT) == "nvfp4" and format_of(found, Q) is None
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "format"),
+    [
+        ("fp8_pb_wo", "fp8_block"),
+        ("FP8_PER_CHANNEL_PER_TOKEN", "fp8"),
+        ("FP8", "fp8"),
+        ("NVFP4", "nvfp4"),
+        ("W4A16_NVFP4", "nvfp4"),
+    ],
+)
+def test_algorithms_of_modelopt(algorithm: str, format: str) -> None:
+    assert format_of(scheme({**MODELOPT, "quant_algo": algorithm}), Q) == format
+
+
 def test_mixed_precision_tells_each_layer() -> None:
     layers = {Q: {"quant_algo": "FP8"}, EXPERT: {"quant_algo": "NVFP4", "group_size": 16}}
     config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
@@ -126,6 +140,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes"},
     "3 bits": {**GPTQ, "bits": 3},
     "marlin": {**GPTQ, "checkpoint_format": "marlin"},
+    "marlin format": {**GPTQ, "is_marlin_format": True},
     "gemv": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "e5m2": {"quant_method": "fp8", "fmt": "e5m2"},
     "blocks of": {**DEEPSEEK, "weight_block_size": [1, 128]},
@@ -170,7 +185,9 @@ def test_what_makes_no_sense_is_refused(config: dict[str, Any]) -> None:
     assert caught.value.code == "bad_quantization"
 
 
-@pytest.mark.parametrize("pattern", ["re:(a+)+b", "re:(", "re:" + "a" * 500])
+@pytest.mark.parametrize(
+    "pattern", ["re:(a+)+b", "re:(", "re:" + "a" * 500, "re:" + ".*" * 7 + "x"]
+)
 def test_expressions_that_are_bad_or_could_take_forever_are_refused(pattern: str) -> None:
     with pytest.raises(ModelError) as caught:
         scheme({"quant_method": "fp8", "modules_to_not_convert": [pattern]}).find(Q)

@@ -14,19 +14,14 @@ from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.scheduler import Limits, Scheduler
-from quire.errors import UsageError
+from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build, CpuKernels, Kernels
-from quire.models.checkpoint import (
-    checkpoint_scheme,
-    declared_formats,
-    dummy_checkpoint,
-    open_checkpoint,
-)
+from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.models.registry import (
     Model,
     build_model,
@@ -37,12 +32,10 @@ from quire.models.registry import (
 from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
-from quire.quant.online import Online, OnlineSource
-from quire.quant.scheme import Scheme
-from quire.quant.source import QuantizedSource
+from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.tokenization.special_tokens import eos_token_ids
-from quire.weights import no_weights, open_source
+from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
 from quire.weights.hub import resolve as find_files
 from quire.weights.source import WeightSource
@@ -87,7 +80,11 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
-    hf, scheme, online = files.config(), checkpoint_scheme(files), _online(options, files)
+    hf, scheme, online = (
+        files.config(),
+        checkpoint_scheme(files),
+        asked_quantization(options, files),
+    )
     formats, fingerprint = declared_formats(hf, scheme, online), "no weights"
     if options.model.load_format == "dummy":
         source = dummy_source(options, files, torch.device("cpu"))
@@ -100,8 +97,8 @@ def make_plan(
         files.name,
         hf,
         formats,
-        f"{fingerprint} {config_digest(hf)} {online or ''}",
-        kv_cache=_kv_cache(scheme, source),
+        f"{fingerprint} {config_digest(hf)}" + ("" if online is None else f" {online}"),
+        kv_cache=kv_cache_format(scheme, source),
     )
     if scheme is not None:
         facts = replace(facts, scheme=scheme.name)
@@ -110,70 +107,6 @@ def make_plan(
             facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
         )
     return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
-
-
-def _online(options: Options, files: ModelFiles) -> Online | None:
-    """What --quantization asks for. Raises UsageError for a checkpoint that is quantised."""
-    if options.model.quantization is None:
-        return None
-    if files.kind == "gguf" or checkpoint_scheme(files) is not None:
-        raise UsageError(
-            "already_quantized",
-            f"--quantization {options.model.quantization}: {files.name} is quantised already",
-            why="rounding twice would lose more than the format says",
-            fix="leave it out, or name an unquantised checkpoint",
-            field="quantization",
-        )
-    return Online(options.model.quantization)
-
-
-def _kv_cache(scheme: Scheme | None, source: WeightSource | None) -> str:
-    """The format of the KV cache that a checkpoint was made for, "" for the model's own."""
-    if isinstance(source, QuantizedSource) and source.has_kv_scales:
-        source.kv_scales()  # they must make sense, although nothing uses them
-        return (scheme.kv_cache if scheme is not None else "") or "fp8"
-    return "" if scheme is None else scheme.kv_cache
-
-
-def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
-    """The files' weights, quantised as they are read where --quantization asks for it; None with
-    --load-format dummy and where there is only config.json.
-
-    Raises UsageError where --load-format names another kind than the files are.
-    """
-    wanted = options.model.load_format
-    held = "gguf" if files.kind == "gguf" else "safetensors"
-    if wanted not in ("auto", "dummy", held):
-        raise UsageError(
-            "load_format_mismatch",
-            f"--load-format {wanted}: the weights of {files.name} are {held}",
-            fix="leave --load-format out, or name another model",
-            field="load_format",
-        )
-    if wanted == "dummy" or files.kind == "config":
-        return None
-    return _quantize(open_checkpoint(files), options, files)
-
-
-def _quantize(source: WeightSource, options: Options, files: ModelFiles) -> WeightSource:
-    online = _online(options, files)
-    return source if online is None else OnlineSource(source, online)
-
-
-def dummy_source(options: Options, files: ModelFiles, device: torch.device) -> WeightSource:
-    """Seeded weights of the model's shapes, made on `device`, in the formats that its config or its
-    GGUF file tell."""
-    scheme, formats = checkpoint_scheme(files), stored_formats(files)
-    source = dummy_checkpoint(files.config(), scheme, formats, options.model.seed, device)
-    return _quantize(source, options, files)
-
-
-def stored_formats(files: ModelFiles) -> dict[str, str]:
-    """The format of each tensor of a GGUF file, which dummies of it have too; none of others."""
-    if files.kind != "gguf":
-        return {}
-    with open_source(files) as source:
-        return {name: source.info(name).format for name in source.names()}
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:

@@ -11,7 +11,8 @@ from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, tensors
 from quant.stored import SCHEMES
 
 from quire.config.parse import build_options
-from quire.engine.startup import find_model, kernel_facts, make_plan, open_weights
+from quire.engine.startup import find_model, kernel_facts, make_plan
+from quire.engine.weights import open_weights
 from quire.errors import PlanError, QuireError
 from quire.plan.plan import Choice, Plan
 
@@ -68,6 +69,18 @@ def test_a_quantised_kv_cache_is_recognised_and_the_plan_says_what_is_kept(tmp_p
     path = config_only(tmp_path / "m", BF16, quantization_config=config)
     said = choice(plan_of(path), "kv cache format")
     assert said.downgrade and said.chosen == "bfloat16" and "fp8" in said.reason
+
+
+def test_the_file_of_modelopt_counts_where_the_config_is_silent(tmp_path: Path) -> None:
+    path = config_only(tmp_path / "m", BF16)
+    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    file = path / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": inner}))
+    assert "nvfp4 x 14" in plan_of(path).weight_formats
+    file.write_text("[1]")
+    with pytest.raises(QuireError) as caught:
+        plan_of(path)
+    assert caught.value.code == "bad_config"
 
 
 @pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])

@@ -15,7 +15,8 @@ import triton
 from quant.stored import SCHEMES
 
 from quire.config.parse import build_options
-from quire.engine.startup import Engine, assemble, dummy_source, find_model, kernel_facts
+from quire.engine.startup import Engine, assemble, find_model, kernel_facts
+from quire.engine.weights import dummy_source
 from quire.engine.wire import Add
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine

@@ -34,7 +34,7 @@ CAPABILITIES = (
 )
 
 
-def held_as_codes(kernels: str, layer: str = "linear") -> frozenset[str]:
+def held_as_codes(kernels: str, layer: str) -> frozenset[str]:
     """The formats of QuantTensor that a kernel set takes as they are."""
     return frozenset(f for f in QUANT_FORMATS if served_by(kernels, f, layer) != WIDENED)
 

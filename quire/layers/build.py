@@ -46,8 +46,9 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, and products that begin
-    with the addition and norm before them."""
+    with the addition and norm before them. `quantized_experts`: as `quantized`, of experts."""
 
+    quantized_experts: frozenset[str]
     experts: Callable[..., torch.Tensor]
     add_norm_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

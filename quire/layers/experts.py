@@ -110,9 +110,10 @@ class StackedExperts:
 
     def load(self, source: WeightSource) -> None:
         experts, share = len(self.names), self._share.stop - self._share.start
+        kept = self.kernels.quantized_experts
         for e, name in enumerate(self.names):
             gate, up, down = (
-                read_matrix(self.build, source, f"{name}.{part}_proj.weight", rows, columns)
+                read_matrix(self.build, source, f"{name}.{part}_proj.weight", rows, columns, kept)
                 for part, rows, columns in (
                     ("gate", self._share, None),
                     ("up", self._share, None),

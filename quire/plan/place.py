@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from quire.errors import ModelError, PlanError
 from quire.formats.layout import QUANT_FORMATS
-from quire.layers.build import Build
+from quire.layers.build import Build, DenseKernels
+from quire.layers.experts import StackedExperts
 from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -55,15 +57,22 @@ def held_formats(
 ) -> Callable[[str], str]:
     """The format in which each tensor is held: quantised ones that the kernels do not have are
     widened to `dtype` while loading."""
-    missing = set(QUANT_FORMATS) - build.kernels.quantized
-    widened = sorted(missing.intersection(map(formats, matrices(build))))
+    stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
+    experts = {tensor.name for weight in stacked for tensor in weight.tensors()}
+
+    def is_widened(name: str) -> bool:
+        kernels = build.kernels
+        in_experts = name in experts
+        kept = cast(DenseKernels, kernels).quantized_experts if in_experts else kernels.quantized
+        return formats(name) in QUANT_FORMATS and formats(name) not in kept
+
+    widened = sorted({formats(name) for name in matrices(build) if is_widened(name)})
     if widened:
         reason = f"there are no {device} kernels for {', '.join(widened)}"
         choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
 
     def held(name: str) -> str:
-        format = formats(name)
-        return DENSE[dtype] if format in missing else format
+        return DENSE[dtype] if is_widened(name) else formats(name)
 
     return held
 

@@ -26,8 +26,9 @@ def test_the_matrix_of_the_docs_is_the_table() -> None:
 
 
 def test_kernel_sets_take_what_the_table_says() -> None:
-    assert reference.quantized == held_as_codes("reference")
-    assert DenseWeights.quantized == held_as_codes("triton")
+    assert reference.quantized == held_as_codes("reference", "linear")
+    assert DenseWeights.quantized == held_as_codes("triton", "linear")
+    assert DenseWeights.quantized_experts == held_as_codes("triton", "experts")
 
 
 def test_an_entry_changes_what_serves_its_formats_and_layers_only(
@@ -35,8 +36,8 @@ def test_an_entry_changes_what_serves_its_formats_and_layers_only(
 ) -> None:
     entry = Capability("triton", ("fp8", "nvfp4"), ("linear",), "a kernel")
     monkeypatch.setattr(capabilities, "CAPABILITIES", (*capabilities.CAPABILITIES, entry))
-    assert held_as_codes("triton") == {"fp8", "nvfp4"}
-    assert not held_as_codes("triton", "experts") and not held_as_codes("native")
+    assert held_as_codes("triton", "linear") == {"fp8", "nvfp4"}
+    assert not held_as_codes("triton", "experts") and not held_as_codes("native", "linear")
     rows = [line for line in matrix_markdown().splitlines() if "| triton |" in line]
     assert "| fp8, nvfp4 | linear | GPU | triton | a kernel |" in rows
 

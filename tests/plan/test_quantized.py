@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, tensors
 from quant.stored import SCHEMES
 
@@ -14,6 +15,10 @@ from quire.config.parse import build_options
 from quire.engine.startup import find_model, kernel_facts, make_plan
 from quire.engine.weights import open_weights
 from quire.errors import PlanError, QuireError
+from quire.kernels.dense import DenseWeights
+from quire.layers.build import Build
+from quire.models.registry import build_model
+from quire.plan.place import held_formats
 from quire.plan.plan import Choice, Plan
 
 BF16 = {**LLAMA, "dtype": "bfloat16"}
@@ -61,6 +66,22 @@ def test_weights_without_kernels_are_widened_and_the_plan_says_so(tmp_path: Path
     with pytest.raises(PlanError) as caught:
         plan_of(path, strict=True)
     assert caught.value.code == "downgrade"
+
+
+def test_experts_and_linears_are_widened_each_for_itself() -> None:
+    """As the plan of a GPU whose kernels had nvfp4 in linear layers only."""
+    kernels: Any = DenseWeights(torch.bfloat16, torch.device("meta"))
+    kernels.quantized = frozenset({"nvfp4"})
+    build, choices = Build(kernels, dtype=torch.bfloat16), []
+    build_model(QWEN3_MOE, build)
+    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    layer = "model.layers.0"
+    assert held(f"{layer}.self_attn.o_proj.weight") == "nvfp4"
+    assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "bf16"
+    assert [c.chosen for c in choices] == ["widened to bfloat16"]
+    kernels.quantized_experts, choices = kernels.quantized, []
+    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "nvfp4" and not choices
 
 
 def test_a_quantised_kv_cache_is_recognised_and_the_plan_says_what_is_kept(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 dense = False
-quantized = held_as_codes("native")
+quantized = held_as_codes("native", "linear")
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads

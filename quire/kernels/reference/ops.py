@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 dense = False
-quantized = held_as_codes("reference")
+quantized = held_as_codes("reference", "linear")
 
 
 def set_num_threads(threads: int) -> None:

@@ -85,12 +85,14 @@ def make_plan(
         checkpoint_scheme(files),
         asked_quantization(options, files),
     )
-    formats, fingerprint = declared_formats(hf, scheme, online), "no weights"
+    fingerprint = "no weights"
     if options.model.load_format == "dummy":
         source = dummy_source(options, files, torch.device("cpu"))
         fingerprint = source.fingerprint()
     elif source is not None:
         fingerprint = files.commit or source.fingerprint()
+    if source is None or online is not None:
+        formats = declared_formats(hf, scheme, online)
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
     facts = ModelFacts(

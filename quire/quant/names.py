@@ -24,30 +24,27 @@ class Patterns:
 
     def __init__(self, patterns: Sequence[str]):
         self._plain: dict[str, int] = {}
-        self._others: list[tuple[int, re.Pattern[str], bool]] = []
+        self._others: list[tuple[int, re.Pattern[str]]] = []
         for place, pattern in enumerate(patterns):
             if pattern.startswith("re:"):
-                self._others.append((place, _compiled(pattern.removeprefix("re:")), False))
+                self._others.append((place, _compiled(pattern.removeprefix("re:"))))
             elif "*" in pattern:
                 # A wildcard may begin at any part of the name and end before any.
-                text = fnmatch.translate(pattern), fnmatch.translate(pattern + ".*")
-                self._others.append((place, re.compile("|".join(text)), True))
+                ends = fnmatch.translate(pattern), fnmatch.translate(pattern + ".*")
+                self._others.append((place, re.compile(rf"(?:.*\.)?(?:{'|'.join(ends)})")))
             else:
                 self._plain.setdefault(pattern, place)
+        self._lengths = sorted({pattern.count(".") + 1 for pattern in self._plain})
 
     def first(self, module: str) -> int | None:
         """The place of the first pattern that means a module."""
+        found = [place for place, pattern in self._others if pattern.match(module)]
         parts = module.split(".")
-        ends = [".".join(parts[i:]) for i in range(len(parts))]
-        runs = [
-            ".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)
-        ]
-        found = [self._plain[run] for run in runs if run in self._plain]
-        found += [
-            place
-            for place, pattern, anywhere in self._others
-            if any(pattern.match(end) for end in (ends if anywhere else [module]))
-        ]
+        for length in self._lengths:
+            for start in range(len(parts) - length + 1):
+                place = self._plain.get(".".join(parts[start : start + length]))
+                if place is not None:
+                    found.append(place)
         return min(found, default=None)
 
 

@@ -33,6 +33,11 @@ class Scheme:
     def find(self, module: str) -> Storage | None:
         """How a module's weight is stored; None for as it is. Raises ModelError for a bad
         pattern."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> Storage | None:
         if self.ignored(module) or (usually_dense(module) and not self.everything):
             return None
         if is_embedding(module) and self._targets.first(module) is None:
@@ -48,6 +53,11 @@ class Scheme:
         if place is not None:
             return self._storages[place]
         return next((rule.storage for rule in self.rules if "*" in rule.targets), None)
+
+    @cached_property
+    def _found(self) -> dict[str, Storage | None]:
+        """What `find` answered: a model's thousands of experts are asked for more than once."""
+        return {}
 
     @cached_property
     def _ignored(self) -> Patterns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quire.formats.float8 import decode_ue8m0
+from quire.formats.float8 import UE8M0_NAN, decode_ue8m0
 from quire.formats.layout import FP8_BLOCK, QUANT_FORMATS
 from quire.formats.quantized import QuantTensor
 from quire.quant.errors import bad_values, contradiction, cut_group, group_mismatch
@@ -18,6 +18,7 @@ Dummy = tuple[tuple[int, ...], str, float | None]
 # What values of dummy weights deviate by, and e2m1 and integer codes chosen at random.
 DEVIATION, E2M1_DEVIATION, INT4_DEVIATION, INT8_DEVIATION = 0.02, 2.9, 4.6, 74.0
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
+E4M3_NAN = 0x7F  # without the sign
 INPUT_SCALES = ("input_scale", "activation_scale")
 
 
@@ -87,8 +88,7 @@ class Fp8(Storage):
         else:
             scales = scales.reshape(-1).expand(height)[rows].contiguous()
         codes = parts.read("weight", rows)
-        # Both NaNs of e4m3: all bits but the sign.
-        if ((codes.view(torch.uint8) & 0x7F) == 0x7F).any():
+        if not _all_below(codes.view(torch.uint8) & 0x7F, E4M3_NAN):
             raise bad_values(parts.module, "some of its codes are NaN")
         input_scale = None
         if self.activation == "tensor":
@@ -178,7 +178,7 @@ class Mxfp4(Storage):
         assert weight is not None and scale is not None
         codes = parts.read(weight, rows).view(torch.uint8)
         scales = parts.read(scale, rows).view(torch.uint8)
-        if (scales == 255).any():
+        if not _all_below(scales, UE8M0_NAN):
             raise bad_values(parts.module, "some of its scales are NaN")
         return QuantTensor("mxfp4", (codes.shape[0], 2 * codes.shape[1]), codes, scales)
 
@@ -208,9 +208,16 @@ def check_symmetric(parts: Parts) -> None:
         raise contradiction(parts.module, "it has zero points, and the config says symmetric")
 
 
+def _all_below(codes: torch.Tensor, limit: int) -> bool:
+    """Whether the bytes of all codes are below a number."""
+    return not codes.numel() or int(codes.view(torch.uint8).amax()) < limit
+
+
 def _check_scales(module: str, scales: torch.Tensor) -> None:
     """A zero is a scale like any other where it is rounded: NVFP4's groups far below the rest of
     their tensor have it, and are zeros."""
+    if scales.dtype == torch.float8_e4m3fn and _all_below(scales, E4M3_NAN):
+        return  # positive and finite: one look at the bytes
     values = scales.float()
     if not values.isfinite().all():
         raise bad_values(module, "some of its scales are NaN or infinite")

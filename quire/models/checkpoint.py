@@ -45,7 +45,7 @@ def declared_formats(
         return {}
     matrices = {info.name: info.shape for info in _tensors(hf) if len(info.shape) == 2}
     if scheme is not None:
-        return scheme.formats(matrices)
+        return scheme.formats(matrices.items())
     return online.formats(matrices.items()) if online is not None else {}
 
 

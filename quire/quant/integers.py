@@ -9,7 +9,7 @@ import torch
 from quire.formats.float4 import pack_nibbles
 from quire.formats.integer import unpack_awq, unpack_words
 from quire.formats.quantized import QuantTensor
-from quire.quant.errors import bad_values, contradiction, group_mismatch, part_mismatch
+from quire.quant.errors import bad_values, contradiction, part_mismatch
 from quire.quant.parts import FLOATS, Parts
 from quire.quant.storage import (
     DEVIATION,
@@ -36,13 +36,8 @@ class _Integers(Storage):
         return "f32" if self.ordered else f"int{self.bits}"
 
     def groups_of(self, parts: Parts, columns: int) -> int:
-        if not self.group:
-            return 1
-        if columns % self.group:
-            raise group_mismatch(
-                parts.module, f"groups of {self.group} do not divide {columns} columns"
-            )
-        return columns // self.group
+        self.check_width(parts.module, columns)
+        return self.groups(columns)
 
     def groups(self, columns: int) -> int:
         return columns // self.group if self.group else 1

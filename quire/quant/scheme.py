@@ -72,12 +72,14 @@ class Scheme:
         # The pattern that means all comes last, whatever its place.
         return Patterns([t if t != "*" else "" for rule in self.rules for t in rule.targets])
 
-    def formats(self, matrices: Iterable[str]) -> dict[str, str]:
-        """The format of each weight among these matrices that is quantised, without its files."""
+    def formats(self, matrices: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+        """The format of each weight among (name, shape) that is quantised, without its files.
+        Raises ModelError where groups do not divide a width."""
         found = {}
-        for name in matrices:
+        for name, shape in matrices:
             module, _, last = name.rpartition(".")
             storage = self.find(module) if last == "weight" else None
             if storage is not None:
+                storage.check_width(module, shape[1])
                 found[name] = storage.format
         return found

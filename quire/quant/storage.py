@@ -25,10 +25,17 @@ INPUT_SCALES = ("input_scale", "activation_scale")
 class Storage(ABC):
     """How one weight lies in the files.
 
-    `format`: that of the QuantTensor that `read` gives, or "f32" where it gives values.
+    `format`: that of the QuantTensor that `read` gives, or "f32" where it gives values. `group`:
+    columns that share a scale and must divide the width, 0 where any width will do.
     """
 
     format: str
+    group: int = 0
+
+    def check_width(self, module: str, columns: int) -> None:
+        """Raises ModelError where groups do not divide the columns."""
+        if self.group and columns % self.group:
+            raise group_mismatch(module, f"groups of {self.group} do not divide {columns} columns")
 
     @abstractmethod
     def open(self, parts: Parts) -> tuple[int, int]:
@@ -42,8 +49,7 @@ class Storage(ABC):
 
     @abstractmethod
     def dummies(self, rows: int, columns: int) -> dict[str, Dummy]:
-        """The parts that a dummy weight [N, K] has. Raises ModelError where groups do not divide
-        the columns."""
+        """The parts that a dummy weight [N, K] has."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +126,14 @@ class Nvfp4(Storage):
     Scales for four-bit activations are left aside: weights alone are quantised here."""
 
     format = "nvfp4"
+    group = QUANT_FORMATS["nvfp4"]
 
     def open(self, parts: Parts) -> tuple[int, int]:
         weight = parts.need("weight_packed", "weight", formats=("u8",), dimensions=2)
         rows, columns = parts.info(weight).shape[0], 2 * parts.info(weight).shape[1]
-        _divides(parts, columns, QUANT_FORMATS["nvfp4"])
+        self.check_width(parts.module, columns)
         parts.need("weight_scale", formats=("f8_e4m3",))
-        parts.expect("weight_scale", (rows, columns // QUANT_FORMATS["nvfp4"]))
+        parts.expect("weight_scale", (rows, columns // self.group))
         factor = parts.need("weight_scale_2", "weight_global_scale", formats=("f32",))
         parts.expect(factor, (), (1,))
         return rows, columns
@@ -154,7 +161,7 @@ class Nvfp4(Storage):
     def dummies(self, rows: int, columns: int) -> dict[str, Dummy]:
         return {
             "weight": ((rows, columns // 2), "u8", None),
-            "weight_scale": ((rows, columns // QUANT_FORMATS["nvfp4"]), "f8_e4m3", 1.0),
+            "weight_scale": ((rows, columns // self.group), "f8_e4m3", 1.0),
             "weight_scale_2": ((), "f32", DEVIATION / E2M1_DEVIATION),
         }
 
@@ -164,13 +171,14 @@ class Mxfp4(Storage):
     """e2m1 pairs with a power of two for each 32 columns."""
 
     format = "mxfp4"
+    group = QUANT_FORMATS["mxfp4"]
 
     def open(self, parts: Parts) -> tuple[int, int]:
         weight = parts.need("weight_packed", "weight", formats=("u8", "i8"), dimensions=2)
         rows, columns = parts.info(weight).shape[0], 2 * parts.info(weight).shape[1]
-        _divides(parts, columns, QUANT_FORMATS["mxfp4"])
+        self.check_width(parts.module, columns)
         scale = parts.need("weight_scale", "scale", formats=("u8", "f8_e8m0"))
-        parts.expect(scale, (rows, columns // QUANT_FORMATS["mxfp4"]))
+        parts.expect(scale, (rows, columns // self.group))
         return rows, columns
 
     def read(self, parts: Parts, rows: slice) -> QuantTensor:
@@ -185,7 +193,7 @@ class Mxfp4(Storage):
     def dummies(self, rows: int, columns: int) -> dict[str, Dummy]:
         return {
             "weight_packed": ((rows, columns // 2), "u8", None),
-            "weight_scale": ((rows, columns // QUANT_FORMATS["mxfp4"]), "f8_e8m0", 2.0**-7),
+            "weight_scale": ((rows, columns // self.group), "f8_e8m0", 2.0**-7),
         }
 
 
@@ -194,11 +202,6 @@ def _float(scales: torch.Tensor) -> torch.Tensor:
     if scales.dtype == torch.float8_e8m0fnu:
         return decode_ue8m0(scales)
     return scales.float()
-
-
-def _divides(parts: Parts, columns: int, group: int) -> None:
-    if columns % group:
-        raise group_mismatch(parts.module, f"groups of {group} do not divide {columns} columns")
 
 
 def check_symmetric(parts: Parts) -> None:

@@ -130,6 +130,17 @@ def test_quantisation_that_cannot_be_is_refused(tmp_path: Path) -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize("scheme", ["ct nvfp4", "ct mxfp4", "gptq", "awq", "ct w4a16"])
+def test_a_width_that_groups_do_not_divide_is_refused_by_the_plan_of_a_config(
+    scheme: str, tmp_path: Path
+) -> None:
+    config = {**LLAMA, "intermediate_size": 200}
+    path = config_only(tmp_path / "m", config, quantization_config=SCHEMES[scheme][0])
+    with pytest.raises(QuireError, match="down_proj") as caught:
+        plan_of(path)
+    assert caught.value.code == "quantized_group"
+
+
 def test_an_unknown_scheme_is_refused_by_the_plan_of_a_config(tmp_path: Path) -> None:
     path = config_only(tmp_path / "m", LLAMA, quantization_config={"quant_method": "hqq"})
     with pytest.raises(QuireError, match="hqq") as caught:

@@ -16,7 +16,8 @@ def add_flags(parser: Parser) -> None:
 def run(invocation: Invocation) -> int:
     """Print the plan. A hub model's weights are not downloaded."""
     options = invocation.options(invocation.words[0] if invocation.words else None)
-    from quire.engine.startup import kernel_facts, make_plan, open_weights
+    from quire.engine.startup import kernel_facts, make_plan
+    from quire.engine.weights import open_weights
     from quire.weights.hub import resolve
 
     asked = options.model

@@ -49,9 +49,16 @@ class ModelOptions:
     load_format: str = option(
         "auto", "where weights come from", choices=("auto", "safetensors", "gguf", "dummy")
     )
+    quantization: str | None = option(
+        None,
+        "quantise an unquantised checkpoint while loading: all linear layers, or experts only; see "
+        "docs/quantization.md",
+        choices=("fp8", "nvfp4", "nvfp4-experts"),
+    )
     dtype: str = option(
         "auto",
-        "number format of unquantised weights; auto keeps the checkpoint's",
+        "number format of unquantised weights, and of quantised ones where they are widened; auto "
+        "keeps the checkpoint's",
         choices=("auto", "float32", "bfloat16"),
     )
     kv_cache_dtype: str = option(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
@@ -14,13 +14,14 @@ from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.scheduler import Limits, Scheduler
-from quire.errors import UsageError
+from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build, CpuKernels, Kernels
+from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.models.registry import (
     Model,
     build_model,
@@ -28,16 +29,16 @@ from quire.models.registry import (
     load_weights,
     read_config,
 )
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
+from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.tokenization.special_tokens import eos_token_ids
-from quire.weights import no_weights, open_source
-from quire.weights.dummy import DummySource
+from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
 from quire.weights.hub import resolve as find_files
-from quire.weights.source import TensorInfo, WeightSource
+from quire.weights.source import WeightSource
 
 Progress = Callable[[str, float], None]
 
@@ -79,62 +80,35 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
-    hf = files.config()
-    formats, fingerprint = None, "no weights"
+    hf, scheme, online = (
+        files.config(),
+        checkpoint_scheme(files),
+        asked_quantization(options, files),
+    )
+    fingerprint = "no weights"
     if options.model.load_format == "dummy":
-        source = dummy_source(options, hf, torch.device("cpu"), stored_formats(files))
+        source = dummy_source(options, files, torch.device("cpu"))
         fingerprint = source.fingerprint()
     elif source is not None:
         fingerprint = files.commit or source.fingerprint()
+    if source is None or online is not None:
+        formats = declared_formats(hf, scheme, online)
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
-    facts = ModelFacts(files.name, hf, formats, f"{fingerprint} {config_digest(hf)}")
-    return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
-
-
-def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
-    """The files' weights; None with --load-format dummy and where there is only config.json.
-
-    Raises UsageError where --load-format names another kind than the files are.
-    """
-    wanted = options.model.load_format
-    held = "gguf" if files.kind == "gguf" else "safetensors"
-    if wanted not in ("auto", "dummy", held):
-        raise UsageError(
-            "load_format_mismatch",
-            f"--load-format {wanted}: the weights of {files.name} are {held}",
-            fix="leave --load-format out, or name another model",
-            field="load_format",
+    facts = ModelFacts(
+        files.name,
+        hf,
+        formats,
+        f"{fingerprint} {config_digest(hf)}" + ("" if online is None else f" {online}"),
+        kv_cache=kv_cache_format(scheme, source),
+    )
+    if scheme is not None:
+        facts = replace(facts, scheme=scheme.name)
+    elif online is not None:
+        facts = replace(
+            facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
         )
-    return None if wanted == "dummy" or files.kind == "config" else open_source(files)
-
-
-def dummy_source(
-    options: Options,
-    hf_config: dict[str, Any],
-    device: torch.device,
-    formats: Mapping[str, str] | None = None,
-) -> DummySource:
-    """Seeded weights of the model's shapes, made on `device`: in `formats` by tensor name, in the
-    config's dtype where they name none."""
-    build = Build(reference_ops)
-    build_model(hf_config, build)
-    declared = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
-    dense = {"float32": "f32", "float16": "f16"}.get(declared, "bf16")
-    infos = [
-        TensorInfo(t.name, t.shape, (formats or {}).get(t.name, dense))
-        for weight in build.weights
-        for t in weight.tensors()
-    ]
-    return DummySource(infos, options.model.seed, device=device)
-
-
-def stored_formats(files: ModelFiles) -> dict[str, str]:
-    """The format of each tensor of a GGUF file, which dummies of it have too; none of others."""
-    if files.kind != "gguf":
-        return {}
-    with open_source(files) as source:
-        return {name: source.info(name).format for name in source.names()}
+    return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
@@ -150,7 +124,10 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     found = kernel_facts()
     plan = make_plan(options, files, source, found)
     device = torch.device(plan.device)
-    source = source or dummy_source(options, files.config(), device, stored_formats(files))
+    if source is None:
+        source = dummy_source(options, files, device)
+    elif isinstance(source, OnlineSource):
+        source = source.to(device)
     return assemble(options, files, plan, source, found, device, say)
 
 
@@ -168,6 +145,7 @@ def assemble(
     build = Build(
         _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
         dtype=DTYPES.get(plan.dtype),
+        widened=DTYPES[declared_dtype(files.config())],
         max_len=plan.max_model_len,
         device=device,
         moe_routing=options.engine.moe_routing,

@@ -49,3 +49,27 @@ def row_bytes(format: str, columns: int) -> int:
             f"of {block.values_per_block}"
         )
     return columns // block.values_per_block * block.bytes_per_block
+
+
+# Codes with scales (quire/formats/quantized.py): columns that share a scale, 0 where the group size
+# is the checkpoint's choice or a row has one scale.
+QUANT_FORMATS = {"fp8": 0, "fp8_block": 128, "nvfp4": 16, "mxfp4": 32, "int4": 0, "int8": 0}
+FP8_BLOCK = QUANT_FORMATS["fp8_block"]  # a block has as many rows as columns
+
+
+def quantized_nbytes(format: str, rows: int, columns: int, group: int = 128) -> int:
+    """Bytes of codes and scales of a QuantTensor; `group` of int4 and int8, with half scales and
+    zero points. ValueError where groups do not divide the columns."""
+    width = QUANT_FORMATS[format] or group
+    if format not in ("fp8", "fp8_block") and columns % width:
+        raise ValueError(f"groups of {width} do not divide {columns} columns of {format}")
+    codes = rows * columns
+    if format == "fp8":
+        return codes + 4 * rows
+    if format == "fp8_block":
+        return codes + 4 * -(-rows // width) * -(-columns // width)
+    if format == "nvfp4":
+        return codes // 2 + codes // width + 4 * rows
+    if format == "mxfp4":
+        return codes // 2 + codes // width
+    return (codes // 2 if format == "int4" else codes) + 3 * codes // width

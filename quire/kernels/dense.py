@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.formats.gguf import dequantize
+from quire.kernels.capabilities import held_as_codes
 from quire.kernels.reference.packed import (
     DENSE_TYPES,
     GgufWeight,
@@ -17,6 +18,8 @@ class DenseWeights:
     """Packing for kernels that want every weight [N, K] row-major in `dtype` on `device`."""
 
     dense = True
+    quantized = held_as_codes("triton", "linear")
+    quantized_experts = held_as_codes("triton", "experts")
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +11,37 @@ from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
 from quire.layers.norm import ResidualStream, RMSNorm
+from quire.layers.read import read_vector
 from quire.layers.rotary import RotaryTable
+from quire.weights.source import TensorInfo, WeightSource
+
+
+class Sinks:
+    """One logit for each query head, shared over ranks as the heads are: float32 [heads]."""
+
+    def __init__(self, build: Build, name: str, heads: int):
+        self.build, self.name, self.heads = build, name, heads
+        self._share = build.group.shard(heads, name)
+        self.values = torch.empty(0)
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        return [TensorInfo(self.name, (self.heads,), "bf16")]
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        share: int = self._share.stop - self._share.start
+        return 4 * share
+
+    def load(self, source: WeightSource) -> None:
+        self.values = read_vector(self.build, source, self.name, self._share)
 
 
 class Attention:
     """Query, key, value projections, rotary, cache, attention, output projection.
 
     `window`: sliding window in tokens. `qk_norm`: RMS norm of every query and key head before
-    rotary, with `norm_offset` as in RMSNorm. `scale` defaults to head_size ** -0.5. Query heads
+    rotary, with `norm_offset` as in RMSNorm. `sinks`: a logit of each head joins the softmax and
+    has no value. `scale` defaults to head_size ** -0.5. Query heads
     and KV heads are shared over ranks.
     """
 
@@ -39,6 +63,7 @@ class Attention:
         norm_offset: float = 0.0,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
     ):
         self.kernels = build.kernels
         self.scale = head_size**-0.5 if scale is None else scale
@@ -55,6 +80,7 @@ class Attention:
                 RMSNorm(build, f"{name}.q_norm", head_size, norm_eps, norm_offset),
                 RMSNorm(build, f"{name}.k_norm", head_size, norm_eps, norm_offset),
             )
+        self.sinks = Sinks(build, f"{name}.sinks", heads) if sinks else None
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         kv_share = share.stop - share.start
@@ -88,6 +114,6 @@ class Attention:
             self.scale,
             self.window,
             self.softcap,
-            None,
+            None if self.sinks is None else self.sinks.values,
         )
         return self.out(out_TD)

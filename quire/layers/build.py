@@ -17,9 +17,11 @@ class Kernels(Protocol):
 
     Signatures and shapes: quire/kernels/reference/ops.py. `dense`: weights are held dense in the
     model's number format, and the experts of a layer in one tensor (see DenseKernels).
+    `quantized`: the formats whose QuantTensor `pack` takes as it is; others are widened before.
     """
 
     dense: bool
+    quantized: frozenset[str]
     pack: Callable[..., Any]
     packed_nbytes: Callable[..., int]
     linear: Callable[..., torch.Tensor]
@@ -44,8 +46,9 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, and products that begin
-    with the addition and norm before them."""
+    with the addition and norm before them. `quantized_experts`: as `quantized`, of experts."""
 
+    quantized_experts: frozenset[str]
     experts: Callable[..., torch.Tensor]
     add_norm_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -83,9 +86,10 @@ class CacheLayer:
 
 @dataclass
 class Build:
-    """Context of building one model: kernels, dense dtype (None keeps the checkpoint's), device,
-    ranks, the longest context in tokens (the size of rotary tables), and whether experts are
-    chosen by the "model" or evenly at random ("uniform", for benchmarks).
+    """Context of building one model: kernels, dense dtype (None keeps the checkpoint's, and makes
+    quantised weights that the kernels do not have `widened`), device, ranks, the longest context
+    in tokens (the size of rotary tables), and whether experts are chosen by the "model" or evenly
+    at random ("uniform", for benchmarks).
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
@@ -99,6 +103,7 @@ class Build:
     max_len: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     moe_routing: str = "model"
+    widened: torch.dtype = torch.bfloat16
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0

@@ -37,9 +37,10 @@ class SeparateExperts:
         intermediate: int,
         experts: int,
         activation: str,
+        bias: bool = False,
     ):
         self.experts = [
-            GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, reduce=False)
+            GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, bias, reduce=False)
             for e in range(experts)
         ]
 
@@ -109,9 +110,10 @@ class StackedExperts:
 
     def load(self, source: WeightSource) -> None:
         experts, share = len(self.names), self._share.stop - self._share.start
+        kept = self.kernels.quantized_experts
         for e, name in enumerate(self.names):
             gate, up, down = (
-                read_matrix(self.build, source, f"{name}.{part}_proj.weight", rows, columns)
+                read_matrix(self.build, source, f"{name}.{part}_proj.weight", rows, columns, kept)
                 for part, rows, columns in (
                     ("gate", self._share, None),
                     ("up", self._share, None),

@@ -7,14 +7,18 @@ from typing import Any, cast
 
 import torch
 
+from quire.formats import quantized
 from quire.formats.blocks import BlockTensor, concatenate_rows
+from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build, DenseKernels, Kernels
 from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.read import read_matrix, read_vector
 from quire.weights.source import TensorInfo, WeightSource
 
+Matrix = torch.Tensor | BlockTensor | QuantTensor
 
-def pack(kernels: Kernels, tensor: torch.Tensor | BlockTensor) -> Any:
+
+def pack(kernels: Kernels, tensor: Matrix) -> Any:
     """The kernels' own form of a weight [N, K]."""
     if isinstance(tensor, BlockTensor):
         return kernels.pack((tensor.format, tensor.data, *tensor.shape))
@@ -121,11 +125,9 @@ class Linear:
         return self.kernels.gated_activation(self(x_TH), activation)
 
 
-def merge(
-    tensors: list[torch.Tensor | BlockTensor],
-) -> list[tuple[torch.Tensor | BlockTensor, int]]:
+def merge(tensors: list[Matrix]) -> list[tuple[Matrix, int]]:
     """Neighbours of one format concatenated along rows, each with its number of rows."""
-    merged: list[tuple[torch.Tensor | BlockTensor, int]] = []
+    merged: list[tuple[Matrix, int]] = []
     for item in tensors:
         rows = int(item.shape[0])
         last, n = merged[-1] if merged else (None, 0)
@@ -137,10 +139,13 @@ def merge(
     return merged
 
 
-def _join(
-    first: torch.Tensor | BlockTensor, second: torch.Tensor | BlockTensor
-) -> torch.Tensor | BlockTensor | None:
-    """Rows of both, None where their formats differ."""
+def _join(first: Matrix, second: Matrix) -> Matrix | None:
+    """Rows of both, None where they cannot be one matrix."""
+    if isinstance(first, QuantTensor) and isinstance(second, QuantTensor):
+        try:
+            return quantized.concatenate_rows([first, second])
+        except ValueError:  # other formats, groups or activation scales, or a cut block
+            return None
     if isinstance(first, BlockTensor) and isinstance(second, BlockTensor):
         return concatenate_rows([first, second]) if first.format == second.format else None
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):

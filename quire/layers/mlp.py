@@ -10,8 +10,8 @@ from quire.layers.norm import ResidualStream, RMSNorm
 
 
 class GatedMLP:
-    """`activation` is "silu" or "gelu_tanh". The intermediate size is shared over ranks, whose
-    results are summed unless `reduce` is False."""
+    """`activation` is "silu", "gelu_tanh" or "clamped_swiglu". The intermediate size is shared over
+    ranks, whose results are summed unless `reduce` is False."""
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ UNIFORM_ROWS = 4096
 class MoE:
     """Softmax router and gated experts, each expert's intermediate size shared over ranks.
 
-    `normalize`: the chosen experts' weights are scaled to sum to 1.
+    `normalize`: the chosen experts' weights are scaled to sum to 1. `router`: its name. `bias`:
+    router and experts add biases.
     """
 
     def __init__(
@@ -30,14 +31,18 @@ class MoE:
         experts_per_token: int,
         normalize: bool,
         activation: str = "silu",
+        router: str = "gate",
+        bias: bool = False,
     ):
         self.build, self.experts_per_token, self.normalize = build, experts_per_token, normalize
         self.num_experts = experts
-        self.router = Linear(build, [f"{name}.gate"], hidden, [experts])
-        kind = StackedExperts if build.kernels.dense else SeparateExperts
-        self.experts: Experts = kind(
-            build, f"{name}.experts", hidden, intermediate, experts, activation
-        )
+        self.router = Linear(build, [f"{name}.{router}"], hidden, [experts], bias=bias)
+        sizes = f"{name}.experts", hidden, intermediate, experts, activation
+        if build.kernels.dense:
+            assert not bias  # the plan refuses it
+            self.experts: Experts = StackedExperts(build, *sizes)
+        else:
+            self.experts = SeparateExperts(build, *sizes, bias)
         self._uniform_TE: torch.Tensor | None = None
         # Each slot's result and its product with the weight; router logits, probabilities in two
         # orders, ids; one expert may get all tokens.

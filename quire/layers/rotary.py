@@ -14,6 +14,8 @@ import torch
 from quire.errors import ModelError
 from quire.layers.build import Build
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_type`, `rope_theta` and scaling values, from either generation of config.json.
@@ -29,6 +31,8 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
         if found.get(key) is None:
             found[key] = default if config.get(key) is None else config[key]
     found["rope_type"] = found.get("rope_type") or found.pop("type", None) or "default"
+    if found["rope_type"] == "yarn" and found.get(ORIGINAL) is None:
+        found[ORIGINAL] = config.get("max_position_embeddings")
     return found
 
 
@@ -55,11 +59,13 @@ def inverse_frequencies(rotary_dim: int, parameters: dict[str, Any]) -> torch.Te
         return inverse / _value(parameters, "factor")
     if kind == "llama3":
         return _llama3(inverse, parameters)
+    if kind == "yarn":
+        return _yarn(inverse, parameters)
     raise ModelError(
         "unknown_rope",
         f"rope scaling {kind!r} is not known",
         why="the model's config.json asks for it",
-        fix="known kinds: default, linear, llama3",
+        fix="known kinds: default, linear, llama3, yarn",
     )
 
 
@@ -74,6 +80,43 @@ def _llama3(inverse: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
     scaled = torch.where(wavelength > original / low, inverse / factor, inverse)
     middle = (wavelength <= original / low) & (wavelength >= original / high)
     return torch.where(middle, smoothed, scaled)
+
+
+def _yarn(inverse: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
+    """YaRN (Peng et al. 2023): pairs that turn often within the original context stay, those that
+    turn rarely are divided by `factor`, a ramp lies between."""
+    parameters = {"beta_fast": 32.0, "beta_slow": 1.0, **parameters}
+    theta, original = _value(parameters, "rope_theta"), _value(parameters, ORIGINAL)
+    pairs = len(inverse)
+
+    def pair_of(turns: float) -> float:
+        """The pair (a fraction of one) that turns this often within the original context."""
+        return pairs * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low = pair_of(_value(parameters, "beta_fast"))
+    high = pair_of(_value(parameters, "beta_slow"))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    ramp = (torch.arange(pairs).float() - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clamp(0, 1)
+    return inverse / _value(parameters, "factor") * ramp + inverse * (1 - ramp)
+
+
+def attention_factor(parameters: dict[str, Any]) -> float:
+    """What cosines and sines are multiplied with: YaRN's temperature, 1 for other scalings."""
+    if parameters["rope_type"] != "yarn":
+        return 1.0
+    if parameters.get("attention_factor") is not None:
+        return _value(parameters, "attention_factor")
+    factor = _value(parameters, "factor")
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return grown(_value(parameters, "mscale")) / grown(_value(parameters, "mscale_all_dim"))
+    return grown(1.0)
 
 
 class RotaryTable:
@@ -91,6 +134,7 @@ class RotaryTable:
                 "bad_config", f"config.json: {rotary_dim} of {head_size} values of a head rotate"
             )
         self.inverse = inverse_frequencies(rotary_dim, parameters)
+        self.factor = attention_factor(parameters)
         self.key = f"{rotary_dim} {sorted(parameters.items(), key=str)}"
         build.rotary_bytes[self.key] = 4 * rotary_dim
         self._table: torch.Tensor | None = None
@@ -109,4 +153,6 @@ class RotaryTable:
         torch.mul(torch.arange(self.build.max_len).float()[:, None], self.inverse, out=sine)
         cosine.copy_(sine).cos_()
         sine.sin_()
+        if self.factor != 1.0:
+            table *= self.factor
         return table.to(self.build.device)

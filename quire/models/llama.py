@@ -38,6 +38,7 @@ class Config:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
     activation: str = "silu"
 
     @classmethod
@@ -107,6 +108,7 @@ class Layer:
             out_bias=config.out_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.eps,
+            sinks=config.sinks,
         )
         self.post_norm = RMSNorm(
             build, f"{name}.post_attention_layernorm", config.hidden, config.eps

@@ -26,10 +26,12 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
+    "GptOssForCausalLM": "gpt_oss",
 }
 CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
 # 2023 have them), and a copy of tied embeddings.
+LARGEST_BIAS = 2**20  # bytes
 DERIVED = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
@@ -61,13 +63,6 @@ def _module(hf: dict[str, Any]) -> Any:
             why="config.json: architectures",
             fix=_known(str(name)),
         )
-    if hf.get("quantization_config"):
-        raise ModelError(
-            "quantized_checkpoint",
-            "the checkpoint is quantised in a way that is not known",
-            why="config.json: quantization_config",
-            fix="use the unquantised checkpoint, or a .gguf file",
-        )
     return import_module(f"quire.models.{ARCHITECTURES[name]}")
 
 
@@ -93,6 +88,13 @@ def config_digest(hf: dict[str, Any]) -> str:
     config = read_config(hf)
     text = msgspec.json.encode([type(config).__module__, config], order="sorted")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def adapt_source(hf: dict[str, Any], source: WeightSource) -> WeightSource:
+    """A checkpoint's tensors under the names of the family's layers."""
+    adapt = getattr(_module(hf), "adapt", None)
+    adapted: WeightSource = source if adapt is None else adapt(source)
+    return adapted
 
 
 def build_model(hf: dict[str, Any], build: Build) -> Model:
@@ -141,7 +143,7 @@ def _check_tensors(build: Build, source: WeightSource) -> None:
                 f"tensor {want.name!r} has shape {list(shape)}, the config says {list(want.shape)}",
                 fix="check that config.json and weights belong together",
             )
-    unknown = sorted(name for name in left if not name.endswith(DERIVED))
+    unknown = sorted(name for name in left if not _says_nothing(source, name))
     if unknown:
         raise ModelError(
             "unknown_tensor",
@@ -149,3 +151,15 @@ def _check_tensors(build: Build, source: WeightSource) -> None:
             why="without them it is another model",
             fix="check that config.json and weights belong together",
         )
+
+
+def _says_nothing(source: WeightSource, name: str) -> bool:
+    """Whether a tensor can be left out: it follows from others, or it is a bias of zeros, as some
+    quantising tools write for layers that have none."""
+    if name.endswith(DERIVED):
+        return True
+    info = source.info(name)
+    if not name.endswith(".bias") or len(info.shape) != 1 or info.nbytes > LARGEST_BIAS:
+        return False
+    values = source.read(name)
+    return isinstance(values, torch.Tensor) and not values.any()

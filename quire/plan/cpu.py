@@ -12,8 +12,8 @@ from quire.hardware.machine import Machine
 from quire.layers.build import Build, Kernels
 from quire.models.registry import build_model, read_config
 from quire.plan import memory
-from quire.plan.facts import DTYPES, KernelFacts
-from quire.plan.place import Place, remaining, sum_weights
+from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
+from quire.plan.place import Place, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
@@ -54,6 +54,8 @@ def place(
     deterministic = _choose_determinism(options, name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(hf)
+    widened = options.model.dtype if dtype is not None else declared_dtype(hf)
+    formats = held_formats(build, formats, widened, "CPU", choices)
     weights = sum_weights(build, formats)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS

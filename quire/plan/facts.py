@@ -15,12 +15,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class ModelFacts:
     """What the plan must know of a model: its config.json, the format of each tensor by
-    checkpoint name (None: no weights at hand, the config's dtype is assumed), its fingerprint."""
+    checkpoint name (the config's dtype is assumed for others), its fingerprint. `scheme`: how it
+    is quantised, for people, and `scheme_from`: who says so; `kv_cache`: the format of the KV cache
+    that it was quantised for."""
 
     name: str
     hf_config: dict[str, Any]
     formats: dict[str, str] | None
     fingerprint: str = ""
+    scheme: str = ""
+    scheme_from: str = "its quantisation config"
+    kv_cache: str = ""
+
+
+def declared_dtype(hf: dict[str, Any]) -> str:
+    """The dtype that config.json names for weights, bfloat16 where it names none of DTYPES."""
+    declared = str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch.")
+    return declared if declared in DTYPES else "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from quire.comm.group import Group
 from quire.config.options import Options
 from quire.errors import PlanError
+from quire.formats.layout import BLOCK_FORMATS
 from quire.hardware.machine import Gpu, Machine
 from quire.kernels.dense import DenseWeights
 from quire.kernels.device_state import DeviceState
@@ -18,9 +19,10 @@ from quire.layers.build import Build, Kernels
 from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts
-from quire.plan.place import Place, remaining, sum_weights
+from quire.plan.place import Place, held_formats, matrices, remaining, sum_weights
 from quire.plan.plan import Choice
 
+DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
 # Ampere is the first to have bfloat16 and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
@@ -84,11 +86,12 @@ def place(
     dtype = _choose_dtype(options, hf, choices)
     # A plan asks kernels only how much a weight takes; it must not need Triton.
     sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
+    _check_experts(read_config(hf))
     build = Build(sizes, dtype=DTYPES[dtype], group=group)
     build_model(hf, build)
     _check_head_sizes(build)
-    _check_experts(read_config(hf))
-    packed = {f for f in map(formats, _matrices(build)) if f not in ("f32", "f16", "bf16")}
+    formats = held_formats(build, formats, dtype, "GPU", choices)
+    packed = {f for f in map(formats, matrices(build)) if f in BLOCK_FORMATS and f not in DENSE}
     if packed:
         reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
         choices.append(Choice("weights", f"dequantised to {dtype}", reason, downgrade=True))
@@ -159,10 +162,6 @@ def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int
     return tuple(decode), tuple(n for n in steps if n <= tokens)
 
 
-def _matrices(build: Build) -> list[str]:
-    return [t.name for w in build.weights for t in w.tensors() if len(t.shape) == 2]
-
-
 def _choose_dtype(options: Options, hf: dict[str, Any], choices: list[Choice]) -> str:
     asked = options.model.dtype
     if asked != "auto":
@@ -190,6 +189,13 @@ def _choose_kv_dtype(options: Options, dtype: str) -> str:
 
 
 def _check_experts(config: ModelConfig) -> None:
+    if getattr(config, "expert_bias", False):
+        raise PlanError(
+            "unsupported_experts",
+            "the GPU kernels do not have experts with biases and a clamped SwiGLU",
+            why="the model's experts add biases, and their products are computed all at once there",
+            fix="use --device cpu",
+        )
     experts, chosen = getattr(config, "experts", 0), getattr(config, "experts_per_token", 0)
     if experts > MOST_EXPERTS or chosen > MOST_EXPERTS_PER_TOKEN:
         raise PlanError(

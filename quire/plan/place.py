@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from quire.errors import ModelError, PlanError
-from quire.layers.build import Build
-from quire.plan.plan import format_bytes
+from quire.formats.layout import QUANT_FORMATS
+from quire.layers.build import Build, DenseKernels
+from quire.layers.experts import StackedExperts
+from quire.plan.plan import Choice, format_bytes
+
+DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,36 @@ class Place:
     fill: bool
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
+
+
+def matrices(build: Build) -> list[str]:
+    """Names of all weights that are matrices."""
+    return [t.name for w in build.weights for t in w.tensors() if len(t.shape) == 2]
+
+
+def held_formats(
+    build: Build, formats: Callable[[str], str], dtype: str, device: str, choices: list[Choice]
+) -> Callable[[str], str]:
+    """The format in which each tensor is held: quantised ones that the kernels do not have are
+    widened to `dtype` while loading."""
+    stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
+    experts = {tensor.name for weight in stacked for tensor in weight.tensors()}
+
+    def is_widened(name: str) -> bool:
+        kernels = build.kernels
+        in_experts = name in experts
+        kept = cast(DenseKernels, kernels).quantized_experts if in_experts else kernels.quantized
+        return formats(name) in QUANT_FORMATS and formats(name) not in kept
+
+    widened = sorted({formats(name) for name in matrices(build) if is_widened(name)})
+    if widened:
+        reason = f"there are no {device} kernels for {', '.join(widened)}"
+        choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
+
+    def held(name: str) -> str:
+        return DENSE[dtype] if is_widened(name) else formats(name)
+
+    return held
 
 
 def sum_weights(build: Build, formats: Callable[[str], str]) -> int:

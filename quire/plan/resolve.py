@@ -12,8 +12,8 @@ from quire.kv.groups import KVGroup
 from quire.layers.build import Build
 from quire.models.registry import read_config
 from quire.plan import cpu, gpu, memory
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
-from quire.plan.place import Place
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.place import DENSE, Place
 from quire.plan.plan import Choice, Plan, format_bytes
 
 # Bumped by hand whenever any kernel's bits can change.
@@ -38,10 +38,15 @@ def resolve(
     `group`: the rank whose share of weights and caches is planned; one rank by default.
     """
     choices: list[Choice] = []
+    if model.scheme:
+        choices.append(Choice("quantisation", model.scheme, model.scheme_from))
     formats = _formats(model, options)
     device = gpu.choose_device(options, machine, found, choices)
     make = gpu.place if device == "cuda" else cpu.place
     place = make(options, model.hf_config, formats, machine, found, group or Group(), choices)
+    if model.kv_cache:
+        reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
+        choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
     groups = memory.kv_groups(place.build.caches, DTYPES[place.kv_dtype].itemsize)
     table_bytes = sum(place.build.rotary_bytes.values())
     longest = read_config(model.hf_config).max_len
@@ -94,9 +99,8 @@ def resolve(
 
 def _formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
     """The format each tensor will have before packing: --dtype changes dense ones."""
-    dense = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(options.model.dtype)
-    declared = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype") or "bfloat16"
-    fallback = {"float32": "f32", "float16": "f16"}.get(str(declared), "bf16")
+    dense = DENSE.get(options.model.dtype)
+    fallback = DENSE[declared_dtype(model.hf_config)]
 
     def lookup(name: str) -> str:
         stored = (model.formats or {}).get(name, fallback)

@@ -42,8 +42,9 @@ class DummySource(WeightSource):
     (u8, i8) random bytes, other integers zero, which is a valid index everywhere. `constants`
     fixes the value of floating-point tensors by the end of their name. `index_limits` makes index
     tables by the end of their name: distinct values of 0 to limit - 1 in each row, different from
-    row to row. ValueError for two tensors of one name or a row of more indices than the limit.
-    Matrices are read on `device`, with the same values on all devices.
+    row to row. `values` decides for whole names, before all else: a constant, or None for random
+    values, random bytes where they are integers. ValueError for two tensors of one name or a row
+    of more indices than the limit. Tensors are read on `device`, with the same values on all.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class DummySource(WeightSource):
         constants: Mapping[str, float] | None = None,
         index_limits: Mapping[str, int] | None = None,
         device: torch.device | str = "cpu",
+        values: Mapping[str, float | None] | None = None,
     ):
         self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         if len(self._infos) != len(infos):
@@ -60,6 +62,7 @@ class DummySource(WeightSource):
         self._seed, self._device = seed, torch.device(device)
         self._constants = dict(constants or {})
         self._index_limits = dict(index_limits or {})
+        self._values = dict(values or {})
         self._pools: dict[tuple[str, int], torch.Tensor] = {}
         self._closed = False
 
@@ -92,7 +95,10 @@ class DummySource(WeightSource):
             return self._index_table(info, limit)[first:last, ..., left:right].contiguous()
         value = self._constant(info)
         if value is not None:
-            return torch.full(part, value, dtype=torch.float32).to(DENSE_DTYPES[info.format])
+            dtype = DENSE_DTYPES[info.format]
+            if not dtype.is_floating_point:
+                return torch.full(part, int(value), dtype=dtype, device=self._device)
+            return torch.full(part, value, device=self._device).to(dtype)
         if len(shape) < 2:
             values = self._rows(info, 0, 1, 0, shape[0] if shape else 1)[0, first:last]
             return values.reshape(part)
@@ -110,6 +116,8 @@ class DummySource(WeightSource):
     def fingerprint(self) -> str:
         """Digest of the tensor list, the seed and the tables: nothing needs to be generated."""
         rules = sorted(self._constants.items()), sorted(self._index_limits.items())
+        if self._values:
+            rules = (*rules, sorted(self._values.items()))  # type: ignore[assignment]
         head = f"dummy {self._seed} {rules} {super().fingerprint()}"
         return hashlib.blake2b(head.encode(), digest_size=32).hexdigest()
 
@@ -119,6 +127,8 @@ class DummySource(WeightSource):
 
     def _constant(self, info: TensorInfo) -> float | None:
         """The one value of the tensor, or None where it is random."""
+        if info.name in self._values:
+            return self._values[info.name]
         dtype = DENSE_DTYPES.get(info.format)
         if dtype is None:
             return None
@@ -175,9 +185,11 @@ class DummySource(WeightSource):
         generator = torch.Generator().manual_seed(
             int.from_bytes(self._hash("pool")[:8], "little") >> 1
         )
-        if format in ("u8", "i8"):
-            codes = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
-            return codes.view(DENSE_DTYPES[format])
+        dtype = DENSE_DTYPES.get(format, torch.float32)
+        if not dtype.is_floating_point:
+            total = size * dtype.itemsize
+            codes = torch.randint(0, 256, (total,), dtype=torch.uint8, generator=generator)
+            return codes.view(dtype)
         values = torch.randn(size, generator=generator) * DEVIATION
         if format in DENSE_DTYPES:
             return values.to(DENSE_DTYPES[format])

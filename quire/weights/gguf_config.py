@@ -188,11 +188,11 @@ def _rope_scaling(header: GgufHeader, kind: str) -> dict[str, Any] | None:
         scaling["original_max_position_embeddings"] = _count(
             header, f"{prefix}.original_context_length"
         )
-        for name, key in (
-            ("attention_factor", "yarn_attn_factor"),
-            ("beta_fast", "yarn_beta_fast"),
-            ("beta_slow", "yarn_beta_slow"),
-        ):
+        for key in ("attn_factor", "yarn_attn_factor"):
+            # What it multiplies has changed from version to version of llama.cpp.
+            if header.number(f"{prefix}.{key}", 1.0) != 1.0:
+                raise unsupported(header.path, f"its rotary scaling has an {key} of its own")
+        for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if f"{prefix}.{key}" in header.metadata:
                 scaling[name] = _short(header.number(f"{prefix}.{key}"))
     elif method != "linear":

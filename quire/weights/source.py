@@ -10,6 +10,7 @@ import torch
 
 from quire.errors import ModelError
 from quire.formats.blocks import BlockTensor
+from quire.formats.quantized import QuantTensor
 from quire.weights.tensor_info import TensorInfo as TensorInfo
 
 # Formats whose values stand alone, by the names used everywhere in Quire.
@@ -54,10 +55,11 @@ class WeightSource(ABC):
     @abstractmethod
     def read(
         self, name: str, rows: slice | None = None, columns: slice | None = None
-    ) -> torch.Tensor | BlockTensor:
+    ) -> torch.Tensor | BlockTensor | QuantTensor:
         """A tensor on the CPU, or only some of its first and last dimension.
 
-        A BlockTensor where the format is packed: then columns are whole blocks. ModelError if
+        A BlockTensor where the format is packed: then columns are whole blocks. A QuantTensor
+        where it is quantised: then slices are whole groups, or else a ModelError. ModelError if
         there is no such tensor; ValueError if a slice has a step or leaves the shape.
         """
 

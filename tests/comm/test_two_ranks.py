@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from models.harness import TINY, checkpoint
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
 from safetensors.torch import load_file
-from transformers import LlamaConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from comm.rank import compute, work
 from quire.comm.group import Group
@@ -27,6 +28,14 @@ MODELS: dict[str, Any] = {
     "odd vocabulary": LlamaConfig(**{**TINY, "vocab_size": 161}),
     "tied": LlamaConfig(**{**TINY, "tie_word_embeddings": True}),
     "moe": Qwen3MoeConfig(**TINY, **MOE),
+    "gpt-oss": GptOssConfig(
+        **{**TINY, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+}
+# Quantised ones: the scheme, and the config.
+QUANTIZED: dict[str, Any] = {
+    "nvfp4": ("ct nvfp4", LLAMA),
+    "gptq moe": ("gptq zeros", {**QWEN3_MOE, "moe_intermediate_size": 128}),
 }
 
 
@@ -35,10 +44,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     directory = tmp_path_factory.mktemp("ranks")
     for name, config in MODELS.items():
         checkpoint(directory / name, config)
+    for name, (scheme, config) in QUANTIZED.items():
+        of_scheme(directory / "made", scheme, config)[0].rename(directory / name)
+        (directory / "made").rename(directory / f"{name} as made")
     context = multiprocessing.get_context("spawn")
     address = f"file://{directory}/rendezvous"
     processes = [
-        context.Process(target=work, args=(rank, str(directory), list(MODELS), address))
+        context.Process(target=work, args=(rank, str(directory), [*MODELS, *QUANTIZED], address))
         for rank in range(2)
     ]
     for process in processes:
@@ -60,7 +72,7 @@ def test_collectives_sum_and_gather_in_rank_order(
         assert torch.equal(found["gathered"], torch.cat([x, x + 10], dim=1))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *QUANTIZED])
 def test_logits_of_two_ranks_equal_those_of_one(
     name: str, ranks: tuple[Path, list[dict[str, torch.Tensor]]]
 ) -> None:

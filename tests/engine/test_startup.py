@@ -15,7 +15,8 @@ from tokenizers import decoders, models
 
 from quire import LLM, SamplingParams
 from quire.config.parse import build_options
-from quire.engine.startup import find_model, kernel_facts, make_plan, open_weights
+from quire.engine.startup import find_model, kernel_facts, make_plan
+from quire.engine.weights import open_weights
 from quire.plan.plan import Plan
 
 

@@ -6,14 +6,16 @@ import torch
 
 from quire.errors import ModelError
 from quire.formats.blocks import BlockTensor
+from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build
 from quire.weights.source import DENSE_DTYPES, TensorInfo, WeightSource
 
+Matrix = torch.Tensor | BlockTensor | QuantTensor
 FORMATS = {dtype: name for name, dtype in DENSE_DTYPES.items()}
 
 
 class Tensors(WeightSource):
-    def __init__(self, tensors: dict[str, torch.Tensor | BlockTensor]):
+    def __init__(self, tensors: dict[str, Matrix]):
         self.tensors = tensors
 
     def names(self) -> list[str]:
@@ -21,16 +23,18 @@ class Tensors(WeightSource):
 
     def info(self, name: str) -> TensorInfo:
         tensor = self.tensors[name]
-        kind = tensor.format if isinstance(tensor, BlockTensor) else FORMATS[tensor.dtype]
+        kind = (
+            tensor.format
+            if isinstance(tensor, BlockTensor | QuantTensor)
+            else FORMATS[tensor.dtype]
+        )
         return TensorInfo(name, tuple(tensor.shape), kind)
 
-    def read(
-        self, name: str, rows: slice | None = None, columns: slice | None = None
-    ) -> torch.Tensor | BlockTensor:
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Matrix:
         if name not in self.tensors:
             raise ModelError("missing_tensor", name)
         tensor = self.tensors[name]
-        if isinstance(tensor, BlockTensor):
+        if isinstance(tensor, BlockTensor | QuantTensor):
             tensor = tensor if rows is None else tensor.rows(rows)
             return tensor if columns is None else tensor.columns(columns)
         tensor = tensor if rows is None else tensor[rows]
@@ -43,7 +47,7 @@ class Tensors(WeightSource):
         pass
 
 
-def load(build: Build, tensors: dict[str, torch.Tensor | BlockTensor]) -> None:
+def load(build: Build, tensors: dict[str, Matrix]) -> None:
     """Loads every weight of the build, and checks that what they declare is what is there."""
     source = Tensors(tensors)
     declared = {t.name: tuple(t.shape) for w in build.weights for t in w.tensors()}

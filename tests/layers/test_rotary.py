@@ -83,7 +83,9 @@ def test_a_part_of_the_head_may_rotate() -> None:
 @pytest.mark.parametrize(
     "config",
     [
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 64}},
         {"rope_scaling": {"rope_type": "linear"}},
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": None}},

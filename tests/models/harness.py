@@ -23,10 +23,10 @@ from quire.kernels import native
 from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.layers.build import Build
 from quire.layers.inputs import GroupInputs, StepInputs
+from quire.models.checkpoint import open_checkpoint
 from quire.models.registry import build_model, load_weights
 from quire.plan.memory import kv_groups
 from quire.runner.eager import allocate_caches
-from quire.weights import open_source
 from quire.weights.hub import resolve
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Loaded:
         files = resolve(str(path))
         self.build = Build(chosen, torch.float32, group or Group(), max_len)
         self.model = build_model(files.config(), self.build)
-        with open_source(files) as source:
+        with open_checkpoint(files) as source:
             load_weights(self.build, source)
         self.groups = kv_groups(self.build.caches, itemsize=4)
         self.blocks = -(-max_len // BLOCK_SIZE)

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import triton
+from quant.stored import SCHEMES
 
 from quire.config.parse import build_options
-from quire.engine.startup import Engine, assemble, dummy_source, find_model, kernel_facts
+from quire.engine.startup import Engine, assemble, find_model, kernel_facts
+from quire.engine.weights import dummy_source
 from quire.engine.wire import Add
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine
+from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.params import SamplingParams
 from quire.plan.facts import KernelFacts, ModelFacts
 from quire.plan.resolve import resolve
@@ -44,9 +47,10 @@ def engine(model: str, device: str, **given: Any) -> Engine:
     files = find_model(options)
     found = kernel_facts()
     found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
-    plan = resolve(options, ModelFacts("m", files.config(), None), MACHINE, found)
+    formats = declared_formats(files.config(), checkpoint_scheme(files))
+    plan = resolve(options, ModelFacts("m", files.config(), formats), MACHINE, found)
     where = DEVICE if device == "cuda" else torch.device("cpu")
-    source = dummy_source(options, files.config(), where)
+    source = dummy_source(options, files, where)
     made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
     while made.core.warm():
         pass
@@ -176,6 +180,49 @@ def test_a_tiny_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
     for name, want in expected.items():
         assert found[name].tokens == want.tokens
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+def test_a_tiny_quantised_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
+    model = write_model(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64, quantization_config=SCHEMES["modelopt nvfp4"][0],
+    )  # fmt: skip
+    small = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}
+    adds = [Add("a", [7, 9], SamplingParams(temperature=0.0, max_tokens=3, logprobs=1), seed=5)]
+    expected = run(engine(model, "cpu", kernels="reference", **small), adds)["a"]
+    found = run(engine(model, "cuda", **small), adds)["a"]
+    assert found.tokens == expected.tokens
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights_give_the_cpu_runners_tokens(
+    write_model: WriteModel, scheme: str
+) -> None:
+    """Codes and scales are decoded on the GPU to the values that the CPU has."""
+    sizes = {**FAMILIES["qwen3_moe"], "hidden_size": 128, "moe_intermediate_size": 96}
+    model = write_model(**sizes, quantization_config=SCHEMES[scheme][0])
+    adds = requests(4, 1)
+    expected = run(engine(model, "cpu", kernels="reference"), adds)
+    found = run(engine(model, "cuda"), adds)
+    for name, want in expected.items():
+        assert found[name].tokens == want.tokens
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
+def test_weights_are_quantised_on_the_gpu_while_loading(
+    write_model: WriteModel, method: str
+) -> None:
+    sizes = {**FAMILIES["qwen3_moe"], "hidden_size": 128, "moe_intermediate_size": 96}
+    model, adds = write_model(**sizes), requests(4, 1)
+    expected = run(engine(model, "cpu", kernels="reference", quantization=method), adds)
+    found = run(engine(model, "cuda", quantization=method), adds)
+    assert {n: got.tokens for n, got in found.items()} == {
+        n: got.tokens for n, got in expected.items()
+    }
 
 
 @pytest.mark.gpu

@@ -254,6 +254,12 @@ def test_yarn_and_llama_3_rotary_scaling_are_rebuilt(tmp_path: Path) -> None:
         "factor": 4.0,
         "original_max_position_embeddings": 32,
     }
+    for key in ("attn_factor", "yarn_attn_factor"):
+        odd = {**yarn, f"llama.rope.scaling.{key}": 1.25}
+        path, _ = llama_file(tmp_path / f"{key}.gguf", metadata=odd)
+        with pytest.raises(ModelError, match=key) as caught:
+            hf_config(read_header(path))
+        assert caught.value.code == "gguf_unsupported"
 
 
 def test_an_unknown_architecture_is_named_and_the_known_listed(tmp_path: Path) -> None:

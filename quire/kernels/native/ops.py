@@ -8,8 +8,10 @@ A wrong shape or type raises ValueError.
 
 import torch
 
+from quire.kernels.capabilities import held_as_codes
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
+from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
@@ -22,11 +24,12 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache", "route",
-    "set_isa", "set_num_threads", "unpack_rows",
+    "num_threads", "pack", "packed_nbytes", "quantized", "record", "rms_norm", "rotary_cache",
+    "route", "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
 
 dense = False
+quantized = held_as_codes("native", "linear")
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads
@@ -275,7 +278,10 @@ def attention(
 
 
 def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh"."""
+    """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh", or
+    "clamped_swiglu", where both halves are clamped and 1 is added to the second."""
+    if kind == "clamped_swiglu":
+        return gated_activation(_clamp(x), "silu", out)
     if kind not in _ACTIVATIONS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(_ACTIVATIONS)}")
     rows, both = x.shape
@@ -289,6 +295,17 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
         _address("out", out, torch.float32, rows, both // 2), rows, both // 2,
     )  # fmt: skip
     return out
+
+
+def _clamp(x: torch.Tensor) -> torch.Tensor:
+    """What silu makes the clamped SwiGLU of: g sigmoid(a g) (u + 1) = silu(a g) (u + 1) / a.
+
+    Only operations that round each element by itself, so that a row's bits are its own.
+    """
+    gate, up = x.chunk(2, dim=1)
+    gate = gate.clamp(max=SWIGLU_LIMIT) * SWIGLU_ALPHA
+    up = (up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1) / SWIGLU_ALPHA
+    return torch.cat([gate, up], dim=1)
 
 
 def gated_linear(

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch.nn import functional
 
+from quire.kernels.capabilities import held_as_codes
 from quire.kernels.reference.activation.gated_activation import gated_activation
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
@@ -23,11 +24,12 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "route", "set_isa",
-    "set_num_threads", "unpack_rows",
+    "num_threads", "pack", "packed_nbytes", "quantized", "rms_norm", "rotary_cache", "route",
+    "set_isa", "set_num_threads", "unpack_rows",
 ]  # fmt: skip
 
 dense = False
+quantized = held_as_codes("reference", "linear")
 
 
 def set_num_threads(threads: int) -> None:

@@ -1,0 +1,83 @@
+"""A model's files as the source that its layers read: the family's names, quantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quire.kernels.reference import ops as reference_ops
+from quire.layers.build import Build
+from quire.models.registry import adapt_source, build_model
+from quire.quant.config import read_scheme
+from quire.quant.online import Online
+from quire.quant.scheme import Scheme
+from quire.quant.source import QuantizedSource
+from quire.weights import open_source
+from quire.weights.dummy import DummySource
+from quire.weights.hub import ModelFiles
+from quire.weights.source import TensorInfo, WeightSource
+
+
+def checkpoint_scheme(files: ModelFiles) -> Scheme | None:
+    """How the checkpoint is quantised, None where it is not. Raises ModelError for a scheme that
+    is not known."""
+    if files.kind == "gguf":
+        return None
+    return read_scheme(files.config(), files.read_json("hf_quant_config.json"))
+
+
+def open_checkpoint(files: ModelFiles) -> WeightSource:
+    """The weights under the names and shapes that the family's layers ask for. Raises ModelError
+    for files that are corrupt, incomplete or contradict the config."""
+    source = adapt_source(files.config(), open_source(files))
+    scheme = checkpoint_scheme(files)
+    return source if scheme is None else QuantizedSource(source, scheme)
+
+
+def declared_formats(
+    hf: dict[str, Any], scheme: Scheme | None, online: Online | None = None
+) -> dict[str, str]:
+    """The formats of quantised weights by tensor name, as the config and --quantization tell them.
+    Raises UsageError or ModelError where there is nothing to quantise, or it cannot be."""
+    if scheme is None and online is None:
+        return {}
+    matrices = {info.name: info.shape for info in _tensors(hf) if len(info.shape) == 2}
+    if scheme is not None:
+        return scheme.formats(matrices.items())
+    return online.formats(matrices.items()) if online is not None else {}
+
+
+def dummy_checkpoint(
+    hf: dict[str, Any],
+    scheme: Scheme | None,
+    formats: Mapping[str, str],
+    seed: int,
+    device: torch.device,
+) -> WeightSource:
+    """Seeded weights of the model's shapes, made on `device`: quantised as the scheme says, else in
+    `formats` by tensor name, in the config's dtype where they name none."""
+    declared = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
+    dense = {"float32": "f32", "float16": "f16"}.get(declared.removeprefix("torch."), "bf16")
+    infos: list[TensorInfo] = []
+    values: dict[str, float | None] = {}
+    for info in _tensors(hf):
+        module, _, last = info.name.rpartition(".")
+        is_weight = scheme is not None and last == "weight" and len(info.shape) == 2
+        storage = scheme.find(module) if scheme is not None and is_weight else None
+        if storage is None:
+            infos.append(TensorInfo(info.name, info.shape, formats.get(info.name, dense)))
+            continue
+        rows, columns = info.shape
+        for part, (shape, format, value) in storage.dummies(rows, columns).items():
+            infos.append(TensorInfo(f"{module}.{part}", shape, format))
+            values[f"{module}.{part}"] = value
+    source = DummySource(infos, seed, device=device, values=values)
+    return source if scheme is None else QuantizedSource(source, scheme)
+
+
+def _tensors(hf: dict[str, Any]) -> list[TensorInfo]:
+    build = Build(reference_ops)
+    build_model(hf, build)
+    return [info for weight in build.weights for info in weight.tensors()]

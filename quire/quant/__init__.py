@@ -1,0 +1,1 @@
+"""Quantised checkpoints: which weights are stored in which format, and reading them."""

@@ -1,0 +1,148 @@
+"""Plans of quantised checkpoints: from the config alone, with files, widened or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, tensors
+from quant.stored import SCHEMES
+
+from quire.config.parse import build_options
+from quire.engine.startup import find_model, kernel_facts, make_plan
+from quire.engine.weights import open_weights
+from quire.errors import PlanError, QuireError
+from quire.kernels.dense import DenseWeights
+from quire.layers.build import Build
+from quire.models.registry import build_model
+from quire.plan.place import held_formats
+from quire.plan.plan import Choice, Plan
+
+BF16 = {**LLAMA, "dtype": "bfloat16"}
+
+
+def plan_of(path: Path, **options: Any) -> Plan:
+    built = build_options({"model": str(path), "device": "cpu", **options})
+    files = find_model(built)
+    return make_plan(built, files, open_weights(built, files), kernel_facts())
+
+
+def choice(plan: Plan, what: str) -> Choice:
+    return next(c for c in plan.choices if c.what == what)
+
+
+def config_only(path: Path, config: dict[str, Any], **extra: Any) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**config, **extra}))
+    return path
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_config_alone_tells_what_the_files_hold(scheme: str, tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, scheme)
+    with_files = plan_of(path)
+    (path / "model.safetensors").unlink()
+    alone, dummy = plan_of(path), plan_of(path, load_format="dummy")
+    assert alone.weight_bytes == with_files.weight_bytes == dummy.weight_bytes
+    count = 14 if SCHEMES[scheme][2] != "f32" else 16  # with embedding and head
+    assert f"{SCHEMES[scheme][2]} x {count}" in alone.weight_formats
+    assert alone.weight_formats == with_files.weight_formats == dummy.weight_formats
+
+
+def test_weights_without_kernels_are_widened_and_the_plan_says_so(tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, "ct nvfp4", BF16)
+    for options, dtype, size in (({}, "bfloat16", 2), ({"dtype": "float32"}, "float32", 4)):
+        found = plan_of(path, kernels="reference", **options)
+        said = choice(found, "quantised weights")
+        assert said.downgrade and said.chosen == f"widened to {dtype}" and "nvfp4" in said.reason
+        linears = [s for n, s in tensors(BF16).items() if len(s) == 2 and "layers" in n]
+        plain = 160 * 160 * 2 * size if dtype == "float32" else 160 * 160 * 2 * 4
+        held = sum(rows * columns for rows, columns in linears) * size
+        # Embedding and head are float32 in these files, norms always.
+        assert found.weight_bytes == held + plain + 4 * 5 * 160
+    with pytest.raises(PlanError) as caught:
+        plan_of(path, strict=True)
+    assert caught.value.code == "downgrade"
+
+
+def test_experts_and_linears_are_widened_each_for_itself() -> None:
+    """As the plan of a GPU whose kernels had nvfp4 in linear layers only."""
+    kernels: Any = DenseWeights(torch.bfloat16, torch.device("meta"))
+    kernels.quantized = frozenset({"nvfp4"})
+    build, choices = Build(kernels, dtype=torch.bfloat16), []
+    build_model(QWEN3_MOE, build)
+    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    layer = "model.layers.0"
+    assert held(f"{layer}.self_attn.o_proj.weight") == "nvfp4"
+    assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "bf16"
+    assert [c.chosen for c in choices] == ["widened to bfloat16"]
+    kernels.quantized_experts, choices = kernels.quantized, []
+    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "nvfp4" and not choices
+
+
+def test_a_quantised_kv_cache_is_recognised_and_the_plan_says_what_is_kept(tmp_path: Path) -> None:
+    config, _, _ = SCHEMES["ct fp8 channel"]
+    config = {**config, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    path = config_only(tmp_path / "m", BF16, quantization_config=config)
+    said = choice(plan_of(path), "kv cache format")
+    assert said.downgrade and said.chosen == "bfloat16" and "fp8" in said.reason
+
+
+def test_the_file_of_modelopt_counts_where_the_config_is_silent(tmp_path: Path) -> None:
+    path = config_only(tmp_path / "m", BF16)
+    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    file = path / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": inner}))
+    assert "nvfp4 x 14" in plan_of(path).weight_formats
+    file.write_text("[1]")
+    with pytest.raises(QuireError) as caught:
+        plan_of(path)
+    assert caught.value.code == "bad_config"
+
+
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
+def test_quantisation_while_loading_is_planned_from_the_config(method: str, tmp_path: Path) -> None:
+    path = config_only(tmp_path / "m", QWEN3_MOE)
+    found = plan_of(path, quantization=method)
+    experts, others = 2 * 4 * 3, 2 * 4
+    count = experts if method == "nvfp4-experts" else experts + others
+    assert f"{method.removesuffix('-experts')} x {count}" in found.weight_formats
+    assert choice(found, "quantisation").chosen == f"{method}, while loading"
+    assert found.fingerprint != plan_of(path).fingerprint
+
+
+def test_quantisation_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    quantised, _ = of_scheme(tmp_path, "gptq")
+    plain = config_only(tmp_path / "m", LLAMA)
+    odd = config_only(tmp_path / "odd", {**LLAMA, "intermediate_size": 200})
+    for path, method, code in (
+        (quantised, "fp8", "already_quantized"),
+        (plain, "nvfp4-experts", "nothing_to_quantize"),
+        (odd, "nvfp4", "quantized_group"),
+        (plain, "int4", "invalid_option"),
+    ):
+        with pytest.raises(QuireError) as caught:
+            plan_of(path, quantization=method)
+        assert caught.value.code == code
+
+
+@pytest.mark.parametrize("scheme", ["ct nvfp4", "ct mxfp4", "gptq", "awq", "ct w4a16"])
+def test_a_width_that_groups_do_not_divide_is_refused_by_the_plan_of_a_config(
+    scheme: str, tmp_path: Path
+) -> None:
+    config = {**LLAMA, "intermediate_size": 200}
+    path = config_only(tmp_path / "m", config, quantization_config=SCHEMES[scheme][0])
+    with pytest.raises(QuireError, match="down_proj") as caught:
+        plan_of(path)
+    assert caught.value.code == "quantized_group"
+
+
+def test_an_unknown_scheme_is_refused_by_the_plan_of_a_config(tmp_path: Path) -> None:
+    path = config_only(tmp_path / "m", LLAMA, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(QuireError, match="hqq") as caught:
+        plan_of(path)
+    assert caught.value.code == "unknown_quantization"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.kernels.triton.norm.rms_norm import block_sizes
 from quire.kernels.triton.quantized.experts import expert_tile
 from quire.kernels.triton.quantized.experts_small import (
     PARTS,
@@ -19,6 +20,13 @@ from quire.kernels.triton.quantized.gemm import (
     quantized_tile,
 )
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
+from quire.kernels.triton.quantized.quantize import (
+    _sizes,
+    activation_quantize_kernel,
+    norm_quantize_kernel,
+    quantize_kernel,
+)
+from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
 from tests.kernels.triton.aot import SHARED, Case
 
@@ -58,7 +66,7 @@ def skinny(tokens: int, n: int, format: str, target: str, kind: str = "") -> Cas
 def gemm(tokens: int, format: str, target: str, kind: str = "", limit: float = 0.0) -> Case:
     types, constants = weight(format, target)
     tile = quantized_tile(tokens, 6144, format, 128, SHARED[target])
-    constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "AHEAD": 0}
+    constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "AHEAD": 64}
     constants |= {"GROUP_TOKENS": GROUP_TOKENS, "ACTIVATION": kind, "LIMIT": limit}
     return Case(
         f"quantized_gemm {format} {tile} {kind}",
@@ -105,6 +113,43 @@ def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
     )
 
 
+FP8 = ("sm_90", "sm_100", "sm_120")
+
+
+def scaled(tile: ScaledTile, blockwise: bool, exact: bool, *targets: str) -> Case:
+    tma = targets == ("sm_90",)
+    types = dict.fromkeys(("tokens", "n", "k", "weight_stride", "scale_stride"), "i32")
+    types |= {"x": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*bf16", "out_stride": "i32"}
+    types |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    if tma:
+        types["x"] = f"tensordesc<fp8e4nv[{tile.rows}, 128]>"
+        types["weight"] = f"tensordesc<fp8e4nv[{tile.columns}, 128]>"
+    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "GROUP_M": GROUP_M, "bias": None}
+    constants |= {"BLOCKWISE": blockwise, "EXACT": exact, "TMA": tma}
+    return Case(
+        f"scaled_gemm {tile} {'blockwise' if blockwise else ''} {'exact' if exact else ''}",
+        scaled_gemm_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        ("n", "k", "weight_stride", "out_stride"),
+        targets,
+        {"maxnreg": min(255, 65536 // (tile.programs_per_sm * tile.warps * 32))},
+    )
+
+
+def quantizing(kernel: Any, columns: int, group: int, **constants: Any) -> Case:
+    types = dict.fromkeys(("x", "residual", "normed"), "*bf16") | {"codes": "*fp8e4nv"}
+    types |= {"scales": "*fp32", "weight": "*fp32", "rows": "i32", "eps": "fp32"}
+    sizes = block_sizes(columns) if kernel is norm_quantize_kernel else _sizes(columns)
+    warps = sizes.pop("num_warps")
+    constants |= {"X_STRIDE": columns, "GROUP": group, "POWER_OF_TWO": group > 0, **sizes}
+    constants |= {"H" if kernel is norm_quantize_kernel else "COLUMNS": columns}
+    name = f"{kernel.__name__} {columns} group {group}"
+    return Case(name, kernel, types, constants, warps, targets=FP8)
+
+
 def everywhere(target: str) -> list[Case]:
     return [
         skinny(8, 6144, "nvfp4", target),
@@ -119,6 +164,18 @@ def everywhere(target: str) -> list[Case]:
 
 CASES = [
     *(case for target in SHARED for case in everywhere(target)),
+    scaled(ScaledTile(64, 64, 4, 2), True, True, "sm_120", "sm_100"),
+    scaled(ScaledTile(64, 64, 4, 2), False, True, "sm_120", "sm_100"),
+    scaled(ScaledTile(128, 256, 8, 4), False, True, "sm_90"),
+    scaled(ScaledTile(128, 256, 8, 4), False, False, "sm_90"),
+    scaled(ScaledTile(128, 128, 8, 3, 2), False, True, "sm_90"),
+    scaled(ScaledTile(128, 128, 8, 3, 2), True, True, "sm_90"),
+    scaled(ScaledTile(64, 128, 4, 4, 2), True, True, "sm_90"),
+    quantizing(quantize_kernel, 4096, 0),
+    quantizing(quantize_kernel, 12288, 128),
+    quantizing(activation_quantize_kernel, 12288, 0, KIND="silu", LIMIT=0.0),
+    quantizing(norm_quantize_kernel, 4096, 0, RESIDUAL_STRIDE=4096, normed=None),
+    quantizing(norm_quantize_kernel, 2048, 128, RESIDUAL_STRIDE=2048, x=None),
     skinny(8, 24576, "mxfp4", "sm_90", "silu"),
     skinny(32, 6144, "int4", "sm_90"),
     skinny(64, 6144, "int8", "sm_90"),

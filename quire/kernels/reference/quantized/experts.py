@@ -1,4 +1,4 @@
-"""Experts with quantised weights in plain torch: pair by pair, on the weights' values in float32."""
+"""Experts with quantised weights in plain torch, expert by expert, on the values in float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quantized_experts(
     """sum over k of weights[t, k] * (down[e] @ h + down_bias[e]) with h = the activation of
     gate_up[e] @ x[t] + gate_up_bias[e] and e = ids[t, k], in x's dtype."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in ids.unique().tolist():
+    for expert in sorted(set(ids.flatten().tolist())):
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
         h = x[tokens].float() @ dequantize(gate_up[expert]).T
         if gate_up_bias is not None:

@@ -42,10 +42,8 @@ def add_rms_norm_quantize(
     power_of_two: bool = False,
     normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if x is None:
-        y = rms_norm(residual, weight, eps)
-    else:
-        y = add_rms_norm(x, residual, weight, eps)
+    given = (residual, weight, eps)
+    y = rms_norm(*given) if x is None else add_rms_norm(x, *given)
     if normed is not None:
         normed.copy_(y)
     return quantize(y, group, power_of_two=power_of_two)

@@ -2,22 +2,23 @@
 
 A weight has N outputs (rows) and K inputs; experts have a dimension E before both.
 
-| format    | codes                               | scales                        | also                   |
-|-----------|-------------------------------------|-------------------------------|------------------------|
-| fp8       | float8_e4m3fn [N, K]                | float32 [N]                   |                        |
-| fp8_block | float8_e4m3fn [N, K]                | float32 [N / 128, K / 128]    |                        |
-| nvfp4     | uint8 [N, K / 2], e2m1              | float8_e4m3fn [N, K / 16]     | row_scales float32 [N] |
-| mxfp4     | uint8 [N, K / 2], e2m1              | uint8 ue8m0 [N, K / 32]       |                        |
-| int4      | uint8 [N, K / 2], 0 to 15           | float16 or bfloat16 [N, K / g] | zeros uint8 [N, K / g] |
-| int8      | uint8 [N, K]                        | as int4                       | as int4                |
+| format    | codes                           | scales                         | also            |
+|-----------|---------------------------------|--------------------------------|-----------------|
+| fp8       | float8_e4m3fn [N, K]            | float32 [N]                    |                 |
+| fp8_block | float8_e4m3fn [N, K]            | float32 [N / 128, K / 128]     |                 |
+| nvfp4     | uint8 [N, K / 2], e2m1          | float8_e4m3fn [N, K / 16]      | row_scales      |
+| mxfp4     | uint8 [N, K / 2], e2m1          | uint8 ue8m0 [N, K / 32]        |                 |
+| int4      | uint8 [N, K / 2], 0 to 15       | float16, bfloat16 [N, K / g]   | zeros           |
+| int8      | uint8 [N, K]                    | as int4                        | zeros           |
 
-An even column is in a byte's low half. Divisions round up. A value is (code - zero) * scale *
-row_scale; without `zeros`, zero is 8 for int4 and 128 for int8.
+`row_scales` float32 [N]; `zeros` uint8 [N, K / g], or none. An even column is in a byte's low
+half. Divisions round up. A value is (code - zero) * scale * row_scale; without `zeros`, zero is 8
+for int4 and 128 for int8.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -60,8 +61,13 @@ class QuantizedWeight:
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
         """One expert's weight."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "format"}
-        return replace(self, **{n: None if p is None else p[expert] for n, p in parts.items()})
+        return QuantizedWeight(
+            self.format,
+            self.codes[expert],
+            self.scales[expert],
+            None if self.row_scales is None else self.row_scales[expert],
+            None if self.zeros is None else self.zeros[expert],
+        )
 
     def check(self) -> None:
         """Raises ValueError for dtypes or shapes that the table does not have."""

@@ -143,6 +143,6 @@ def fp8_values(codes, PACKED: tl.constexpr, CAST: tl.constexpr):
 
 @triton.jit
 def int8_values(codes, zero):
-    """uint8 codes less their zero (float32) as bfloat16, exactly: the mantissa of 2^23 holds one."""
+    """uint8 codes less their zero (float32) as bfloat16, exactly: 2^23's mantissa takes a code."""
     whole = (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
     return (whole - (zero + 8388608.0)).to(tl.bfloat16)

@@ -65,7 +65,8 @@ def gate_up_small_kernel(
         x + (pair // SLOTS).to(tl.int64) * k + tl.zeros([1, 1, T], tl.int32),
         (token == 0)[None, None, :],
         k, codes + (row_64 * code_stride)[None, :, None], scale_rows, zero_rows, scale_stride,
-        tl.arange(0, PARTS)[:, None, None], blocks, FORMAT, GROUP, BLOCKS, PARTS, EVEN, PACKED, CAST,
+        tl.arange(0, PARTS)[:, None, None], blocks, FORMAT, GROUP, BLOCKS, PARTS, EVEN, PACKED,
+        CAST,
     )  # fmt: skip
     # All tokens but the first are zero.
     y = tl.sum(tl.sum(y, axis=0), axis=1)

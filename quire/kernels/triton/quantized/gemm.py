@@ -20,7 +20,7 @@ from quire.kernels.triton.gemm.epilogue import store_product, weight_rows
 from quire.kernels.triton.gemm.prefetch import prefetch_rows
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
-from quire.kernels.triton.quantized.operands import check_linear, format_of, instructions
+from quire.kernels.triton.quantized.operands import ahead, check_linear, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
 from quire.kernels.triton.rows import row_stride
@@ -135,7 +135,6 @@ def quantized_gemm(
     )
     width = tile.rows // (1 if kind == "" else 2)
     few = tokens <= tile.tokens and triton.cdiv(n, width) <= 8 * num_sms(device)
-    per_block = weight.codes.shape[-1] // weight.blocks
     launch(
         quantized_gemm_kernel,
         (triton.cdiv(tokens, tile.tokens) * triton.cdiv(n, width),),
@@ -159,7 +158,7 @@ def quantized_gemm(
         ROWS=tile.rows,
         BLOCKS=tile.blocks,
         GROUP_TOKENS=GROUP_TOKENS,
-        AHEAD=per_block * tile.blocks * (tile.stages - 1) if few else 0,
+        AHEAD=ahead(weight, tile.blocks * (tile.stages - 1)) if few else 0,
         EVEN=weight.k % (128 * tile.blocks) == 0,
         ACTIVATION=kind,
         LIMIT=limit,

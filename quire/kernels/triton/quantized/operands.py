@@ -20,6 +20,13 @@ def instructions(device: torch.device) -> dict[str, bool]:
     return {"PACKED": nvidia, "CAST": fp8}
 
 
+def ahead(weight: PackedQuantized, blocks: int) -> int:
+    """Elements of a row of codes that `blocks` blocks of 128 columns are, or the next power of two
+    below: what to fetch before a kernel's inputs are there."""
+    elements = weight.codes.shape[-1] // weight.blocks * blocks
+    return 1 << (elements.bit_length() - 1) if elements else 0
+
+
 def format_of(weight: PackedQuantized) -> dict[str, str | int]:
     """The kernels' constexprs FORMAT and GROUP."""
     return {"FORMAT": weight.format, "GROUP": weight.group if weight.format[:3] == "int" else 128}

@@ -29,27 +29,19 @@ from quire.kernels.triton.quantized.decode import (
 @triton.jit
 def across(values, PARTED: tl.constexpr):
     """[C] as a row, [(1,) 1, C]."""
-    if PARTED:
-        row = values[None, None, :]
-    else:
-        row = values[None, :]
-    return row
+    return values[None, None, :] if PARTED else values[None, :]
 
 
 @triton.jit
 def down(values, PARTED: tl.constexpr):
     """[C] as a column, [(1,) C, 1]."""
-    if PARTED:
-        column = values[None, :, None]
-    else:
-        column = values[:, None]
-    return column
+    return values[None, :, None] if PARTED else values[:, None]
 
 
 @triton.jit
 def _for_words(by_block, words):
     """[.., BLOCKS], one for each block, as [.., BLOCKS * 16], one for each of its words."""
-    wide = tl.broadcast_to(tl.expand_dims(by_block, -1), by_block.shape + [16])
+    wide = tl.broadcast_to(tl.expand_dims(by_block, -1), by_block.shape + [16])  # noqa: RUF005
     return tl.reshape(wide, words.shape)
 
 

@@ -16,7 +16,7 @@ from quire.kernels.triton.gemm.epilogue import store_product, weight_rows
 from quire.kernels.triton.gemm.prefetch import prefetch_rows
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
-from quire.kernels.triton.quantized.operands import check_linear, format_of, instructions
+from quire.kernels.triton.quantized.operands import ahead, check_linear, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
 from quire.kernels.triton.rows import row_stride
@@ -146,7 +146,7 @@ def skinny(
         0 if weight.scales is None else weight.scales.shape[-1],
         row_stride(out, "out"),
         T=bucket,
-        AHEAD=step * weight.codes.shape[-1] // weight.blocks * (sizes["num_stages"] - 1),
+        AHEAD=ahead(weight, step * (sizes["num_stages"] - 1)),
         EVEN=weight.k % (128 * step) == 0,
         ACTIVATION=kind,
         LIMIT=limit,

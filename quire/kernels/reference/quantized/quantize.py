@@ -16,12 +16,13 @@ def quantize(
     """Codes float8_e4m3fn [T, K] and scales float32 [T], or [ceil(K / group), T]."""
     rows, columns = x.shape
     width = group or max(1, columns)
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % width)).view(rows, -1, width)
-    scales = padded.abs().amax(-1) / LARGEST if rows else padded.new_zeros(rows, padded.shape[1])
+    padded = torch.nn.functional.pad(x.float(), (0, -columns % width))
+    padded = padded.view(rows, -(-columns // width), width)
+    scales = padded.abs().amax(-1) / LARGEST
     scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
     if power_of_two:
         scales = torch.exp2(torch.ceil(torch.log2(scales)))
-    codes = (padded / scales[:, :, None]).reshape(rows, -1)[:, :columns]
+    codes = (padded / scales[:, :, None]).flatten(1)[:, :columns]
     scales = scales[:, 0] if group == 0 else scales.t()
     return codes.to(torch.float8_e4m3fn), scales.contiguous()
 

@@ -7,7 +7,14 @@ from tests.kernels.triton.aot import Case
 
 
 def gated(dtype: str, i: int, kind: str) -> Case:
-    constants = {"X_STRIDE": 2 * i, "OUT_STRIDE": i, "WIDTH": i, "KIND": kind, "BLOCK_I": BLOCK_I}
+    constants = {
+        "X_STRIDE": 2 * i,
+        "OUT_STRIDE": i,
+        "WIDTH": i,
+        "KIND": kind,
+        "BLOCK_I": BLOCK_I,
+        "LIMIT": 0.0,
+    }
     types = {"x_ptr": dtype, "out_ptr": dtype}
     return Case(f"{kind} {dtype} I {i}", gated_activation_kernel, types, constants)
 

@@ -38,7 +38,21 @@ def test_large_gates_neither_overflow_nor_vanish(kind: str, device: torch.device
     gate = torch.tensor([[-1e20, -1e4, -100.0, -0.0, 0.0, 100.0, 1e4, 1e20]], device=device)
     found = gated_activation(torch.cat([gate, torch.full_like(gate, 2.0)], dim=1), kind)
     wanted = torch.tensor([[0, 0, 0, 0, 0, 200.0, 2e4, 2e20]], device=device)
+    if kind == "swiglu_oai":  # which adds one to up
+        wanted *= 1.5
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_clamps_gate_from_above_and_up_from_both_sides(
+    kind: str, device: torch.device
+) -> None:
+    gate, up = torch.tensor([[-9.0, 9.0, 1.0]]), torch.tensor([[9.0, -9.0, torch.nan]])
+    clamped = torch.cat([gate.clamp(max=2.5), up.clamp(-2.5, 2.5)], dim=1).to(device)
+    found = gated_activation(torch.cat([gate, up], dim=1).to(device), kind, limit=2.5)
+    torch.testing.assert_close(found, gated_activation(clamped, kind), equal_nan=True)
+    torch.testing.assert_close(found, reference.gated_activation(clamped, kind), equal_nan=True)
+    assert found[0, 2].isnan()
 
 
 def test_other_kinds_and_layouts_are_refused(device: torch.device) -> None:

@@ -9,16 +9,21 @@ from torch.nn import functional
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
-def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def gated_activation(
+    x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
+) -> torch.Tensor:
+    """ "clamped_swiglu" is "swiglu_oai" with gpt-oss's limit."""
     gate, up = x.float().chunk(2, dim=-1)
-    if kind == "silu":
+    if kind == "clamped_swiglu":
+        kind, limit = "swiglu_oai", SWIGLU_LIMIT
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if kind == "swiglu_oai":
+        y = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+    elif kind == "silu":
         y = functional.silu(gate) * up
     elif kind == "gelu_tanh":
         y = functional.gelu(gate, approximate="tanh") * up
-    elif kind == "clamped_swiglu":
-        gate = gate.clamp(max=SWIGLU_LIMIT)
-        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        y = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
     else:
-        raise ValueError(f"kind: {kind!r} is not one of silu, gelu_tanh, clamped_swiglu")
+        raise ValueError(f"kind: {kind!r} is not one of silu, gelu_tanh, swiglu_oai")
     return y.to(x.dtype) if out is None else out.copy_(y)

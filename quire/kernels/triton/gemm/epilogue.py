@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Activations of the product by name; the empty one leaves it as it is.
-ACTIVATIONS = ("", "silu", "gelu_tanh")
+# Activations of the product by name; the empty one leaves it as it is. "swiglu_oai" is gpt-oss's:
+# (up + 1) * gate * sigmoid(1.702 * gate).
+ACTIVATIONS = ("", "silu", "gelu_tanh", "swiglu_oai")
 
 
 @triton.jit
@@ -25,9 +26,16 @@ def weight_rows(first, n, ROWS: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr):
-    """act(gate) * up in float32 (Shazeer 2020)."""
-    if ACTIVATION == "gelu_tanh":
+def activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr = 0.0):
+    """act(gate) * up in float32 (Shazeer 2020). With a LIMIT above 0 the gate is clamped from
+    above and up from both sides before that (gpt-oss, DeepSeek V4); NaN stays."""
+    if LIMIT > 0:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if ACTIVATION == "swiglu_oai":
+        activated = gate * tl.sigmoid(1.702 * gate)
+        up += 1.0
+    elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u), with u = sqrt(2 / pi) (g + 0.044715 g^3).
         activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     else:
@@ -38,7 +46,7 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
 @triton.jit
 def store_product(
     y, bias, rows, out, first, tokens, n, out_stride,
-    T: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Store a product y [T, ROWS] of the weight's `rows` in out [tokens, n] from column `first`,
     after bias and activation."""
@@ -47,7 +55,7 @@ def store_product(
     WIDTH: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     if ACTIVATION != "":
         gate, up = tl.split(tl.permute(tl.reshape(y, (T, 2, WIDTH)), (0, 2, 1)))
-        y = activate(gate, up, ACTIVATION)
+        y = activate(gate, up, ACTIVATION, LIMIT)
     token = tl.arange(0, T)
     column = first + tl.arange(0, WIDTH)
     tl.store(

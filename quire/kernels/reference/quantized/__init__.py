@@ -1,0 +1,1 @@
+"""Products with quantised weights in plain torch."""

@@ -1,0 +1,185 @@
+"""Quantised weights as the kernels read them: reordered once while loading, no value changed.
+
+K is padded with zeros to whole blocks of 128 columns. A block of 4-bit codes is 16 words of 32
+bits; word j has the codes of columns 32 d + 16 h + j, d = 0..3 in each half h of the word, so that
+one shift and one mask give both halves their code d where a bfloat16 has its bits (decode.py), and
+word j of all d and h is column j of a matrix instruction's 16.
+
+Scales lie by block first and row second, so that a tile's scales are neighbours. Those of a block
+in nvfp4 are eight bytes (int64), of mxfp4 four (int32). An nvfp4 scale has one bit of exponent
+more than e4m3 and none for the sign: then it is a bfloat16's bits, shifted, with no subnormals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quire.kernels.reference.quantized.weights import FOUR_BITS, QuantizedWeight, unpack_codes
+
+COLUMNS = 128
+# Codes that are reordered at a time: their temporaries are four bytes each.
+AT_ONCE = 2**24
+# Weights come out of the registers smaller than they are by these factors, which keep scales
+# within bfloat16: 448 * 2^(126 - 7) and 2^(65 + 126 - 64) are about its largest numbers.
+NVFP4_FACTOR = 2.0**7
+MXFP4_FACTOR = 2.0**64
+# The largest scale of mxfp4 is 2^(192 - 127); larger ones would overflow.
+MXFP4_MOST = 192
+
+
+@dataclass(frozen=True)
+class PackedQuantized:
+    """A weight [N, K] or [E, N, K] for the kernels of this package.
+
+    codes       4 bits: int32 [.., N, blocks * 16]; 8 bits: uint8 [.., N, blocks * 128]
+    scales      nvfp4: int64 [.., blocks, N]; mxfp4: int32 [.., blocks, N]; fp8_block: float32
+                [.., K / 128, N / 128]; int4, int8: float16 or bfloat16 [.., K / group, N];
+                fp8: None
+    row_scales  float32 [.., N], multiplied in at the end, or None
+    zeros       uint8 like the scales of int4 and int8, or None for 8 and 128
+    """
+
+    format: str
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    row_scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+    n: int
+    k: int
+    group: int
+
+    @property
+    def experts(self) -> int | None:
+        return int(self.codes.shape[0]) if self.codes.dim() == 3 else None
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.k // COLUMNS)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.scales, self.row_scales, self.zeros)
+        return sum(p.nbytes for p in parts if p is not None)
+
+
+def _place_float(code: torch.Tensor, d: int) -> torch.Tensor:
+    """An e2m1 code's bits within half a word: the sign above, then exponent and mantissa."""
+    if d == 3:  # what is left of the half: bits 14, 13, 11 and 10
+        return (code & 8) << 11 | (code & 4) << 11 | (code & 3) << 10
+    return (code & 8) << (12 - 3 * d) | (code & 7) << (6 - 3 * d)
+
+
+def _words(codes: torch.Tensor, format: str) -> torch.Tensor:
+    """uint8 codes [R, blocks * 128] as int32 words [R, blocks * 16]."""
+    rows = codes.shape[0]
+    by_place = codes.view(rows, -1, 4, 2, 16).int()
+    halves = torch.zeros_like(by_place[:, :, 0])
+    for d in range(4):
+        code = by_place[:, :, d]
+        halves |= code << 4 * d if format == "int4" else _place_float(code, d)
+    # The upper half's top bit is the word's sign.
+    return (halves[:, :, 0] | halves[:, :, 1] << 16).reshape(rows, -1)
+
+
+def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> torch.Tensor:
+    """Padded and reordered codes; where `zero` [N, K / 16] says so, a group's codes become 0."""
+    four = format in FOUR_BITS
+    rows, width = codes.shape
+    padded = -(-(width * (1 + four)) // COLUMNS) * COLUMNS
+    if not four:
+        if width == padded:
+            return codes.contiguous()
+        return torch.nn.functional.pad(codes, (0, padded - width))
+    words = torch.empty((rows, padded // 8), dtype=torch.int32, device=codes.device)
+    step = max(1, AT_ONCE // padded)
+    for first in range(0, rows, step):
+        part = unpack_codes(codes[first : first + step])
+        if zero is not None:
+            part = part.masked_fill(zero[first : first + step].repeat_interleave(16, dim=1), 0)
+        part = torch.nn.functional.pad(part, (0, padded - part.shape[1]))
+        words[first : first + step] = _words(part, format)
+    return words
+
+
+def _nvfp4_scale(scales: torch.Tensor) -> torch.Tensor:
+    """e4m3 scales as uint8: 8 * (exponent + 10) + mantissa, all normal; 0 for zero."""
+    values = scales.float()
+    if not bool((values >= 0).all()):  # NaN is not either
+        raise ValueError("scales of nvfp4: negative ones and NaN have no meaning")
+    mantissa, exponent = torch.frexp(values)
+    byte = (exponent - 1 + 10) * 8 + (mantissa * 16 - 8).int()
+    return torch.where(values > 0, byte, 0).to(torch.uint8)
+
+
+def _by_block(bytes_: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [N, groups] as words of a block's `count` bytes, [blocks, N]."""
+    rows, groups = bytes_.shape
+    padded = torch.nn.functional.pad(bytes_, (0, -groups % count))
+    return padded.contiguous().view(dtype).view(rows, -1).t().contiguous()
+
+
+def _pack_one(weight: QuantizedWeight) -> PackedQuantized:
+    format, codes, scales, n, k = weight.format, weight.codes, weight.scales, weight.n, weight.k
+    zero = row_scales = zeros = None
+    group = weight.group
+    packed: torch.Tensor | None
+    if format == "nvfp4":
+        assert weight.row_scales is not None
+        bytes_ = _nvfp4_scale(scales)
+        zero, packed = bytes_ == 0, _by_block(bytes_, 8, torch.int64)
+        row_scales = weight.row_scales * NVFP4_FACTOR
+    elif format == "mxfp4":
+        if bool((scales == 255).any()):
+            raise ValueError("scales of mxfp4: 255 is NaN")
+        packed = _by_block(scales.clamp(max=MXFP4_MOST), 4, torch.int32)
+        row_scales = torch.full((n,), MXFP4_FACTOR, device=codes.device)
+    elif format == "fp8":
+        packed, row_scales = None, scales.clone()
+    elif format == "fp8_block":
+        packed = scales.t().contiguous()
+    else:
+        missing, padded = 0, -(-k // COLUMNS) * COLUMNS
+        if scales.shape[1] == 1:
+            group = padded
+        elif group < COLUMNS:
+            missing = padded // group - scales.shape[1]
+        packed = torch.nn.functional.pad(scales, (0, missing)).t().contiguous()
+        if weight.zeros is not None:
+            zeros = torch.nn.functional.pad(weight.zeros, (0, missing)).t().contiguous()
+    if codes.dtype == torch.float8_e4m3fn:
+        codes = codes.view(torch.uint8)
+    return PackedQuantized(
+        format, _pack_codes(codes, zero, format), packed, row_scales, zeros, n, k, group
+    )
+
+
+def pack(weight: QuantizedWeight) -> PackedQuantized:
+    """`weight` for the kernels. Raises ValueError for shapes and dtypes that do not go together,
+    for groups of a number of columns that the kernels do not have, and for scales that are NaN.
+
+    An mxfp4 scale above 2^65 becomes 2^65, one below 2^-62 and what it scales zero: neither is in
+    any model. Codes of fp8 that are NaN stay NaN on a GPU with float8, elsewhere they are 480.
+    """
+    weight.check()
+    group, k = weight.group, weight.k
+    if weight.format in ("int4", "int8") and not (
+        group in (32, 64) or group % COLUMNS == 0 or group == k
+    ):
+        raise ValueError(f"group: {group} columns; 32, 64 and multiples of 128 can be served")
+    if weight.experts is None:
+        return _pack_one(weight)
+    parts = [_pack_one(weight[e]) for e in range(weight.experts)]
+
+    def stack(name: str) -> torch.Tensor | None:
+        found = [getattr(p, name) for p in parts]
+        return None if found[0] is None else torch.stack(found)
+
+    codes = stack("codes")
+    assert codes is not None
+    first = parts[0]
+    return PackedQuantized(
+        weight.format, codes, stack("scales"), stack("row_scales"), stack("zeros"),
+        first.n, first.k, first.group,
+    )  # fmt: skip

@@ -1,0 +1,194 @@
+"""Products with quantised weights: every kernel in every format, Qwen3's sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.kernels.triton.norm.rms_norm import block_sizes
+from quire.kernels.triton.quantized.experts import expert_tile
+from quire.kernels.triton.quantized.experts_small import (
+    PARTS,
+    ROWS,
+    T,
+    down_small_kernel,
+    gate_up_small_kernel,
+    steps,
+)
+from quire.kernels.triton.quantized.gemm import (
+    GROUP_TOKENS,
+    quantized_gemm_kernel,
+    quantized_tile,
+)
+from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
+from quire.kernels.triton.quantized.quantize import (
+    _sizes,
+    activation_quantize_kernel,
+    norm_quantize_kernel,
+    quantize_kernel,
+)
+from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
+from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
+from tests.kernels.triton.aot import SHARED, Case
+
+SIZES = ("tokens", "max_blocks", "n", "k", "blocks", "x_stride", "code_stride", "scale_stride")
+SIZES += ("out_stride", "groups")
+ALIGNED = SIZES[2:]
+SCALES = {"nvfp4": "*i64", "mxfp4": "*i32", "fp8_block": "*fp32", "int4": "*bf16", "int8": "*fp16"}
+
+
+def weight(format: str, target: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of a weight's arguments, and the constexprs that the format and the GPU decide."""
+    four = format in ("nvfp4", "mxfp4", "int4")
+    types = dict.fromkeys(SIZES, "i32") | dict.fromkeys(("x", "h", "out"), "*bf16")
+    types |= dict.fromkeys(("row_scales", "weights"), "*fp32")
+    types |= {"zeros": "*u8", "codes": "*i32" if four else "*u8", "scales": SCALES.get(format, "")}
+    types |= dict.fromkeys(("ids", "pairs", "experts", "starts", "ends", "count"), "*i32")
+    constants: dict[str, Any] = {"FORMAT": format, "GROUP": 128, "EVEN": True, "bias": None}
+    constants |= {"PACKED": target != "gfx942", "CAST": target not in ("gfx942", "sm_80")}
+    if format == "fp8":
+        constants["scales"] = None
+    if format in ("fp8_block", "int4", "int8"):
+        constants["row_scales"] = None
+    if format not in ("int4", "int8"):
+        constants["zeros"] = None
+    return types, constants
+
+
+def skinny(tokens: int, n: int, format: str, target: str, kind: str = "") -> Case:
+    types, constants = weight(format, target)
+    sizes = skinny_tiles(tokens, n, format, 128, 132, SHARED[target])
+    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+    constants |= {"T": tokens, "AHEAD": 1024, "ACTIVATION": kind, "LIMIT": 0.0, **sizes}
+    name = f"skinny {format} T {tokens} rows {n} {kind}"
+    return Case(name, skinny_kernel, types, constants, warps, stages, ALIGNED, (target,))
+
+
+def gemm(tokens: int, format: str, target: str, kind: str = "", limit: float = 0.0) -> Case:
+    types, constants = weight(format, target)
+    tile = quantized_tile(tokens, 6144, format, 128, SHARED[target])
+    constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "AHEAD": 64}
+    constants |= {"GROUP_TOKENS": GROUP_TOKENS, "ACTIVATION": kind, "LIMIT": limit}
+    return Case(
+        f"quantized_gemm {format} {tile} {kind}",
+        quantized_gemm_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        ALIGNED,
+        (target,),
+    )
+
+
+def gate_up_small(format: str, target: str) -> Case:
+    types, constants = weight(format, target)
+    constants |= {"SLOTS": 8, "T": T, "ROWS": ROWS, "PARTS": PARTS, "BLOCKS": steps(format)}
+    constants |= {"KIND": "swiglu_oai", "LIMIT": 7.0}
+    name = f"gate_up_small {format}"
+    return Case(name, gate_up_small_kernel, types, constants, PARTS, 3, ALIGNED, (target,))
+
+
+def down_small(format: str, target: str) -> Case:
+    types, constants = weight(format, target)
+    constants |= {"SLOTS": 6, "T": T, "ROWS": ROWS, "PARTS": 8, "BLOCKS": steps(format)}
+    name = f"down_small {format}"
+    return Case(name, down_small_kernel, types, constants, 8, 3, ALIGNED, (target,))
+
+
+def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
+    types, constants = weight(format, target)
+    tile = expert_tile(pairs, 128, format, deterministic=False, shared=SHARED[target])
+    constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "SLOTS": 8}
+    constants |= {"GROUP_BLOCKS": GROUP_BLOCKS, "FROM_TOKENS": kind != "", "KIND": kind}
+    constants |= {"LIMIT": 0.0}
+    return Case(
+        f"quantized_grouped {format} {tile} {kind}",
+        quantized_grouped_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        ALIGNED,
+        (target,),
+    )
+
+
+FP8 = ("sm_90", "sm_100", "sm_120")
+
+
+def scaled(tile: ScaledTile, blockwise: bool, exact: bool, *targets: str) -> Case:
+    tma = targets == ("sm_90",)
+    types = dict.fromkeys(("tokens", "n", "k", "weight_stride", "scale_stride"), "i32")
+    types |= {"x": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*bf16", "out_stride": "i32"}
+    types |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    if tma:
+        types["x"] = f"tensordesc<fp8e4nv[{tile.rows}, 128]>"
+        types["weight"] = f"tensordesc<fp8e4nv[{tile.columns}, 128]>"
+    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "GROUP_M": GROUP_M, "bias": None}
+    constants |= {"BLOCKWISE": blockwise, "EXACT": exact, "TMA": tma}
+    return Case(
+        f"scaled_gemm {tile} {'blockwise' if blockwise else ''} {'exact' if exact else ''}",
+        scaled_gemm_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        ("n", "k", "weight_stride", "out_stride"),
+        targets,
+        {"maxnreg": min(255, 65536 // (tile.programs_per_sm * tile.warps * 32))},
+    )
+
+
+def quantizing(kernel: Any, columns: int, group: int, **constants: Any) -> Case:
+    types = dict.fromkeys(("x", "residual", "normed"), "*bf16") | {"codes": "*fp8e4nv"}
+    types |= {"scales": "*fp32", "weight": "*fp32", "rows": "i32", "eps": "fp32"}
+    sizes = block_sizes(columns) if kernel is norm_quantize_kernel else _sizes(columns)
+    warps = sizes.pop("num_warps")
+    constants |= {"X_STRIDE": columns, "GROUP": group, "POWER_OF_TWO": group > 0, **sizes}
+    constants |= {"H" if kernel is norm_quantize_kernel else "COLUMNS": columns}
+    name = f"{kernel.__name__} {columns} group {group}"
+    return Case(name, kernel, types, constants, warps, targets=FP8)
+
+
+def everywhere(target: str) -> list[Case]:
+    return [
+        skinny(8, 6144, "nvfp4", target),
+        skinny(8, 6144, "fp8", target),
+        gemm(2048, "nvfp4", target),
+        gemm(2048, "fp8_block", target),
+        gate_up_small("mxfp4", target),
+        down_small("int4", target),
+        grouped(128 * 16, "nvfp4", target, "silu"),
+    ]
+
+
+CASES = [
+    *(case for target in SHARED for case in everywhere(target)),
+    scaled(ScaledTile(64, 64, 4, 2), True, True, "sm_120", "sm_100"),
+    scaled(ScaledTile(64, 64, 4, 2), False, True, "sm_120", "sm_100"),
+    scaled(ScaledTile(128, 256, 8, 4), False, True, "sm_90"),
+    scaled(ScaledTile(128, 256, 8, 4), False, False, "sm_90"),
+    scaled(ScaledTile(128, 128, 8, 3, 2), False, True, "sm_90"),
+    scaled(ScaledTile(128, 128, 8, 3, 2), True, True, "sm_90"),
+    scaled(ScaledTile(64, 128, 4, 4, 2), True, True, "sm_90"),
+    quantizing(quantize_kernel, 4096, 0),
+    quantizing(quantize_kernel, 12288, 128),
+    quantizing(activation_quantize_kernel, 12288, 0, KIND="silu", LIMIT=0.0),
+    quantizing(norm_quantize_kernel, 4096, 0, RESIDUAL_STRIDE=4096, normed=None),
+    quantizing(norm_quantize_kernel, 2048, 128, RESIDUAL_STRIDE=2048, x=None),
+    skinny(8, 24576, "mxfp4", "sm_90", "silu"),
+    skinny(32, 6144, "int4", "sm_90"),
+    skinny(64, 6144, "int8", "sm_90"),
+    skinny(16, 6144, "fp8_block", "sm_90"),
+    gemm(8, "nvfp4", "sm_90", "silu", 10.0),
+    gemm(64, "mxfp4", "sm_90"),
+    gemm(2048, "fp8", "sm_90", "silu"),
+    gemm(2048, "int4", "sm_90"),
+    gemm(2048, "int8", "sm_90"),
+    gate_up_small("nvfp4", "sm_90"),
+    down_small("nvfp4", "sm_90"),
+    down_small("fp8_block", "sm_90"),
+    grouped(128 * 128, "nvfp4", "sm_90", "silu"),
+    grouped(128 * 128, "fp8", "sm_90"),
+    grouped(128, "mxfp4", "sm_90", "silu"),
+]

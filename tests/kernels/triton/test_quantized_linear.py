@@ -1,0 +1,121 @@
+"""Linear layers with quantised weights against the reference, for few tokens and for any number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quire.kernels.reference.quantized.linear import quantized_linear as reference
+from quire.kernels.reference.quantized.weights import FORMATS, QuantizedWeight, dequantize
+from quire.kernels.triton.quantized.gemm import QuantizedTile, quantized_gemm
+from quire.kernels.triton.quantized.pack import pack
+from quire.kernels.triton.quantized.skinny import skinny
+from tests.kernels.triton.gemm_inputs import assert_close, magnitude, matrix, vector
+from tests.kernels.triton.quantized_inputs import quantized
+
+# exp's overflow is meant: the gate is then far below zero.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bits of a GPU's instructions")
+BF16 = torch.bfloat16
+Product = Callable[..., torch.Tensor]
+
+
+def check(
+    product: Product, t: int, weight: QuantizedWeight, device: torch.device, bias: bool = False
+) -> None:
+    x, out = matrix(t, weight.k, BF16, device, 1), matrix(t, weight.n, BF16, device, 2)
+    out.fill_(torch.nan)
+    b = vector(weight.n, device, 3) if bias else None
+    assert product(x, pack(weight), b, out) is out
+    assert_close(out, reference(x, weight, b), magnitude(x, dequantize(weight), b))
+
+
+@pytest.mark.parametrize("product", [skinny, quantized_gemm])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("t", "n", "k", "group"),
+    [(0, 5, 64, 32), (1, 1, 32, 32), (1, 40, 1024, 128), (9, 17, 288, 32), (33, 20, 576, 64)],
+)
+def test_linear_equals_reference(
+    t: int, n: int, k: int, group: int, format: str, product: Product, device: torch.device
+) -> None:
+    check(product, t, quantized(format, n, k, device, 4, group, t != 9), device, t == 9)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_and_columns_of_several_scale_blocks(format: str, device: torch.device) -> None:
+    weight = quantized(format, 150, 512, device, 4, 256)
+    check(skinny, 3, weight, device)
+    check(quantized_gemm, 70, weight, device)
+
+
+@pytest.mark.parametrize("product", [skinny, quantized_gemm])
+@pytest.mark.parametrize(("kind", "limit"), [("silu", 0.0), ("silu", 0.5), ("swiglu_oai", 0.7)])
+def test_gated_equals_reference(
+    kind: str, limit: float, product: Product, device: torch.device
+) -> None:
+    weight = quantized("nvfp4", 2 * 21, 256, device, 4)
+    x, bias = matrix(5, 256, BF16, device, 1), vector(42, device, 2)
+    found = product(x, pack(weight), bias, kind=kind, limit=limit)
+    wanted = reference(x, weight, bias, kind=kind, limit=limit)
+    gate, up = magnitude(x, dequantize(weight), bias).chunk(2, dim=1)
+    assert_close(found, wanted, (gate + 1) * (up + 2))
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("kind", ["", "silu"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1000, 2048)])
+def test_a_rows_bits_do_not_depend_on_its_batch(n: int, k: int, format: str, kind: str) -> None:
+    device = torch.device("cuda")
+    packed = pack(quantized(format, n, k, device, 4))
+    x = matrix(1024, k, BF16, device, 1)
+    whole = quantized_gemm(x, packed, kind=kind)
+    for t in (1, 3, 16, 17, 33, 65, 200, 1024):
+        for first in {0, 1024 - t, (1024 - t) // 2}:
+            part = quantized_gemm(x[first : first + t], packed, kind=kind)
+            assert torch.equal(part, whole[first : first + t]), (t, first)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_other_tiles_equal_reference(tokens: int, blocks: int, device: torch.device) -> None:
+    tile = QuantizedTile(64, tokens, blocks, 4, 2)
+    weight = quantized("mxfp4", 72, 640, device, 4)
+    x = matrix(20, 640, BF16, device, 1)
+    found = quantized_gemm(x, pack(weight), tile=tile)
+    assert_close(found, reference(x, weight), magnitude(x, dequantize(weight)))
+
+
+def test_extreme_scales(device: torch.device) -> None:
+    codes = torch.full((3, 16), 0x77, dtype=torch.uint8, device=device)
+    scales = torch.tensor([[127 - 50], [127 + 60], [127]], dtype=torch.uint8, device=device)
+    x = torch.zeros(1, 32, dtype=BF16, device=device)
+    x[0, 0] = 1
+    weight = QuantizedWeight("mxfp4", codes, scales)
+    for product in (skinny, quantized_gemm):
+        found = product(x, pack(weight))
+        assert found.tolist() == [[6 * 2.0**-50, 6 * 2.0**60, 6.0]]
+
+
+def test_operands_that_do_not_fit_are_refused(device: torch.device) -> None:
+    packed = pack(quantized("fp8", 6, 64, device, 4))
+    x = matrix(3, 64, BF16, device, 1)
+    with pytest.raises(ValueError, match="at most 64"):
+        skinny(matrix(65, 64, BF16, device, 1), packed)
+    for product in (skinny, quantized_gemm):
+        with pytest.raises(ValueError, match=r"x: expected \[T, 64\]"):
+            product(x[:, :32], packed)
+        with pytest.raises(ValueError, match="bfloat16"):
+            product(x.half(), packed)
+        with pytest.raises(ValueError, match="bias"):
+            product(x, packed, torch.ones(5, device=device))
+        with pytest.raises(ValueError, match="out"):
+            product(x, packed, None, torch.ones(3, 5, device=device))
+        with pytest.raises(ValueError, match="relu"):
+            product(x, packed, kind="relu")
+        with pytest.raises(ValueError, match="no gate and up"):
+            product(x, pack(quantized("fp8", 5, 64, device, 4)), kind="silu")

@@ -74,7 +74,9 @@ class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
 
 
 # RowResult.error: the code of what the scheduler tells the request.
-NAN_ERROR = "numerical_error"  # its logits hold NaN, or the largest is infinite
+# Logits hold NaN or the largest is infinite, or the hidden state of any token of the row is not
+# finite, whether it samples or not: KV of a row without this error may be used by others.
+NAN_ERROR = "numerical_error"
 FORBIDDEN_ERROR = "invalid_value"  # its parameters exclude every token
 
 

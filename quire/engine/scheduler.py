@@ -42,7 +42,7 @@ LEAST_FINISHED = 64
 ROW_ERRORS = {
     NAN_ERROR: QuireError(
         "numerical_error",
-        "the model's logits for this request are not finite numbers",
+        "the model's numbers for this request are not finite",
         why="its weights or the number format they are computed in",
         fix="check the weights; try --dtype float32",
     ),
@@ -172,7 +172,7 @@ class Scheduler:
         self._finished.append(Delta(request_id, [], finish_reason=reason, cached_tokens=cached))
 
     def fail(self, request_id: str, error: QuireError) -> None:
-        """Finish one request with an error; none of its blocks can be found afterwards."""
+        """Finish one request with an error; what it has computed cannot be found afterwards."""
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, discard=True)
@@ -436,7 +436,7 @@ class Scheduler:
 
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
         if got.error is not None:
-            self._finish(request, discard=True)
+            self._finish(request, discard=got.error == NAN_ERROR)
             return _error_delta(request.request_id, ROW_ERRORS[got.error])
         first = len(request.tokens)
         reason, stop_token = self._accept(request, got.tokens)

@@ -17,12 +17,14 @@ class RequestBlocks:
 
     `tables[g]` covers the sequence from its start; entries the window has passed are NULL_BLOCK.
     `identities[g]`: identities of the sequence's full blocks, as far as they were computed.
-    `published`: full blocks offered to the prefix index. `passed[g]`: blocks given back.
+    `hit`: blocks that were found at admission. `published`: full blocks offered to the prefix
+    index. `passed[g]`: blocks given back.
     """
 
     tables: list[list[int]]
     identities: list[list[bytes]]
     roots: list[bytes]
+    hit: int = 0
     published: int = 0
     passed: list[int] = field(default_factory=list)
 
@@ -104,7 +106,7 @@ class KVManager:
                 whole = -(-len(tokens) // BLOCK_SIZE)
                 table = blocks.tables[group.index]
                 table.extend(self.pools[group.pool].allocate(whole - len(table)))
-        blocks.published = hit
+        blocks.hit = blocks.published = hit
         self._running[request_id] = blocks
         return hit * BLOCK_SIZE
 
@@ -182,13 +184,13 @@ class KVManager:
                 self.pools[group.pool].release(block)
 
     def discard(self, request_id: str) -> None:
-        """Like free, but nothing this request published and still holds alone can be found."""
+        """Like free, but no block that this request computed and still holds can be found, even
+        where others hold it too."""
         blocks = self._running[request_id]
         for group in self.groups:
-            pool = self.pools[group.pool]
-            for block in blocks.tables[group.index]:
-                if block != NULL_BLOCK and pool.counts()[block] == 1:
-                    pool.discard(block)
+            for block in blocks.tables[group.index][blocks.hit :]:
+                if block != NULL_BLOCK:
+                    self.pools[group.pool].discard(block)
         self.free(request_id)
 
     def clear_cache(self) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.kv import BLOCK_SIZE
@@ -91,6 +93,8 @@ class EagerRunner:
                 return Done(Result(batch.step, results))
         hidden_TH = self._forward(flat)
         self._prompt_logprobs(rows, hidden_TH, results)
+        for i in _spoiled_rows(hidden_TH, flat.query_start):
+            results[i] = RowResult(tokens=[], error=NAN_ERROR)
         ends = flat.query_start[1:] - 1
         sampling = [i for i, row in enumerate(rows) if row.sample and results[i].error is None]
         if sampling:
@@ -162,3 +166,11 @@ class EagerRunner:
             some = targets[start : start + LOGIT_ROWS]
             found += self.sampler.logprobs(logits_BV, some, count)
         return found
+
+
+def _spoiled_rows(hidden_TH: torch.Tensor, query_start: npt.NDArray[np.int32]) -> list[int]:
+    """Rows with a token whose hidden state is not all finite: then its keys and values may not be
+    either, and if they are not, neither is its hidden state, as it attends to itself."""
+    spoiled_T = (~torch.isfinite(hidden_TH)).any(1).numpy()
+    found: list[int] = np.flatnonzero(np.logical_or.reduceat(spoiled_T, query_start[:-1])).tolist()
+    return found

@@ -128,7 +128,8 @@ class Slot:
 
 
 class MockRunner:
-    """`fails(batch)` true makes that step raise; `nan(label, row)` true makes a row an error.
+    """`fails(batch)` true makes that step raise; `nan(slot, row)` true makes what the row writes
+    poison, and it and all later rows of the slot an error, whether they sample or not.
 
     What makes a request's label travels as its first bad word, which the scheduler must pass on.
     """

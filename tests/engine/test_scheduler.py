@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mock_runner import (
     EOS,
+    POISON,
     VOCAB,
     MockRunner,
     Reference,
@@ -35,7 +36,7 @@ from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, Batch, Result, Row, RowResult
+from quire.step import DEVICE_TOKEN, FORBIDDEN_ERROR, Batch, Result, Row, RowResult
 
 ERROR = QuireError("step_failed", "the step raised")
 MODEL_LEN = 96
@@ -120,7 +121,8 @@ class Driver:
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
         self.killers: set[int] = set()  # seeds of requests whose sampling step raises
-        self.nans: set[int] = set()
+        self.nans: dict[int, int] = {}  # seed and position of what comes out as NaN
+        self.spoiled: set[int] = set()  # those of them that were computed
         self.fault = False  # the next step raises, whoever is in it
         self.late = False  # it does so only when its result is asked for
         self.commits_first = self.rng.random() < 0.5  # ... steps before one that raised
@@ -137,7 +139,12 @@ class Driver:
         )
 
     def _nan(self, slot: Slot, row: Row) -> bool:
-        return slot.enter.seed in self.nans
+        seed = slot.enter.seed
+        position = self.nans.get(seed, -1)
+        spoiled = row.start <= position < row.start + len(row.tokens)
+        if spoiled:
+            self.spoiled.add(seed)
+        return spoiled
 
     # -- frontends -------------------------------------------------------------------------------
 
@@ -148,7 +155,7 @@ class Driver:
         stop_length: int | None = None,
         timeout: float | None = None,
         kills: bool = False,
-        nan: bool = False,
+        nan: int | None = None,
         **fields: object,
     ) -> Asked:
         seed = len(self.asked)
@@ -168,12 +175,12 @@ class Driver:
         self.scheduler.add(add)
         ref = reference(prompt, params, seed, choice, label, MODEL_LEN)
         deadline = None if timeout is None else self.now + timeout
-        asked = Asked(add, label, ref, deadline, stop_length, may_fail=kills or nan)
+        asked = Asked(add, label, ref, deadline, stop_length, may_fail=kills or nan is not None)
         self.asked[add.request_id] = asked
         if kills:
             self.killers.add(seed)
-        if nan:
-            self.nans.add(seed)
+        if nan is not None:
+            self.nans[seed] = nan
         return asked
 
     def abort(self, request_id: str, length: int = -1, reason: str = "abort") -> None:
@@ -211,7 +218,7 @@ class Driver:
         elif end.finish_reason == "abort":
             assert asked.deadline is not None and asked.deadline <= self.now
         else:
-            assert asked.add.seed not in self.killers | self.nans
+            assert asked.add.seed not in self.killers
             assert asked.tokens == ref.tokens
             assert (end.finish_reason, end.stop_reason) == (ref.finish_reason, ref.stop_reason)
         wanted = ref.prompt_logprobs if params.prompt_logprobs is not None else []
@@ -283,6 +290,8 @@ class Driver:
     def check(self) -> None:
         self.scheduler.check_integrity()
         self.scheduler.check_slice()
+        for pool, pages in zip(self.kv.pools, self.runner.pages, strict=True):
+            assert not any(POISON in pages[block] for block in pool._index.values())
 
     def drain(self) -> None:
         """Run until all is done, within a bound on steps, and look for what should not be left."""
@@ -374,7 +383,7 @@ def random_add(driver: Driver, rng: random.Random) -> None:
         "cache_salt": rng.choice(["", "", "s"]),
     }
     timeout = rng.choice([None, None, None, 3.0, 20.0])
-    kills, nan = rng.random() < 0.04, rng.random() < 0.04
+    kills = rng.random() < 0.04
     for choice in range(rng.choice([1, 1, 1, 3])):
         driver.add(
             prompt,
@@ -382,7 +391,7 @@ def random_add(driver: Driver, rng: random.Random) -> None:
             stop_length=rng.randrange(1, 20) if has_stop else None,
             timeout=timeout,
             kills=kills,
-            nan=nan,
+            nan=rng.randrange(length + 20) if rng.random() < 0.06 else None,
             choice=choice,
             **fields,
         )
@@ -471,6 +480,7 @@ class Life(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         tenant=st.sampled_from(["", "t"]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
+        nan=st.sampled_from([None, None, None, 0, 15, 16, 40, 89]),
     )
     def add(
         self,
@@ -482,6 +492,7 @@ class Life(RuleBasedStateMachine):
         priority: int,
         tenant: str,
         prompt_logprobs: int | None,
+        nan: int | None,
     ) -> None:
         params = SamplingParams(
             max_tokens=most, stop=["x"] if stop else None, prompt_logprobs=prompt_logprobs
@@ -494,6 +505,7 @@ class Life(RuleBasedStateMachine):
                 choice=choice,
                 priority=priority,
                 tenant=tenant,
+                nan=None if choice else nan,
             )
 
     @rule()
@@ -886,7 +898,7 @@ def test_a_window_request_computed_again_still_fits_the_least_pools() -> None:
 
 def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:
     driver = plain()
-    driver.add(BASES[0][:40], nan=True)
+    driver.add(BASES[0][:40], nan=39)
     driver.add(BASES[1][:40])
     driver.drain()
     nan = driver.asked["r0"].end
@@ -895,6 +907,67 @@ def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:
     driver.drain()
     again = driver.asked["r2"].end
     assert again is not None and again.cached_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("layout", ["full", "window", "mixed"])
+@pytest.mark.parametrize("position", [0, 17, 35, 70, 79, 80, 84, 100])
+def test_nan_in_any_chunk_ends_its_request_there_and_who_shares_the_prompt_computes_it(
+    depth: int, layout: str, position: int
+) -> None:
+    prompt = BASES[0][:80]
+    driver = plain(LAYOUTS[layout], depth=depth, budget=16, slots=4)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    spoilt = driver.add(prompt, params, nan=position)
+    others = [driver.add(prompt, params, choice=choice) for choice in (1, 2)]
+    # Several chunks, and at depth 2 one in flight, when it is known; then the others come in.
+    driver.drain()
+    happens = position < 80 + 8  # the last token is never computed
+    assert driver.spoiled == ({0} if happens else set())
+    assert spoilt.end is not None
+    assert (spoilt.end.finish_reason == "error") is happens
+    assert len(spoilt.tokens) == max(0, min(9, position - 79))
+    assert all(other.tokens == other.ref.tokens for other in others)
+    later = driver.add(prompt, params)
+    driver.drain()
+    assert later.tokens == later.ref.tokens and later.end is not None
+    if not 80 <= position < 88:  # else the others found the prompt, and it is forgotten with r0
+        assert later.end.cached_tokens == 64
+
+
+@pytest.mark.parametrize("position", [5, 40])
+def test_nan_after_a_preemption_in_mid_prompt_is_found_by_nobody(position: int) -> None:
+    driver = plain(blocks=10, budget=16, slots=2, depth=2)  # 9 blocks
+    first = driver.add(BASES[1][:16], SamplingParams(max_tokens=60, ignore_eos=True))
+    driver.iterate()
+    spoilt = driver.add(BASES[0][:80], SamplingParams(max_tokens=4), nan=position)
+    driver.iterate()
+    request = driver.scheduler.requests["r1"]
+    assert request.state is State.RUNNING and request.inflight
+    driver.scheduler._preempt(request)
+    driver.drain()
+    assert spoilt.end is not None and spoilt.end.finish_reason == "error"
+    assert first.tokens == first.ref.tokens
+    assert driver.asked["r1"].tokens == []
+
+
+def test_a_request_without_an_allowed_token_leaves_its_prompt_to_others() -> None:
+    driver = plain()
+    driver.add(BASES[0][:40])
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    driver.runner.submit(batch)
+    first = driver.scheduler.commit(Result(batch.step, [RowResult([])]))
+    assert not first
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    driver.runner.submit(batch)
+    [delta] = driver.scheduler.commit(Result(batch.step, [RowResult([], error=FORBIDDEN_ERROR)]))
+    assert delta.error is not None and delta.error[0] == "invalid_value"
+    del driver.asked["r0"]
+    again = driver.add(BASES[0][:40], SamplingParams(max_tokens=1))
+    driver.drain()
+    assert again.end is not None and again.end.cached_tokens == 32
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -160,22 +160,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Small enough for the interpreter.
+TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}
+
+
 def test_a_tiny_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
-    """Small enough for the interpreter: a prompt in chunks, decoding, two requests."""
-    model = write_model(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64,
-    )  # fmt: skip
-    small = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}
+    """A prompt in chunks, decoding, two requests."""
+    model = write_model(**TINY)
     adds = [
         Add("a", list(range(3, 23)), SamplingParams(temperature=0.0, max_tokens=3, logprobs=1), 0),
         Add("b", [7, 9], SamplingParams(temperature=1.0, max_tokens=2, ignore_eos=True), seed=5),
     ]
-    expected = run(engine(model, "cpu", kernels="reference", **small), adds)
-    found = run(engine(model, "cuda", **small), adds)
+    expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
+    found = run(engine(model, "cuda", **SMALL), adds)
     for name, want in expected.items():
         assert found[name].tokens == want.tokens
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nan_that_no_logits_show_fails_its_request_in_the_step_that_computes_it(
+    write_model: WriteModel, device: str
+) -> None:
+    """NaN in the first chunk of three, beyond what the window lets the last tokens see."""
+    model = write_model(architectures=["MistralForCausalLM"], sliding_window=4, **TINY)
+    given = SMALL | ({"kernels": "reference"} if device == "cpu" else {})
+    core = engine(model, device, **given).core
+    embedding = core.runner.model.embed  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        embedding.packed.data[7] = torch.nan
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt = [5] * 40
+    for name, tokens in (("bad", [*prompt[:3], 7, *prompt[4:]]), ("good", prompt)):
+        assert not core.add(Add(name, tokens, params, seed=0))
+    deltas = core.step()
+    assert [(d.request_id, d.error and d.error[0]) for d in deltas] == [("bad", "numerical_error")]
+    assert not core.scheduler.kv.pools[0]._index
+    found = [token for _ in range(9) for delta in core.step() for token in delta.token_ids]
+    assert len(found) == 2 and core.idle
 
 
 @pytest.mark.gpu

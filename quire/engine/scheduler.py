@@ -36,6 +36,8 @@ from quire.step import (
 
 # A request waits for blocks that another is computing only where they are worth a step.
 LEAST_SHARED_BLOCKS = 3
+# The token of a row that decodes ahead of what the host knows: most rows, so they share it.
+ON_DEVICE = [DEVICE_TOKEN]
 # Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
 LEAST_FINISHED = 64
 
@@ -234,17 +236,20 @@ class Scheduler:
         """Give rows to `running`. Returns the budget left for admissions: none where blocks are
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
-        gaps = [(request, request.gap) for request in running]
-        decoding = [item for item in gaps if item[1] == 1]
-        prefilling = [item for item in gaps if item[1] > 1]
+        decoding, prefilling = [], []
+        for request in running:
+            gap = request.promised - request.scheduled  # Request.gap, without a call
+            if gap > 0 and request.promised < request.longest:
+                (decoding if gap == 1 else prefilling).append(request)
         short = False
-        for request, gap in decoding + prefilling:
+        for request in decoding + prefilling:
             if budget == 0:
                 break
-            if request.state is not State.RUNNING:
+            if request.slot < 0:  # preempted for one before it
                 continue
+            gap = request.promised - request.scheduled
             count = gap if gap < budget else budget
-            end = request.computed + request.inflight + count
+            end = request.scheduled + count
             new_blocks = self._no_blocks
             if end > request.covered:
                 if not self._make_room(request, end, parts):
@@ -262,8 +267,10 @@ class Scheduler:
         a row in this step. One of those always moves on: the first of all running requests
         can take the blocks of all others, and alone it fits.
         """
+        planned: set[Request] | None = None
         while not self.kv.grow(request.request_id, end):
-            planned = {r for r, _ in parts}
+            if planned is None:
+                planned = {r for r, _ in parts}
             victim = next(r for r in reversed(self._running) if r not in planned)
             if victim is request or request.inflight_steps:
                 return False
@@ -314,7 +321,7 @@ class Scheduler:
     def _start(self, request: Request, hit: int) -> None:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
-        request.computed = hit
+        request.computed = request.scheduled = hit
         request.settle_at = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
@@ -350,24 +357,25 @@ class Scheduler:
             request.announced = False
 
     def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
-        start = request.computed + request.inflight
-        tokens = request.tokens[start : start + count]
-        if len(tokens) < count:
-            tokens += [DEVICE_TOKEN] * (count - len(tokens))
-        sample = start + count == len(request.tokens) + request.inflight_samples
-        request.inflight += count
+        start = request.scheduled
+        end = request.scheduled = start + count
         request.inflight_steps += 1
-        request.inflight_samples += sample
-        prompt_logprobs = (
-            request.add.params.prompt_logprobs is not None
-            and request.prompt_logprobs_sent < request.num_prompt - 1
-        )
+        sample = end == request.promised
+        known = len(request.tokens)
+        if count == 1:
+            tokens = ON_DEVICE if start >= known else [request.tokens[start]]
+        else:
+            tokens = request.tokens[start:end]
+            tokens += ON_DEVICE * (count - len(tokens))
+        if sample:
+            request.promised += 1
+        prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
         return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
-        tables = self.kv.table(request.request_id)
-        new = [table[sent:] for table, sent in zip(tables, request.blocks_sent, strict=True)]
+        tables, sent = self.kv.table(request.request_id), request.blocks_sent
+        new = [table[sent[g] :] for g, table in enumerate(tables)]
         request.blocks_sent = [len(table) for table in tables]
         request.covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE
         return new
@@ -395,19 +403,18 @@ class Scheduler:
         dropped: nothing computed past an end is ever seen.
         """
         self._counts["done_steps"] += 1
-        deltas = []
+        deltas, generated = [], 0
         for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
             request.inflight_steps -= 1
-            request.inflight_samples -= row.sample
-            if request.state is State.FINISHED:
+            if request.slot >= 0:
+                request.computed += len(row.tokens)
+            elif request.state is State.FINISHED:
                 continue
-            if request.state is State.RUNNING:
-                count = len(row.tokens)
-                request.inflight -= count
-                request.computed += count
             delta = self._commit_row(request, row, got)
             if delta is not None:
                 deltas.append(delta)
+                generated += len(delta.token_ids)
+        self._counts["generated_tokens"] += generated
         return deltas
 
     def quarantine(self, steps: list[int], error: QuireError) -> None:
@@ -422,7 +429,7 @@ class Scheduler:
         for step in steps:
             for request, row in self._inflight.pop(step):
                 request.inflight_steps -= 1
-                request.inflight_samples -= row.sample
+                request.promised -= row.sample
                 blamed.add(request)
         alone = len(blamed) == 1
         for request in blamed:
@@ -438,47 +445,54 @@ class Scheduler:
         if got.error is not None:
             self._finish(request, discard=got.error == NAN_ERROR)
             return _error_delta(request.request_id, ROW_ERRORS[got.error])
-        first = len(request.tokens)
-        reason, stop_token = self._accept(request, got.tokens)
-        accepted = request.tokens[first:]
-        if accepted:
-            self._counts["generated_tokens"] += len(accepted)
+        tokens, logprobs, prompt_logprobs = got.tokens, got.logprobs, got.prompt_logprobs
+        reason = stop_token = None
+        if row.sample:
+            known = request.tokens
+            first = len(known)
+            known += tokens
+            if len(known) >= request.longest or not request.end_tokens.isdisjoint(tokens):
+                reason, stop_token = self._end(request, first)
+                tokens = known[first:]
+                logprobs = logprobs[: len(tokens)] if logprobs else None
+            request.promised += len(tokens) - 1
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first
-        prompt_logprobs = None
-        if got.prompt_logprobs:
+            if self._suspects:
+                self._suspects.discard(request)
+            if request.announced:
+                self._withdraw(request)
+        if prompt_logprobs:
             # A request preempted in its prompt computes positions again that were sent already.
-            known = max(0, request.prompt_logprobs_sent - row.start)
-            prompt_logprobs = got.prompt_logprobs[known:]
+            prompt_logprobs = prompt_logprobs[max(0, request.prompt_logprobs_sent - row.start) :]
             request.prompt_logprobs_sent += len(prompt_logprobs)
-        if row.sample:
-            self._suspects.discard(request)
-            self._withdraw(request)
-        if request.computed >= request.settle_at and request.state is State.RUNNING:
+        if request.computed >= request.settle_at and request.slot >= 0:
             self._publish(request, confirmed=False)
         if reason is not None:
             self._finish(request)
-        if not accepted and not prompt_logprobs:
+        if not tokens and not prompt_logprobs:
             return None
         return Delta(
             request.add.request_id,
-            accepted,
-            got.logprobs[: len(accepted)] if got.logprobs else None,
+            tokens,
+            logprobs or None,
             prompt_logprobs or None,
             reason,
             stop_token,
             request.cached_tokens or 0,
         )
 
-    def _accept(self, request: Request, tokens: list[int]) -> tuple[str | None, int | None]:
-        """Append sampled tokens up to an end: (finish reason, stop token) where there is one."""
+    def _end(self, request: Request, first: int) -> tuple[str | None, int | None]:
+        """Cut new tokens, those from `first` on, behind the one that ends the request: (finish
+        reason, stop token) where one does."""
         known = request.tokens
-        for token in tokens:
-            known.append(token)
-            if token in request.end_tokens and len(known) >= request.earliest_end:
+        for length, token in enumerate(known[first:], first + 1):
+            if token in request.end_tokens and length >= request.earliest_end:
+                del known[length:]
                 named = token in (request.add.params.stop_token_ids or ())
                 return "stop", token if named else None
-            if len(known) >= request.longest:
+            if length >= request.longest:
+                del known[length:]
                 return "length", None
         return None, None
 
@@ -504,7 +518,7 @@ class Scheduler:
                 self.kv.free(request.request_id)
             self._release_slot(request)
         request.state = State.FINISHED
-        request.computed = request.inflight = 0
+        request.computed = request.scheduled = 0
         self._suspects.discard(request)
         del self.requests[request.request_id]
         if len(self._waiting) > 2 * self.num_waiting + LEAST_FINISHED:
@@ -517,7 +531,7 @@ class Scheduler:
         self.kv.free(request.request_id)
         self._release_slot(request)
         request.state = State.WAITING
-        request.computed = request.inflight = 0
+        request.computed = request.scheduled = 0
         self._queue(request)
 
     def _release_slot(self, request: Request) -> None:

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from quire.kernels.device_state import (
     NUM_SCALARS,
     Flag,
     Layout,
+    RowFlag,
     Scalar,
 )
 from quire.params import SamplingParams
@@ -33,6 +35,7 @@ Run = tuple[int, "array[int]"]  # where in the arena, and what: type code "i"
 
 # As plain integers, which are much faster to combine: for each row of each step.
 _GREEDY = int(Flag.GREEDY)
+_SAMPLE = int(RowFlag.SAMPLE)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
 
@@ -79,6 +82,40 @@ def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str 
             f"{MAX_WORDS} sequences of {MAX_WORD_TOKENS} tokens together are possible"
         )
     return None
+
+
+class Columns(NamedTuple):
+    """The rows of a step, column by column, and of those that sample their index, their slot and
+    the place of their last token among the step's. `num_tokens` of all rows."""
+
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    num_tokens: int
+    sampling: list[int]
+    sampling_slots: list[int]
+    places: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Columns:
+        slots = [row.slot for row in rows]
+        starts = [row.start for row in rows]
+        lengths = [len(row.tokens) for row in rows]
+        samples = [row.sample for row in rows]
+        if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
+            places = list(range(len(rows)))
+            return cls(slots, starts, lengths, samples, len(rows), places, slots, places)
+        ends = list(accumulate(lengths))
+        sampling = [i for i, sample in enumerate(samples) if sample]
+        places = [ends[i] - 1 for i in sampling]
+        mine = [slots[i] for i in sampling]
+        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places)
+
+    @property
+    def decode(self) -> bool:
+        """Each row samples from the only token it has."""
+        return self.num_tokens == len(self.sampling)
 
 
 class Diffs:
@@ -135,15 +172,25 @@ class Diffs:
                     self._extend(runs, group, row.slot, blocks)
         return runs
 
-    def rows(self, rows: Sequence[Row], size: int) -> Run:
+    def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
-        end = 4 * len(rows)
+        end = 4 * len(rows.slots)
         values = array("i", (-1, 0, 0, 0)) * size
-        values[0:end:4] = array("i", [row.slot for row in rows])
-        values[1:end:4] = array("i", [row.start for row in rows])
-        values[2:end:4] = array("i", [len(row.tokens) for row in rows])
-        values[3:end:4] = array("i", [row.sample for row in rows])  # True is RowFlag.SAMPLE
+        values[0:end:4] = array("i", rows.slots)
+        values[1:end:4] = array("i", rows.starts)
+        values[2:end:4] = array("i", rows.lengths)
+        values[3:end:4] = array("i", rows.samples)  # True is RowFlag.SAMPLE
         return self.layout.rows_offset, values
+
+    def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:
+        """The run that sets `size` of DeviceState.rows from the `first` on: rows that sample, and
+        the place of their hidden state among the step's tokens."""
+        end = 4 * len(rows.sampling)
+        values = array("i", (-1, 0, 0, 0)) * size
+        values[0:end:4] = array("i", rows.sampling_slots)
+        values[1:end:4] = array("i", rows.places)
+        values[3:end:4] = array("i", (_SAMPLE,)) * len(rows.sampling)
+        return self.layout.rows_offset + 4 * first, values
 
     def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:
         filled = self._filled[group][slot]

@@ -47,14 +47,23 @@ class SampleOutputs:
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        tokens, status = zeros(torch.int32, 2, rows)
         return cls(
-            zeros(torch.int32, rows),
-            zeros(torch.int32, rows),
+            tokens,
+            status,
             zeros(torch.float32, rows),
             zeros(torch.int32, rows),
             zeros(torch.int32, rows, MAX_LOGPROBS),
             zeros(torch.float32, rows, MAX_LOGPROBS),
         )
+
+    def chosen(self) -> torch.Tensor:
+        """`tokens` and `status` as one tensor int32 [2, B], of which `allocate` made them: both
+        can be copied at once."""
+        rows = self.tokens.shape[0]
+        both = self.tokens.as_strided((2, rows), (rows, 1))
+        assert both[1].data_ptr() == self.status.data_ptr(), "not whole, or not from allocate"
+        return both
 
     def view(self, rows: int) -> SampleOutputs:
         """The same memory, for that many rows."""

@@ -138,17 +138,18 @@ class KVManager:
         """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""
         blocks = self._running[request_id]
         whole = -(-num_tokens // BLOCK_SIZE)
-        if all(len(table) >= whole for table in blocks.tables):
-            return True
         need = [0] * len(self.pools)
         for group in self.groups:
-            need[group.pool] += max(0, whole - len(blocks.tables[group.index]))
-        if any(n > pool.available for n, pool in zip(need, self.pools, strict=True)):
-            return False
+            missing = whole - len(blocks.tables[group.index])
+            if missing > 0:
+                need[group.pool] += missing
+        for count, pool in zip(need, self.pools, strict=True):
+            if count > pool.available:
+                return False
         for group in self.groups:
             table = blocks.tables[group.index]
             if whole > len(table):
-                table.extend(self.pools[group.pool].allocate(whole - len(table)))
+                table += self.pools[group.pool].allocate(whole - len(table))
         return True
 
     def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> int:

@@ -9,7 +9,6 @@ submitted before this one's are known.
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from quire.kernels.device_state import DeviceState, Flag, RowFlag, StepBuffers
-from quire.kernels.diffs import Diffs, PacketRing, Run, variant
+from quire.kernels.device_state import DeviceState, Flag, StepBuffers
+from quire.kernels.diffs import Columns, Diffs, PacketRing, Run, variant
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
@@ -130,32 +129,30 @@ class DeviceRunner:
         """Launch a step."""
         if self.clock is not None:
             self.clock.begin()
-        rows = batch.rows
-        places, end = [], 0  # of rows that sample: the row, and its last token's place
-        for i, row in enumerate(rows):
-            end += len(row.tokens)
-            if row.sample:
-                places.append((i, end - 1))
-        shape = self._shape(end, len(rows))
-        sampled = self._size(len(places), self._decode_sizes)
-        self._apply(batch, shape, places, sampled)
+        rows, columns = batch.rows, Columns.of(batch.rows)
+        shape = self._shape(columns.num_tokens, len(rows))
+        sampled = len(columns.sampling)
+        size = self._size(sampled, self._decode_sizes)
+        tables = [
+            self._diffs.rows(columns, shape.rows),
+            self._diffs.sampling_rows(columns, size, first=self._rows),
+        ]
+        self._apply(batch, tables)
         self._run(shape, lambda: self._forward(shape))
-        prompts = self._prompt_logprobs(rows)
-        flags = [self._diffs.flags[rows[i].slot] for i, _ in places]
+        prompts = self._prompt_logprobs(rows) if self._prompts else {}
+        flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
         logprobs = any(each & LOGPROBS for each in flags)
-        if places:
-            sampling = Sampling(sampled, variant(flags), logprobs)
+        if sampled:
+            sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
         host = self._ring[self._submitted % RING]
         self._submitted += 1
         # Logits say of a token that samples whether it is finite; of others the host must ask.
-        lengths = [len(row.tokens) for row in rows] if end > len(places) else []
-        host.copy(self._outputs, len(places), logprobs, self._spoiled[: sum(lengths)])
+        host.copy(sampled, logprobs, 0 if columns.decode else columns.num_tokens)
         if self.clock is not None:
             self.clock.end()
-        wanted = [self._logprobs[rows[i].slot] for i, _ in places] if logprobs else []
-        sampled_rows = [i for i, _ in places]
-        return DevicePending(batch.step, len(rows), sampled_rows, wanted, host, prompts, lengths)
+        wanted = [self._logprobs[slot] for slot in columns.sampling_slots] if logprobs else []
+        return DevicePending(batch.step, columns, wanted, host, prompts)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -228,9 +225,7 @@ class DeviceRunner:
     def _mixed_rows(self, tokens: int) -> int:
         return min(self._rows, tokens - 1)
 
-    def _apply(
-        self, batch: Batch, shape: Shape, places: list[tuple[int, int]], sampled: int
-    ) -> None:
+    def _apply(self, batch: Batch, tables: list[Run]) -> None:
         """Bring what is new to the device, and the tables of rows."""
         runs: list[Run] = []
         counted: list[int] = []
@@ -247,9 +242,7 @@ class DeviceRunner:
                 prompt = enter.tokens[: enter.num_prompt]
                 self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
         runs += self._diffs.blocks(batch.rows)
-        runs.append(self._diffs.rows(batch.rows, shape.rows))
-        runs.append(self._sampling_rows(batch.rows, places, sampled))
-        for packet, count in self._packets.send(runs):
+        for packet, count in self._packets.send(runs + tables):
             apply_runs(self.state.arena, packet, count)
         if counted:
             count_tokens(self.state, self._slots(counted))
@@ -258,15 +251,6 @@ class DeviceRunner:
         """Slots on the device, by a copy that the host does not wait for."""
         host = torch.tensor(slots, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
-
-    def _sampling_rows(self, rows: list[Row], places: list[tuple[int, int]], size: int) -> Run:
-        """The run of the second table of rows: slot, place of the hidden state, 1, flags."""
-        values = array("i", (-1, 0, 0, 0)) * size
-        end = 4 * len(places)
-        values[0:end:4] = array("i", [rows[i].slot for i, _ in places])
-        values[1:end:4] = array("i", [place for _, place in places])
-        values[3:end:4] = array("i", (RowFlag.SAMPLE,)) * len(places)
-        return self.state.layout.rows_offset + 4 * self._rows, values
 
     def _forward(self, shape: Shape) -> None:
         """Hidden states of the step's tokens, from the table of rows on the device."""

@@ -1,13 +1,14 @@
-"""A step on its way back from the device: pinned copies of what it gave, read when they are there."""
+"""A step on its way back from the device: pinned copies of what it gave."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from quire.kernels.diffs import Columns
 from quire.kernels.sampling import SampleOutputs, Status
 from quire.step import FORBIDDEN_ERROR, NAN_ERROR, Result, RowResult, TokenLogprobs
 
@@ -19,13 +20,9 @@ def token_logprobs(
     return TokenLogprobs([token, *top_ids], [logprob, *top], [rank, *range(1, len(top_ids) + 1)])
 
 
-def _arrays(outputs: SampleOutputs) -> list[torch.Tensor]:
-    """Tokens and status first, then what belongs to log-probabilities."""
-    return [getattr(outputs, field.name) for field in fields(outputs)]
-
-
 class HostOutputs:
-    """Pinned copies of one step's sampling outputs, and of which tokens are spoiled."""
+    """Pinned copies of one step's sampling outputs, and of which tokens are spoiled. `outputs` and
+    `spoiled` are those of the device, which every step writes anew."""
 
     def __init__(self, outputs: SampleOutputs, spoiled: torch.Tensor):
         on_gpu = outputs.tokens.is_cuda
@@ -33,21 +30,24 @@ class HostOutputs:
         def pinned(array: torch.Tensor) -> torch.Tensor:
             return torch.empty(array.shape, dtype=array.dtype, pin_memory=on_gpu)
 
-        self._arrays = SampleOutputs(*(pinned(array) for array in _arrays(outputs)))
-        self._spoiled = pinned(spoiled)
+        self._device_chosen, self._device_spoiled = outputs.chosen(), spoiled
+        self._chosen, self._spoiled = pinned(self._device_chosen), pinned(spoiled)
+        rest = [outputs.logprob, outputs.rank, outputs.top_ids, outputs.top_logprobs]
+        self._logprobs = [(pinned(array), array) for array in rest]
+        self._host = SampleOutputs(*self._chosen, *(host for host, _ in self._logprobs))
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._rows = 0
 
-    def copy(
-        self, outputs: SampleOutputs, rows: int, logprobs: bool, spoiled: torch.Tensor
-    ) -> None:
-        """Start copying the first `rows` of the outputs, and all of `spoiled`."""
+    def copy(self, rows: int, logprobs: bool, tokens: int) -> None:
+        """Start copying the outputs of `rows` rows that sampled, their log-probabilities too where
+        these are wanted, and which of the first `tokens` tokens are spoiled."""
         self._rows = rows
-        both = zip(_arrays(self._arrays.view(rows)), _arrays(outputs.view(rows)), strict=True)
-        for host, device in list(both)[: None if logprobs else 2]:
-            host.copy_(device, non_blocking=True)
-        if len(spoiled):
-            self._spoiled[: len(spoiled)].copy_(spoiled, non_blocking=True)
+        self._chosen.copy_(self._device_chosen, non_blocking=True)
+        if logprobs:
+            for host, device in self._logprobs:
+                host[:rows].copy_(device[:rows], non_blocking=True)
+        if tokens:
+            self._spoiled[:tokens].copy_(self._device_spoiled[:tokens], non_blocking=True)
         if self._event is not None:
             self._event.record()
 
@@ -58,52 +58,53 @@ class HostOutputs:
         """The outputs, once they are there."""
         if self._event is not None:
             self._event.synchronize()
-        return self._arrays.view(self._rows)
+        return self._host.view(self._rows)
 
     def spoiled_rows(self, lengths: list[int]) -> list[int]:
         """Which of rows with these numbers of tokens have one that is spoiled, after `wait`."""
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
         flags = self._spoiled[: ends[-1]].numpy()
-        found: list[int] = np.flatnonzero(np.maximum.reduceat(flags, ends - lengths)).tolist()
+        found: list[int] = np.flatnonzero(
+            np.maximum.reduceat(flags, ends - np.array(lengths))
+        ).tolist()
         return found
 
 
 @dataclass(frozen=True)
 class DevicePending:
-    """A step on the device. `sampled` are the rows that sample, in the order of the outputs;
-    `wanted` says how many top log-probabilities each gets (none: no row asks for any). `lengths`:
-    tokens of each row, none where each row samples from the only one it has."""
+    """A step on the device. `wanted` says how many top log-probabilities each row that samples
+    gets (none: no row asks for any), `prompts` has those of prompts by row."""
 
     step: int
-    rows: int
-    sampled: list[int]
+    rows: Columns
     wanted: list[int | None]
     host: HostOutputs
     prompts: dict[int, list[TokenLogprobs]]
-    lengths: list[int]
 
     def done(self) -> bool:
         return self.host.done()
 
     def result(self) -> Result:
         """Wait for the step. Raises what the device raises."""
-        outputs = self.host.wait()
+        outputs, sampling = self.host.wait(), self.rows.sampling
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
-        rows = [RowResult(tokens=[]) for _ in range(self.rows)]
-        for place, i in enumerate(self.sampled):
+        if self.rows.decode and not (any(status) or self.wanted or self.prompts):
+            return Result(self.step, [RowResult([token]) for token in tokens])
+        rows = [RowResult(tokens=[]) for _ in self.rows.slots]
+        for place, i in enumerate(sampling):
             if status[place] == Status.OK:
                 rows[i].tokens = [tokens[place]]
             else:
                 rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
         for place, count in enumerate(self.wanted):
             if count is not None and status[place] == Status.OK:
-                rows[self.sampled[place]].logprobs = [_at(outputs, place, count)]
+                rows[sampling[place]].logprobs = [_at(outputs, place, count)]
         for i, found in self.prompts.items():
             if any(math.isnan(position.logprobs[0]) for position in found):
                 rows[i] = RowResult(tokens=[], error=NAN_ERROR)
             else:
                 rows[i].prompt_logprobs = found
-        for i in self.host.spoiled_rows(self.lengths) if self.lengths else ():
+        for i in [] if self.rows.decode else self.host.spoiled_rows(self.rows.lengths):
             rows[i] = RowResult(tokens=[], error=NAN_ERROR)
         return Result(self.step, rows)
 

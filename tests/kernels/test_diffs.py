@@ -15,7 +15,7 @@ from quire.kernels.device_state import (
     RowFlag,
     Scalar,
 )
-from quire.kernels.diffs import Diffs, PacketRing, Run, unfit, variant
+from quire.kernels.diffs import Columns, Diffs, PacketRing, Run, unfit, variant
 from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.params import SamplingParams
 from quire.step import Enter, Row
@@ -137,7 +137,7 @@ def test_new_blocks_extend_the_tables_and_a_new_request_starts_them_again() -> N
 def test_rows_arrive_with_padding_after_them() -> None:
     at = state()
     rows = [Row(2, 7, [1, 2], [[], []], True), Row(0, 3, [1], [[], []], False)]
-    apply(at, [Diffs(at.layout).rows(rows, 4)])
+    apply(at, [Diffs(at.layout).rows(Columns.of(rows), 4)])
     assert at.rows[:4].tolist() == [
         [2, 7, 2, RowFlag.SAMPLE],
         [0, 3, 1, 0],
@@ -145,6 +145,37 @@ def test_rows_arrive_with_padding_after_them() -> None:
         [-1, 0, 0, 0],
     ]
     assert not at.rows[4:].any()
+
+
+def test_rows_that_sample_arrive_with_the_places_of_their_last_tokens() -> None:
+    at = state()
+    rows = [
+        Row(2, 7, [1, 2], [[], []], True),
+        Row(0, 3, [1, 4, 5], [[], []], False),
+        Row(1, 9, [3], [[], []], True),
+    ]
+    columns = Columns.of(rows)
+    assert (columns.num_tokens, columns.decode) == (6, False)
+    apply(at, [Diffs(at.layout).sampling_rows(columns, 3, first=4)])
+    assert at.rows[3:8].tolist() == [
+        [0, 0, 0, 0],
+        [2, 1, 0, RowFlag.SAMPLE],
+        [1, 5, 0, RowFlag.SAMPLE],
+        [-1, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("last", [Row(1, 4, [5], [[]], False), Row(1, 4, [5, 6], [[]], True)])
+def test_a_step_is_decode_only_where_every_row_samples_from_its_only_token(last: Row) -> None:
+    rows = [Row(slot, 4, [5], [[]], True) for slot in (4, 0, 2)]
+    found = Columns.of(rows)
+    assert found.decode
+    assert (found.sampling, found.sampling_slots, found.places) == ([0, 1, 2], [4, 0, 2], [0, 1, 2])
+    mixed = Columns.of([*rows, last])
+    assert not mixed.decode
+    assert mixed.sampling_slots[:3] == [4, 0, 2] and mixed.places[:3] == [0, 1, 2]
+    assert mixed.num_tokens == 3 + len(last.tokens)
 
 
 def test_what_does_not_fit_a_slot_is_refused_in_words() -> None:

@@ -118,9 +118,9 @@ def measure(core: EngineCore, rows: int, steps: int, profile: bool) -> dict[str,
         if record:
             assert len(batch.rows) == batch.num_tokens == rows
             parts = (scheduled - start, submitted - scheduled, ready - submitted, done - ready)
-            number = 0
-            for _ in range(LOOP):
-                number += 1
+            number = LOOP
+            while number:
+                number -= 1
             parts += (clock() - done,)
             for part, seconds in zip(spent.values(), parts, strict=True):
                 part.append(seconds)

@@ -19,10 +19,10 @@ from quire.engine.api import EngineStats
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
-from quire.kernels.diffs import unfit
 from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams, check_tokens
+from quire.runner.diffs import unfit
 from quire.step import (
     DEVICE_TOKEN,
     FORBIDDEN_ERROR,
@@ -236,7 +236,7 @@ class Scheduler:
         """Give rows to `running`. Returns the budget left for admissions: none where blocks are
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
-        decoding, prefilling = [], []
+        decoding, prefilling = list[Request](), list[Request]()
         for request in running:
             gap = request.promised - request.scheduled  # Request.gap, without a call
             if gap > 0 and request.promised < request.longest:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from quire.kernels.device_state import DeviceState, Flag, StepBuffers
-from quire.kernels.diffs import Columns, Diffs, PacketRing, Run, variant
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
@@ -35,7 +34,9 @@ from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.plan.plan import Plan
 from quire.runner.clock import DeviceClock
+from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
+from quire.runner.packets import PacketRing, Run
 from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
 from quire.step import Batch, Row, TokenLogprobs
 

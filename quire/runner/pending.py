@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quire.kernels.diffs import Columns
 from quire.kernels.sampling import SampleOutputs, Status
+from quire.runner.diffs import Columns
 from quire.step import FORBIDDEN_ERROR, NAN_ERROR, Result, RowResult, TokenLogprobs
 
 

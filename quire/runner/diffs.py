@@ -1,15 +1,14 @@
-"""What the host sends of a Batch to a GPU runner's state: runs of int32, packed into packets."""
+"""What the host sends of a Batch to a GPU runner's state, as runs of int32."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from quire.kernels.device_state import (
     MAX_ENDS,
@@ -22,16 +21,13 @@ from quire.kernels.device_state import (
     Scalar,
 )
 from quire.params import SamplingParams
+from quire.runner.packets import Run
 from quire.step import Enter, Row
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
 # A factor of 0 would make 0 * -inf of a forbidden token.
 LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
-RUN_WORDS = 4  # of a run in a packet's table: arena offset (int64 in two), packet offset, length
-PIECE = 4096  # longer runs are cut, so that many programs share them
-
-Run = tuple[int, "array[int]"]  # where in the arena, and what: type code "i"
 
 # As plain integers, which are much faster to combine: for each row of each step.
 _GREEDY = int(Flag.GREEDY)
@@ -223,71 +219,3 @@ def _scalars(enter: Enter, flags: int) -> array[int]:
     floats[Scalar.REPETITION] = max(params.repetition_penalty, LEAST_REPETITION)
     doubles[Scalar.TOP_P // 2] = params.top_p
     return array("i", ints.tobytes())
-
-
-class PacketRing:
-    """Packs runs into packets and brings them to the device.
-
-    A packet is int32: a table of runs (RUN_WORDS each), then their values. Packets live in pinned
-    buffers of `capacity` int32 that are used in turn; one is used again when the device has read
-    what was in it.
-    """
-
-    def __init__(self, device: torch.device, capacity: int = 2**16, depth: int = 8):
-        assert capacity >= RUN_WORDS + 1
-        on_gpu = device.type == "cuda"
-        self._capacity = capacity
-        self._hosts = [
-            torch.zeros(capacity, dtype=torch.int32, pin_memory=on_gpu) for _ in range(depth)
-        ]
-        self._arrays = [host.numpy() for host in self._hosts]
-        self._devices = [
-            torch.zeros(capacity, dtype=torch.int32, device=device) if on_gpu else host
-            for host in self._hosts
-        ]
-        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-        self._read = [event() if on_gpu else None for _ in range(depth)]
-        self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Of memory on the device."""
-        return 4 * self._capacity * len(self._devices)
-
-    def send(self, runs: Iterable[Run]) -> Iterator[tuple[torch.Tensor, int]]:
-        """Packets on the device, each with its number of runs: the arguments of `apply_runs`, to
-        be launched on the current stream before the next packet is asked for."""
-        packet: list[Run] = []
-        size = 0
-        room = min(PIECE, self._capacity - RUN_WORDS)
-        for offset, values in runs:
-            for start in range(0, len(values), room):
-                piece = values[start : start + room]
-                needed = RUN_WORDS + len(piece)
-                if size + needed > self._capacity:
-                    yield self._pack(packet)
-                    packet, size = [], 0
-                packet.append((offset + start, piece))
-                size += needed
-        if packet:
-            yield self._pack(packet)
-
-    def _pack(self, runs: list[Run]) -> tuple[torch.Tensor, int]:
-        index, self._next = self._next, (self._next + 1) % len(self._hosts)
-        read = self._read[index]
-        if read is not None:
-            read.synchronize()  # returns at once unless the device is `depth` packets behind
-        table, payload = array("q"), array("i")
-        first = RUN_WORDS * len(runs)
-        for offset, values in runs:
-            table.extend((offset, first + len(payload) | len(values) << 32))
-            payload += values
-        end = first + len(payload)
-        host = self._arrays[index]
-        host[:first] = np.frombuffer(table, dtype=np.int32)
-        host[first:end] = np.frombuffer(payload, dtype=np.int32)
-        packet = self._devices[index]
-        if read is not None:
-            packet[:end].copy_(self._hosts[index][:end], non_blocking=True)
-            read.record()
-        return packet, len(runs)

@@ -15,9 +15,10 @@ from quire.kernels.device_state import (
     RowFlag,
     Scalar,
 )
-from quire.kernels.diffs import Columns, Diffs, PacketRing, Run, unfit, variant
 from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.params import SamplingParams
+from quire.runner.diffs import Columns, Diffs, unfit, variant
+from quire.runner.packets import PacketRing, Run
 from quire.step import Enter, Row
 
 V = 70

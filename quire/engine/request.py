@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from quire.engine.wire import Add
+
+if TYPE_CHECKING:
+    from quire.engine.gates import Gate
 
 
 class State(Enum):
@@ -29,7 +33,7 @@ class Request:
     blocks have room for. `settle_at`: tokens computed at which KVManager.commit next has
     something to do. `identities`: what KVManager.admit keeps between attempts. `longest` and
     `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
-    log-probabilities of the prompt to send in all.
+    log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
     """
 
     add: Add
@@ -51,6 +55,7 @@ class Request:
     identities: list[list[bytes]] = field(default_factory=list)
     announced: bool = False
     deadline: float = math.inf
+    gate: Gate | None = None
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
     promised: int = field(init=False)

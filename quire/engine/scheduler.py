@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
+from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
@@ -86,6 +87,8 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._leaving: list[int] = []
         self._inflight: dict[int, list[tuple[Request, Row]]] = {}
+        self._gates = Gates(limits.vocab_size)
+        self._num_gated = 0  # requests
         self._finished: list[Delta] = []
         self._no_blocks: list[list[int]] = [[] for _ in kv.groups]
         self._computing: dict[bytes, Request] = {}  # prompt blocks under way, by identity
@@ -98,9 +101,10 @@ class Scheduler:
 
     # -- requests come and go ----------------------------------------------------------------
 
-    def add(self, add: Add, bounded: bool = True) -> None:
-        """Queue a request. Raises UsageError where it can never run, Overloaded where the queue
-        is full (`bounded` False: the queue may grow)."""
+    def add(self, add: Add, bounded: bool = True, gate: Gate | None = None) -> None:
+        """Queue a request; with a `gate` that says which tokens may come next. Raises UsageError
+        where it can never run, Overloaded where the queue is full (`bounded` False: the queue may
+        grow)."""
         self.check(add, bounded)
         self._arrivals += 1
         request = Request(
@@ -109,7 +113,9 @@ class Scheduler:
             priority=add.priority if self.limits.priority else 0,
             end_tokens=self._end_tokens(add.params),
             max_tokens=self._max_tokens(add),
+            gate=gate,
         )
+        self._num_gated += gate is not None
         if add.timeout is not None:
             request.deadline = self._clock() + add.timeout
             self._next_deadline = min(self._next_deadline, request.deadline)
@@ -228,7 +234,26 @@ class Scheduler:
         batch.leave, self._leaving = self._leaving, []
         batch.rows = [row for _, row in parts]
         self._inflight[batch.step] = parts
+        if self._num_gated:
+            self._gates.hold(batch.step, parts)
         return batch
+
+    def is_gated(self, step: int) -> bool:
+        """Whether a step in flight waits for masks."""
+        return self._gates.holds(step)
+
+    def masks(self, step: int) -> dict[int, bytes] | None:
+        """Of a step in flight: the masks of its gated rows by their index, without those of
+        requests that have finished or whose gate fails now. None while a token before one of them
+        is not known; then earlier steps must be committed first."""
+        opened = self._gates.open(step)
+        if opened is None:
+            return None
+        masks, failed = opened
+        for request, error in failed:
+            self._finish(request)
+            self._finished.append(_error_delta(request.request_id, error))
+        return masks
 
     def _schedule_running(
         self, parts: list[tuple[Request, Row]], budget: int, running: list[Request]
@@ -370,7 +395,8 @@ class Scheduler:
         if sample:
             request.promised += 1
         prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
-        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs)
+        gated = sample and request.gate is not None
+        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
@@ -427,6 +453,7 @@ class Scheduler:
         """
         blamed: set[Request] = set()
         for step in steps:
+            self._gates.drop(step)
             for request, row in self._inflight.pop(step):
                 request.inflight_steps -= 1
                 request.promised -= row.sample
@@ -520,6 +547,7 @@ class Scheduler:
         request.state = State.FINISHED
         request.computed = request.scheduled = 0
         self._suspects.discard(request)
+        self._num_gated -= request.gate is not None
         del self.requests[request.request_id]
         if len(self._waiting) > 2 * self.num_waiting + LEAST_FINISHED:
             self._waiting = [e for e in self._waiting if e[1].state is State.WAITING]
@@ -579,6 +607,7 @@ class Scheduler:
         assert all(r.state is State.RUNNING for r in self._running)
         assert {r.request_id for r in waiting + self._running} == set(self.requests)
         assert len(waiting) + len(self._running) == len(self.requests)
+        assert self._num_gated == sum(r.gate is not None for r in self.requests.values())
         assert all(r.announced and r.state is State.RUNNING for r in self._computing.values())
         flying: dict[int, int] = {}
         for parts in self._inflight.values():

@@ -127,33 +127,57 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
-        """Launch a step."""
+        """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
         rows, columns = batch.rows, Columns.of(batch.rows)
         shape = self._shape(columns.num_tokens, len(rows))
-        sampled = len(columns.sampling)
-        size = self._size(sampled, self._decode_sizes)
-        tables = [
-            self._diffs.rows(columns, shape.rows),
-            self._diffs.sampling_rows(columns, size, first=self._rows),
-        ]
+        tables = [self._diffs.rows(columns, shape.rows)]
+        if not columns.gated:
+            tables.append(self._sampling_table(columns))
         self._apply(batch, tables)
         self._run(shape, lambda: self._forward(shape))
         prompts = self._prompt_logprobs(rows) if self._prompts else {}
+        pending = DevicePending(batch.step, columns, self._ring[self._submitted % RING], prompts)
+        self._submitted += 1
+        if columns.gated:
+            pending.hold(self._open)
+        else:
+            self._launch_sampling(pending)
+        return pending
+
+    @torch.inference_mode()
+    def _open(self, pending: DevicePending, masks: dict[int, bytes]) -> None:
+        """Launch the sampling of a step with gated rows."""
+        columns = pending.rows
+        runs = [
+            run for i, mask in masks.items() for run in self._diffs.mask(columns.slots[i], mask)
+        ]
+        if any(i not in masks for i in columns.gated):
+            pending.rows = columns.without({i for i in columns.gated if i not in masks})
+        self._send([*runs, self._sampling_table(pending.rows)])
+        self._launch_sampling(pending)
+
+    def _launch_sampling(self, pending: DevicePending) -> None:
+        """Sample for the rows that do, whose table is on the device, and copy what that gives."""
+        columns = pending.rows
+        sampled = len(columns.sampling)
         flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
         logprobs = any(each & LOGPROBS for each in flags)
         if sampled:
+            size = self._size(sampled, self._decode_sizes)
             sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
-        host = self._ring[self._submitted % RING]
-        self._submitted += 1
         # Logits say of a token that samples whether it is finite; of others the host must ask.
-        host.copy(sampled, logprobs, 0 if columns.decode else columns.num_tokens)
+        pending.host.copy(sampled, logprobs, 0 if columns.decode else columns.num_tokens)
         if self.clock is not None:
             self.clock.end()
-        wanted = [self._logprobs[slot] for slot in columns.sampling_slots] if logprobs else []
-        return DevicePending(batch.step, columns, wanted, host, prompts)
+        if logprobs:
+            pending.wanted = [self._logprobs[slot] for slot in columns.sampling_slots]
+
+    def _sampling_table(self, columns: Columns) -> Run:
+        size = self._size(len(columns.sampling), self._decode_sizes)
+        return self._diffs.sampling_rows(columns, size, first=self._rows)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -243,10 +267,13 @@ class DeviceRunner:
                 prompt = enter.tokens[: enter.num_prompt]
                 self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
         runs += self._diffs.blocks(batch.rows)
-        for packet, count in self._packets.send(runs + tables):
-            apply_runs(self.state.arena, packet, count)
+        self._send(runs + tables)
         if counted:
             count_tokens(self.state, self._slots(counted))
+
+    def _send(self, runs: list[Run]) -> None:
+        for packet, count in self._packets.send(runs):
+            apply_runs(self.state.arena, packet, count)
 
     def _slots(self, slots: list[int]) -> torch.Tensor:
         """Slots on the device, by a copy that the host does not wait for."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from quire.kernels.device_state import (
     MAX_ENDS,
@@ -22,7 +23,7 @@ from quire.kernels.device_state import (
 )
 from quire.params import SamplingParams
 from quire.runner.packets import Run
-from quire.step import Enter, Row
+from quire.step import Enter, Row, mask_bytes
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
@@ -31,6 +32,7 @@ LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
 
 # As plain integers, which are much faster to combine: for each row of each step.
 _GREEDY = int(Flag.GREEDY)
+_ALLOWED = int(Flag.ALLOWED)
 _SAMPLE = int(RowFlag.SAMPLE)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
@@ -82,7 +84,8 @@ def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str 
 
 class Columns(NamedTuple):
     """The rows of a step, column by column, and of those that sample their index, their slot and
-    the place of their last token among the step's. `num_tokens` of all rows."""
+    the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
+    gated rows."""
 
     slots: list[int]
     starts: list[int]
@@ -92,6 +95,7 @@ class Columns(NamedTuple):
     sampling: list[int]
     sampling_slots: list[int]
     places: list[int]
+    gated: list[int]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Columns:
@@ -99,19 +103,29 @@ class Columns(NamedTuple):
         starts = [row.start for row in rows]
         lengths = [len(row.tokens) for row in rows]
         samples = [row.sample for row in rows]
+        gated = [i for i, row in enumerate(rows) if row.gated]
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
-            return cls(slots, starts, lengths, samples, len(rows), places, slots, places)
+            return cls(slots, starts, lengths, samples, len(rows), places, slots, places, gated)
         ends = list(accumulate(lengths))
         sampling = [i for i, sample in enumerate(samples) if sample]
         places = [ends[i] - 1 for i in sampling]
         mine = [slots[i] for i in sampling]
-        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places)
+        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
 
     @property
     def decode(self) -> bool:
         """Each row samples from the only token it has."""
         return self.num_tokens == len(self.sampling)
+
+    def without(self, rows: Collection[int]) -> Columns:
+        """The same step, where `rows` do not sample."""
+        kept = [k for k, i in enumerate(self.sampling) if i not in rows]
+        return self._replace(
+            sampling=[self.sampling[k] for k in kept],
+            sampling_slots=[self.sampling_slots[k] for k in kept],
+            places=[self.places[k] for k in kept],
+        )
 
 
 class Diffs:
@@ -123,6 +137,7 @@ class Diffs:
         self.flags = [0] * layout.slots
         self._filled = [[0] * layout.slots for _ in range(layout.groups)]
         self._no_blocks: list[list[int]] = [[] for _ in range(layout.groups)]
+        self._allowed: dict[int, npt.NDArray[np.uint8]] = {}  # by allowed_token_ids of the slot
         self._tables = [layout.offset(slot, "tables") for slot in range(layout.slots)]
 
     def enter(self, enter: Enter) -> list[Run]:
@@ -149,15 +164,29 @@ class Diffs:
             tokens = array("i", chain.from_iterable(enter.bad_words))
             runs.append((offset(slot, "word_starts"), array("i", starts)))
             runs.append((offset(slot, "word_tokens"), tokens))
+        self._allowed.pop(slot, None)
         if params.allowed_token_ids is not None:
-            allowed = np.zeros(-(-self.layout.vocab_size // 32) * 32, dtype=np.uint8)
+            allowed = np.zeros(8 * mask_bytes(self.layout.vocab_size), dtype=np.uint8)
             allowed[params.allowed_token_ids] = 1
-            bits = np.packbits(allowed, bitorder="little")
-            runs.append((offset(slot, "allowed"), array("i", bits.tobytes())))
+            self._allowed[slot] = np.packbits(allowed, bitorder="little")
+            runs.append((offset(slot, "allowed"), array("i", self._allowed[slot].tobytes())))
         for group, blocks in enumerate(enter.blocks):
             self._filled[group][slot] = 0
             self._extend(runs, group, slot, blocks)
         return [run for run in runs if len(run[1])]
+
+    def mask(self, slot: int, mask: bytes) -> list[Run]:
+        """The runs that let a slot choose among the tokens of a mask (quire/step.py), and where it
+        has allowed_token_ids, of these only."""
+        own = self._allowed.get(slot)
+        if own is not None:
+            mask = np.bitwise_and(own, np.frombuffer(mask, dtype=np.uint8)).tobytes()
+        runs = [(self.layout.offset(slot, "allowed"), array("i", mask))]
+        if not self.flags[slot] & _ALLOWED:
+            self.flags[slot] |= _ALLOWED
+            where = self.layout.offset(slot, "scalars", Scalar.FLAGS)
+            runs.append((where, array("i", (self.flags[slot],))))
+        return runs
 
     def blocks(self, rows: Sequence[Row]) -> list[Run]:
         """The runs of the blocks that are new in a step."""

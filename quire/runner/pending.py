@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -70,22 +70,34 @@ class HostOutputs:
         return found
 
 
-@dataclass(frozen=True)
 class DevicePending:
-    """A step on the device. `wanted` says how many top log-probabilities each row that samples
-    gets (none: no row asks for any), `prompts` has those of prompts by row."""
+    """A step on the device. `rows` are those that are computed and, among them, those that sample;
+    `wanted` says how many top log-probabilities each of the latter gets (none: no row asks for
+    any), `prompts` has those of prompts by row."""
 
-    step: int
-    rows: Columns
-    wanted: list[int | None]
-    host: HostOutputs
-    prompts: dict[int, list[TokenLogprobs]]
+    def __init__(
+        self, step: int, rows: Columns, host: HostOutputs, prompts: dict[int, list[TokenLogprobs]]
+    ):
+        self.step, self.rows, self.host, self.prompts = step, rows, host, prompts
+        self.wanted: list[int | None] = []
+        self._sample: Sample | None = None
+
+    def hold(self, sample: Sample) -> None:
+        """Sampling is launched by `sample`, once masks are there."""
+        self._sample = sample
+
+    def open(self, masks: dict[int, bytes]) -> None:
+        """Launch sampling; see Pending in quire/engine/core.py."""
+        sample, self._sample = self._sample, None
+        assert sample is not None, "no row of this step is gated, or it is open already"
+        sample(self, masks)
 
     def done(self) -> bool:
-        return self.host.done()
+        return self._sample is None and self.host.done()
 
     def result(self) -> Result:
         """Wait for the step. Raises what the device raises."""
+        assert self._sample is None, "a step with gated rows must be opened first"
         outputs, sampling = self.host.wait(), self.rows.sampling
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
         if self.rows.decode and not (any(status) or self.wanted or self.prompts):
@@ -107,6 +119,9 @@ class DevicePending:
         for i in [] if self.rows.decode else self.host.spoiled_rows(self.rows.lengths):
             rows[i] = RowResult(tokens=[], error=NAN_ERROR)
         return Result(self.step, rows)
+
+
+Sample = Callable[[DevicePending, dict[int, bytes]], None]
 
 
 def _at(outputs: SampleOutputs, place: int, count: int) -> TokenLogprobs:

@@ -17,10 +17,12 @@ from mock_runner import (
     EOS,
     POISON,
     VOCAB,
+    Held,
     MockRunner,
     Reference,
     Slot,
     StepFailed,
+    alternating,
     label_of,
     prefix_hashes,
     reference,
@@ -36,7 +38,7 @@ from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, FORBIDDEN_ERROR, Batch, Result, Row, RowResult
+from quire.step import DEVICE_TOKEN, FORBIDDEN_ERROR, Batch, Result, Row, RowResult, mask_of
 
 ERROR = QuireError("step_failed", "the step raised")
 MODEL_LEN = 96
@@ -80,6 +82,7 @@ class Asked:
     abort_length: int | None = None
     aborted: bool = False
     may_fail: bool = False
+    gated: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
@@ -95,6 +98,19 @@ class Asked:
         if not self.add.params.stop:
             return self.tokens
         return [] if self.abort_length is None else self.visible
+
+
+class Alternating:
+    """A gate by parity, which counts and can be told to raise."""
+
+    def __init__(self, raises_at: int = -1):
+        self.raises_at, self.asked = raises_at, 0
+
+    def allowed(self, output: list[int]) -> bytes:
+        self.asked += 1
+        if len(output) == self.raises_at:
+            raise KeyError("no such state")
+        return mask_of(alternating(output), VOCAB)
 
 
 class Driver:
@@ -117,7 +133,7 @@ class Driver:
         limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue)
         self.scheduler = Scheduler(limits, self.kv, clock=lambda: self.now)
         self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan)
-        self.pending: deque[tuple[Batch, Result | None]] = deque()
+        self.pending: deque[tuple[Batch, Result | Held | None]] = deque()
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
         self.killers: set[int] = set()  # seeds of requests whose sampling step raises
@@ -156,6 +172,7 @@ class Driver:
         timeout: float | None = None,
         kills: bool = False,
         nan: int | None = None,
+        gate: Alternating | None = None,
         **fields: object,
     ) -> Asked:
         seed = len(self.asked)
@@ -172,10 +189,12 @@ class Driver:
             bad_words=[[len(tenant), len(salt)]],
             **fields,  # type: ignore[arg-type]
         )
-        self.scheduler.add(add)
-        ref = reference(prompt, params, seed, choice, label, MODEL_LEN)
+        self.scheduler.add(add, gate=gate)
+        gated = gate is not None
+        ref = reference(prompt, params, seed, choice, label, MODEL_LEN, gated=gated)
         deadline = None if timeout is None else self.now + timeout
-        asked = Asked(add, label, ref, deadline, stop_length, may_fail=kills or nan is not None)
+        may_fail = kills or nan is not None or (gate is not None and gate.raises_at >= 0)
+        asked = Asked(add, label, ref, deadline, stop_length, may_fail=may_fail, gated=gated)
         self.asked[add.request_id] = asked
         if kills:
             self.killers.add(seed)
@@ -237,7 +256,7 @@ class Driver:
                 self.found.remove((due, request_id, length))
                 self.abort(request_id, length, "stop")
         stalled = False
-        while len(self.pending) < self.depth and not stalled:
+        while len(self.pending) < self.depth and not self.runner.held and not stalled:
             stalled = not self.schedule()
         if self.pending:
             self.commit()
@@ -251,7 +270,7 @@ class Driver:
             return False
         assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
         failed_before = any(result is None for _, result in self.pending)
-        result = None
+        result: Result | Held | None = None
         if not failed_before:
             try:
                 result = self.runner.submit(batch)
@@ -263,15 +282,28 @@ class Driver:
                     self.recover()
                     return True
         self.pending.append((batch, result))
+        assert self.scheduler.is_gated(batch.step) is any(row.gated for row in batch.rows)
+        self.open()
         return True
+
+    def open(self) -> None:
+        """Let the newest step sample, if it waits and can."""
+        if self.pending and isinstance(self.pending[-1][1], Held):
+            batch, held = self.pending.pop()
+            assert isinstance(held, Held)
+            masks = self.scheduler.masks(batch.step)
+            self._deliver(self.scheduler.take_finished())
+            self.pending.append((batch, held if masks is None else held.open(masks)))
 
     def commit(self) -> None:
         result = self.pending[0][1]
         if result is None:
             self.recover()
         else:
+            assert isinstance(result, Result), "a step is committed that has not sampled"
             self.pending.popleft()
             self._deliver(self.scheduler.commit(result))
+            self.open()
             self.check()
 
     def recover(self) -> None:
@@ -383,7 +415,8 @@ def random_add(driver: Driver, rng: random.Random) -> None:
         "cache_salt": rng.choice(["", "", "s"]),
     }
     timeout = rng.choice([None, None, None, 3.0, 20.0])
-    kills = rng.random() < 0.04
+    kills, gated = rng.random() < 0.04, rng.random() < 0.25
+    raises_at = rng.randrange(20) if rng.random() < 0.1 else -1
     for choice in range(rng.choice([1, 1, 1, 3])):
         driver.add(
             prompt,
@@ -392,6 +425,7 @@ def random_add(driver: Driver, rng: random.Random) -> None:
             timeout=timeout,
             kills=kills,
             nan=rng.randrange(length + 20) if rng.random() < 0.06 else None,
+            gate=Alternating(raises_at) if gated else None,
             choice=choice,
             **fields,
         )
@@ -412,7 +446,7 @@ def random_operation(driver: Driver, rng: random.Random) -> None:
         driver.fault, driver.late = True, rng.random() < 0.5
     elif dice < 0.5 and driver.pending:
         driver.commit()
-    elif dice < 0.6 and len(driver.pending) < driver.depth:
+    elif dice < 0.6 and len(driver.pending) < driver.depth and not driver.runner.held:
         driver.schedule()
     else:
         driver.iterate()
@@ -440,7 +474,8 @@ def test_random_life_gives_reference_outputs_and_leaks_nothing_full(seed: int) -
 
 def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
     """The random tests prove nothing about what never happens in them."""
-    seen = {"preempted": 0, "hit": 0, "error": 0, "abort": 0, "stop": 0, "length": 0, "faults": 0}
+    seen = dict.fromkeys(["preempted", "hit", "error", "abort", "stop", "length", "faults"], 0)
+    seen |= {"gated": 0, "gate_failed": 0, "numerical_error": 0, "step_failed": 0}
     for seed in range(12):
         driver = run_random(seed, operations=120)
         stats = driver.scheduler.stats()
@@ -449,8 +484,11 @@ def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
         for asked in driver.asked.values():
             assert asked.end is not None
             seen[asked.end.finish_reason or ""] += 1
+            seen["gated"] += asked.gated and len(asked.tokens) > 1
+            if asked.end.error:
+                seen[asked.end.error[0]] += 1
         seen["faults"] += driver.faults
-    assert min(seen.values()) > 5, seen
+    assert min(seen.values()) > 3, seen
 
 
 class Life(RuleBasedStateMachine):
@@ -481,6 +519,7 @@ class Life(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "t"]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         nan=st.sampled_from([None, None, None, 0, 15, 16, 40, 89]),
+        gate=st.sampled_from([None, None, -1, 0, 3]),
     )
     def add(
         self,
@@ -493,6 +532,7 @@ class Life(RuleBasedStateMachine):
         tenant: str,
         prompt_logprobs: int | None,
         nan: int | None,
+        gate: int | None,
     ) -> None:
         params = SamplingParams(
             max_tokens=most, stop=["x"] if stop else None, prompt_logprobs=prompt_logprobs
@@ -506,6 +546,7 @@ class Life(RuleBasedStateMachine):
                 priority=priority,
                 tenant=tenant,
                 nan=None if choice else nan,
+                gate=None if gate is None else Alternating(gate),
             )
 
     @rule()
@@ -513,6 +554,7 @@ class Life(RuleBasedStateMachine):
         self.driver.iterate()
 
     @precondition(lambda self: len(self.driver.pending) < self.driver.depth)
+    @precondition(lambda self: not self.driver.runner.held)
     @rule()
     def schedule(self) -> None:
         self.driver.schedule()
@@ -968,6 +1010,74 @@ def test_a_request_without_an_allowed_token_leaves_its_prompt_to_others() -> Non
     again = driver.add(BASES[0][:40], SamplingParams(max_tokens=1))
     driver.drain()
     assert again.end is not None and again.end.cached_tokens == 32
+
+
+# -- gates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gated_rows_run_ahead_with_their_forward_pass_and_wait_for_their_mask(depth: int) -> None:
+    driver = plain(depth=depth)
+    gate = Alternating()
+    gated = driver.add(BASES[0][:20], FOREVER, gate=gate)
+    free = driver.add(BASES[1][:9], FOREVER)
+    ahead = 0
+    while not driver.scheduler.idle:
+        driver.iterate()
+        ahead += len(driver.pending) > 0
+    assert gated.tokens == gated.ref.tokens and free.tokens == free.ref.tokens
+    assert all(a % 2 != b % 2 for a, b in zip(gated.tokens, gated.tokens[1:], strict=False))
+    assert gate.asked == 40
+    assert (ahead >= 38) is (depth > 1), "a step is in flight while the one before is committed"
+
+
+def test_steps_without_gated_rows_do_not_wait() -> None:
+    driver = plain(depth=2)
+    driver.add(BASES[0][:20], SamplingParams(max_tokens=2, ignore_eos=True), gate=Alternating())
+    driver.add(BASES[1][:9], FOREVER)
+    batch = driver.scheduler.schedule()
+    assert batch is not None and [row.gated for row in batch.rows] == [True, False]
+    assert driver.scheduler.is_gated(batch.step)
+    masks = driver.scheduler.masks(batch.step)
+    assert masks == {0: mask_of(range(0, VOCAB, 2), VOCAB)}, "nothing before it is in flight"
+    assert not driver.scheduler.is_gated(batch.step)
+    second = driver.scheduler.schedule()
+    assert second is not None and second.rows[0].gated
+    assert driver.scheduler.masks(second.step) is None, "its token is not known"
+    held = driver.runner.submit(batch)
+    assert isinstance(held, Held)
+    driver._deliver(driver.scheduler.commit(held.open(masks)))
+    assert driver.scheduler.masks(second.step) == {0: mask_of(range(1, VOCAB, 2), VOCAB)}
+    third = driver.scheduler.schedule()  # the gated request has all its tokens under way
+    assert third is not None and [row.gated for row in third.rows] == [False]
+    assert driver.scheduler.masks(third.step) == {}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_gate_that_raises_fails_its_request_alone(depth: int) -> None:
+    driver = plain(depth=depth)
+    broken = driver.add(BASES[0][:20], FOREVER, gate=Alternating(raises_at=3))
+    others = [driver.add(BASES[1][:20], FOREVER, gate=Alternating()), driver.add([3], FOREVER)]
+    driver.drain()
+    assert broken.end is not None and broken.end.error is not None
+    assert broken.end.error[0] == "gate_failed" and "no such state" in broken.end.error[2]
+    assert broken.tokens == broken.ref.tokens[:3]
+    assert all(other.tokens == other.ref.tokens for other in others)
+
+
+def test_a_mask_of_another_size_is_a_gate_that_fails() -> None:
+    class Short:
+        def allowed(self, output: list[int]) -> bytes:
+            return b""
+
+    driver = plain()
+    asked = driver.add([3, 4], FOREVER)
+    driver.scheduler.abort("r0")
+    driver.scheduler.add(asked.add, gate=Short())
+    batch = driver.scheduler.schedule()
+    assert batch is not None and driver.scheduler.masks(batch.step) == {}
+    failed = driver.scheduler.take_finished()[-1]
+    assert failed.error is not None and "0 bytes, where 4" in failed.error[2]
 
 
 # -- refusals --------------------------------------------------------------------------------------

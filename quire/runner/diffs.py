@@ -103,7 +103,8 @@ class Columns(NamedTuple):
         starts = [row.start for row in rows]
         lengths = [len(row.tokens) for row in rows]
         samples = [row.sample for row in rows]
-        gated = [i for i, row in enumerate(rows) if row.gated]
+        gates = [row.gated for row in rows]
+        gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
             return cls(slots, starts, lengths, samples, len(rows), places, slots, places, gated)

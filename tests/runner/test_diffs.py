@@ -19,7 +19,7 @@ from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.params import SamplingParams
 from quire.runner.diffs import Columns, Diffs, unfit, variant
 from quire.runner.packets import PacketRing, Run
-from quire.step import Enter, Row
+from quire.step import Enter, Row, mask_of
 
 V = 70
 
@@ -133,6 +133,36 @@ def test_new_blocks_extend_the_tables_and_a_new_request_starts_them_again() -> N
     apply(at, diffs.enter(enter(2, blocks=[[3], []])))
     apply(at, diffs.blocks([Row(2, 3, [1], [[2], [1]], True)]))
     assert at.tables[2, :, :2].tolist() == [[3, 2], [1, 7]]
+
+
+def test_a_mask_arrives_within_what_the_request_allows_itself() -> None:
+    at = state()
+    diffs = Diffs(at.layout)
+    mask = mask_of([1, 31, 32, 40], V)
+    assert len(mask) == 12
+    apply(at, diffs.enter(enter(2, params=SamplingParams(allowed_token_ids=[0, 31, 32, 69]))))
+    apply(at, diffs.enter(enter(1)))
+    assert diffs.flags[1:3] == [0, Flag.ALLOWED]
+    for slot, tokens in ((2, [31, 32]), (1, [1, 31, 32, 40])):
+        apply(at, diffs.mask(slot, mask))
+        bits = [int(at.allowed[slot, t // 32]) >> t % 32 & 1 for t in range(V)]
+        assert [t for t in range(V) if bits[t]] == tokens
+        assert int(at.flags[slot]) == diffs.flags[slot] == Flag.ALLOWED
+    apply(at, diffs.mask(2, mask_of([69], V)))
+    assert int(at.allowed[2, 2]) == 1 << 5 and not at.allowed[2, :2].any()
+    apply(at, diffs.enter(enter(2)))  # the next request in the slot allows itself everything
+    assert diffs.flags[2] == int(at.flags[2]) == 0
+    apply(at, diffs.mask(2, mask))
+    assert at.allowed[2].tolist() == at.allowed[1].tolist()
+
+
+def test_rows_that_may_not_sample_are_taken_out() -> None:
+    rows = [Row(slot, 4, [5], [[]], True, False, gated=slot != 0) for slot in (4, 0, 2)]
+    columns = Columns.of(rows)
+    assert columns.gated == [0, 2]
+    left = columns.without({2})
+    assert (left.sampling, left.sampling_slots, left.places) == ([0, 1], [4, 0], [0, 1])
+    assert left.slots == [4, 0, 2] and left.num_tokens == 3 and not left.decode
 
 
 def test_rows_arrive_with_padding_after_them() -> None:

@@ -47,7 +47,8 @@ class SampleOutputs:
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        tokens, status = zeros(torch.int32, 2, rows)
+        # Side by side, so that both are copied at once, and each from a multiple of 16 bytes on.
+        tokens, status = zeros(torch.int32, 2, -(-rows // 4) * 4)[:, :rows]
         return cls(
             tokens,
             status,
@@ -58,12 +59,10 @@ class SampleOutputs:
         )
 
     def chosen(self) -> torch.Tensor:
-        """`tokens` and `status` as one tensor int32 [2, B], of which `allocate` made them: both
-        can be copied at once."""
-        rows = self.tokens.shape[0]
-        both = self.tokens.as_strided((2, rows), (rows, 1))
-        assert both[1].data_ptr() == self.status.data_ptr(), "not whole, or not from allocate"
-        return both
+        """`tokens` and `status`, which `allocate` made side by side, and their padding as one
+        tensor int32 [2, >= B]."""
+        apart = (self.status.data_ptr() - self.tokens.data_ptr()) // self.tokens.itemsize
+        return self.tokens.as_strided((2, apart), (apart, 1))
 
     def view(self, rows: int) -> SampleOutputs:
         """The same memory, for that many rows."""

@@ -65,9 +65,9 @@ def same(got: Got, want: Got) -> bool:
     return close and (got.tokens, got.reason, got.error) == (want.tokens, want.reason, want.error)
 
 
-def mixed(count: int, seed: int) -> list[Add]:
+def mixed(count: int, seed: int, max_tokens: int = 8) -> list[Add]:
     """Greedy and sampled requests by turns, two of them with allowed_token_ids too."""
-    adds = requests(count, seed, max_tokens=8)
+    adds = requests(count, seed, max_tokens=max_tokens)
     for add in adds[1::2]:
         add.params.temperature = 1.0
     for add in adds[:4:3]:
@@ -105,7 +105,7 @@ def test_preemption_and_aborts_change_nothing_for_gated_requests(
     write_model: WriteModel, ahead: bool
 ) -> None:
     model = write_model()
-    adds = mixed(12, 2)
+    adds = mixed(12, 2, max_tokens=20)
     given: dict[str, Any] = {"kernels": "reference", "max_num_seqs": 8}
     expected = run(engine(model, "cpu", **given), adds, gates=gates(adds))
     made = cramped(model, "cpu", async_scheduling=ahead, **given)
@@ -185,7 +185,7 @@ def test_graphs_give_gated_requests_the_cpu_runners_tokens(
 ) -> None:
     """With chunks, arrivals at random, preemption and aborts."""
     model = write_model(**FAMILIES[family])
-    adds = mixed(16, 4)
+    adds = mixed(16, 4, max_tokens=20)
     given: dict[str, Any] = {"max_num_seqs": 8, "async_scheduling": ahead}
     expected = run(engine(model, "cpu", kernels="reference"), adds, gates=gates(adds))
     roomy, tight = engine(model, "cuda", **given), cramped(model, "cuda", **given)

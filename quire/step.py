@@ -7,6 +7,8 @@ changed: requests that enter or leave slots, and new blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from quire.params import SamplingParams
@@ -41,7 +43,9 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     sampled by the slot's previous step. `new_blocks[g]` extends the block table of group g.
     `sample`: the last token's logits choose the next token. `position` of the sampled token is
     start + len(tokens). `prompt_logprobs`: report log-probabilities of the prompt tokens that
-    follow the tokens of this chunk.
+    follow the tokens of this chunk. `gated`: its token is chosen among those of
+    a mask that is given to the submitted step (Pending.open in quire/engine/core.py); of a slot's
+    rows that sample either all are gated or none.
     """
 
     slot: int
@@ -50,6 +54,20 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     new_blocks: list[list[int]]
     sample: bool
     prompt_logprobs: bool = False
+    gated: bool = False
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Size of a mask: one bit per token, in whole words of 32."""
+    return -(-vocab_size // 32) * 4
+
+
+def mask_of(tokens: Iterable[int], vocab_size: int) -> bytes:
+    """The mask of these tokens: token t is bit t % 8 of byte t // 8."""
+    mask = bytearray(mask_bytes(vocab_size))
+    for token in tokens:
+        mask[token >> 3] |= 1 << (token & 7)
+    return bytes(mask)
 
 
 class Batch(msgspec.Struct, array_like=True):
@@ -74,7 +92,9 @@ class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
 
 
 # RowResult.error: the code of what the scheduler tells the request.
-NAN_ERROR = "numerical_error"  # its logits hold NaN, or the largest is infinite
+# Logits hold NaN or the largest is infinite, or the hidden state of any token of the row is not
+# finite, whether it samples or not: KV of a row without this error may be used by others.
+NAN_ERROR = "numerical_error"
 FORBIDDEN_ERROR = "invalid_value"  # its parameters exclude every token
 
 

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.gpu.harness import Timed, report
 from quire.kernels.device_state import DeviceState, StepBuffers
-from quire.kernels.diffs import Diffs, PacketRing, variant
 from quire.kernels.sampling import SampleOutputs, Scratch
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
 from quire.kernels.triton.sampling.sample import sample
@@ -19,6 +18,8 @@ from quire.kernels.triton.step.apply_runs import apply_runs
 from quire.kernels.triton.step.count_tokens import count_tokens
 from quire.kernels.triton.step.prepare_step import prepare_step
 from quire.params import SamplingParams
+from quire.runner.diffs import Diffs, variant
+from quire.runner.packets import PacketRing
 from quire.step import Enter
 
 REQUESTS = {

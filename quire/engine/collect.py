@@ -196,6 +196,7 @@ _KINDS: dict[str, type[QuireError]] = {
     "queue_full": Overloaded,
     "step_failed": QuireError,
     "numerical_error": QuireError,
+    "gate_failed": QuireError,
     "engine_dead": EngineDead,
 }
 

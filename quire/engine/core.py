@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from quire.engine.api import EngineStats
+from quire.engine.gates import Gate
 from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Abort, Add, Delta
 from quire.errors import QuireError
@@ -19,9 +20,15 @@ log = logging.getLogger("quire.engine")
 
 
 class Pending(Protocol):
-    """A submitted step."""
+    """A submitted step. One with gated rows samples only after `open`, which comes before the
+    next step is submitted and before `warm`."""
 
     def done(self) -> bool: ...
+
+    def open(self, masks: dict[int, bytes]) -> None:
+        """Launch sampling: each gated row chooses among the tokens of its mask (by index of the
+        row; quire/step.py), and where its request says so, among fewer. A gated row without a mask
+        chooses none. Only for steps with gated rows, once; raises what launching raises."""
 
     def result(self) -> Result:
         """Wait for the step. Raises what its computation raised."""
@@ -42,7 +49,9 @@ class Runner(Protocol):
 class EngineCore:
     """A scheduler and a runner. One thread calls it.
 
-    `depth`: steps in flight. With 2, step n+1 is submitted before step n is committed.
+    `depth`: steps in flight. With 2, step n+1 is submitted before step n is committed. Where
+    step n+1 has gated rows, its forward pass runs meanwhile, and it samples once step n is
+    committed and the gates have said what is allowed: no third step is submitted before.
     `host_seconds`: time spent on scheduling, submitting and committing so far.
     """
 
@@ -52,18 +61,20 @@ class EngineCore:
         self.depth = depth
         self.host_seconds = 0.0
         self._to_warm = 0
+        self._held = False  # the newest step in flight waits for masks
         self._inflight: deque[tuple[int, Pending]] = deque()
 
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
 
-    def add(self, add: Add) -> list[Delta]:
-        """Queue all choices of a request; a refusal comes back as an error delta."""
+    def add(self, add: Add, gate: Gate | None = None) -> list[Delta]:
+        """Queue all choices of a request, each behind `gate` where one is given; a refusal comes
+        back as an error delta."""
         refusals = []
         for choice in add.choices():
             try:
-                self.scheduler.add(choice)
+                self.scheduler.add(choice, gate=gate)
             except QuireError as error:
                 parts = [error.code, error.what, error.why, error.fix]
                 refusals.append(Delta(choice.request_id, [], finish_reason="error", error=parts))
@@ -78,6 +89,8 @@ class EngineCore:
 
     def warm(self) -> int:
         """Prepare for faster steps, a piece (some ten milliseconds) a call; the pieces left."""
+        if self._held:  # sampling will need what its forward pass has left
+            return self._to_warm
         try:
             self._to_warm = self.runner.warm()
         except Exception as error:  # steps of that shape may be slow, the others must go on
@@ -93,7 +106,7 @@ class EngineCore:
         started = time.perf_counter()
         self.scheduler.expire()
         deltas: list[Delta] = []
-        while len(self._inflight) < self.depth:
+        while len(self._inflight) < self.depth and not self._held:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
@@ -103,11 +116,27 @@ class EngineCore:
                 deltas += self._recover(error, batch.step)
                 break
             self._inflight.append((batch.step, pending))
+            if self.scheduler.is_gated(batch.step):
+                self._held = True
+                deltas += self._open()
         self.host_seconds += time.perf_counter() - started
         if self._inflight:
             deltas += self._commit()
             self.warm()
         return deltas + self.scheduler.take_finished()
+
+    def _open(self) -> list[Delta]:
+        """Let the newest step sample, where all that its masks depend on is known."""
+        step, pending = self._inflight[-1]
+        masks = self.scheduler.masks(step)
+        if masks is None:
+            return []
+        try:
+            pending.open(masks)
+        except Exception as error:  # a step's fault must not end the engine
+            return self._recover(error, step)
+        self._held = False
+        return []
 
     def _commit(self) -> list[Delta]:
         step, pending = self._inflight.popleft()
@@ -117,6 +146,8 @@ class EngineCore:
             return self._recover(error, step)
         started = time.perf_counter()
         deltas = self.scheduler.commit(result)
+        if self._held:
+            deltas += self._open()
         self.host_seconds += time.perf_counter() - started
         return deltas
 
@@ -124,8 +155,11 @@ class EngineCore:
         """A step raised: commit what came before it, recompute to find out whose fault it is."""
         log.error("a step failed; its requests are computed one by one", exc_info=error)
         deltas, lost = [], [failed]
+        self._held = False
         while self._inflight:
             step, pending = self._inflight.popleft()
+            if step == failed:
+                continue
             if step > failed:
                 lost.append(step)
                 continue

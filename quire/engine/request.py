@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from quire.engine.wire import Add
+
+if TYPE_CHECKING:
+    from quire.engine.gates import Gate
 
 
 class State(Enum):
@@ -19,15 +23,17 @@ class State(Enum):
 class Request:
     """One sequence being continued.
 
-    The ledger: `tokens` are known (prompt, then committed output); KV of the first `computed` of
-    them is in place; `inflight` more are part of submitted steps that have not been committed,
-    and `inflight_samples` tokens beyond `tokens` are being sampled by those steps. Every step
-    moves tokens from known to in flight, and every commit from in flight to computed, so nothing
-    needs correcting afterwards. A preempted request is admitted again only when nothing of it is
-    in flight; what was in flight still gives tokens but no KV. `order`: smaller runs first and is
-    preempted last. `covered`: tokens that its blocks have room for. `settle_at`: tokens computed
-    at which KVManager.commit next has something to do. `identities`: what KVManager.admit keeps
-    between attempts. `longest` and `earliest_end` are max_tokens and min_tokens with the prompt.
+    The ledger: `tokens` are known (prompt, then committed output), and `promised` is their number
+    and that of tokens being sampled by steps in flight; KV of the first `computed` of them is in
+    place, and of the first `scheduled` in place or part of submitted steps that have not been
+    committed. Every step moves tokens from known to in flight, and every commit from in flight to
+    computed, so nothing needs correcting afterwards. A preempted request is admitted again only
+    when nothing of it is in flight; what was in flight still gives tokens but no KV. `slot` is -1
+    unless it runs. `order`: smaller runs first and is preempted last. `covered`: tokens that its
+    blocks have room for. `settle_at`: tokens computed at which KVManager.commit next has
+    something to do. `identities`: what KVManager.admit keeps between attempts. `longest` and
+    `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
+    log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
     """
 
     add: Add
@@ -38,8 +44,7 @@ class Request:
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    inflight: int = 0
-    inflight_samples: int = 0
+    scheduled: int = 0
     inflight_steps: int = 0
     slot: int = -1
     cached_tokens: int | None = None
@@ -50,14 +55,19 @@ class Request:
     identities: list[list[bytes]] = field(default_factory=list)
     announced: bool = False
     deadline: float = math.inf
+    gate: Gate | None = None
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
+    promised: int = field(init=False)
+    prompt_logprobs_due: int = field(init=False)
     longest: int = field(init=False)
     earliest_end: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.add.prompt_token_ids)
-        self.num_prompt = len(self.tokens)
+        self.num_prompt = self.promised = len(self.tokens)
+        asked = self.add.params.prompt_logprobs is not None
+        self.prompt_logprobs_due = self.num_prompt - 1 if asked else 0
         self.longest = self.num_prompt + self.max_tokens
         self.earliest_end = self.num_prompt + self.add.params.min_tokens
         self.order = (self.priority, self.arrival)
@@ -71,20 +81,23 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def scheduled(self) -> int:
-        """Tokens computed or being computed."""
-        return self.computed + self.inflight
+    def inflight(self) -> int:
+        """Tokens being computed."""
+        return self.scheduled - self.computed
+
+    @property
+    def inflight_samples(self) -> int:
+        """Tokens being sampled."""
+        return self.promised - len(self.tokens)
 
     @property
     def gap(self) -> int:
         """Tokens that a next step could compute; 0 once all output allowed is on its way."""
-        known = len(self.tokens) + self.inflight_samples
-        if known >= self.longest:
-            return 0
-        return known - self.computed - self.inflight
+        return 0 if self.promised >= self.longest else self.promised - self.scheduled
 
     def check_integrity(self) -> None:
-        assert self.state is not State.RUNNING or self.slot >= 0
-        assert 0 <= self.computed <= self.scheduled <= len(self.tokens) + self.inflight_samples
+        assert (self.state is State.RUNNING) == (self.slot >= 0)
+        assert 0 <= self.computed <= self.scheduled <= self.promised
+        assert self.inflight_samples >= 0
         assert self.num_output <= self.max_tokens
         assert self.inflight_steps > 0 or (self.inflight == 0 and self.inflight_samples == 0)

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
+from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
-from quire.kernels.diffs import unfit
 from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams, check_tokens
+from quire.runner.diffs import unfit
 from quire.step import (
     DEVICE_TOKEN,
     FORBIDDEN_ERROR,
@@ -36,13 +37,15 @@ from quire.step import (
 
 # A request waits for blocks that another is computing only where they are worth a step.
 LEAST_SHARED_BLOCKS = 3
+# The token of a row that decodes ahead of what the host knows: most rows, so they share it.
+ON_DEVICE = [DEVICE_TOKEN]
 # Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
 LEAST_FINISHED = 64
 
 ROW_ERRORS = {
     NAN_ERROR: QuireError(
         "numerical_error",
-        "the model's logits for this request are not finite numbers",
+        "the model's numbers for this request are not finite",
         why="its weights or the number format they are computed in",
         fix="check the weights; try --dtype float32",
     ),
@@ -84,6 +87,8 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._leaving: list[int] = []
         self._inflight: dict[int, list[tuple[Request, Row]]] = {}
+        self._gates = Gates(limits.vocab_size)
+        self._num_gated = 0  # requests
         self._finished: list[Delta] = []
         self._no_blocks: list[list[int]] = [[] for _ in kv.groups]
         self._computing: dict[bytes, Request] = {}  # prompt blocks under way, by identity
@@ -96,9 +101,10 @@ class Scheduler:
 
     # -- requests come and go ----------------------------------------------------------------
 
-    def add(self, add: Add, bounded: bool = True) -> None:
-        """Queue a request. Raises UsageError where it can never run, Overloaded where the queue
-        is full (`bounded` False: the queue may grow)."""
+    def add(self, add: Add, bounded: bool = True, gate: Gate | None = None) -> None:
+        """Queue a request; with a `gate` that says which tokens may come next. Raises UsageError
+        where it can never run, Overloaded where the queue is full (`bounded` False: the queue may
+        grow)."""
         self.check(add, bounded)
         self._arrivals += 1
         request = Request(
@@ -107,7 +113,9 @@ class Scheduler:
             priority=add.priority if self.limits.priority else 0,
             end_tokens=self._end_tokens(add.params),
             max_tokens=self._max_tokens(add),
+            gate=gate,
         )
+        self._num_gated += gate is not None
         if add.timeout is not None:
             request.deadline = self._clock() + add.timeout
             self._next_deadline = min(self._next_deadline, request.deadline)
@@ -172,7 +180,7 @@ class Scheduler:
         self._finished.append(Delta(request_id, [], finish_reason=reason, cached_tokens=cached))
 
     def fail(self, request_id: str, error: QuireError) -> None:
-        """Finish one request with an error; none of its blocks can be found afterwards."""
+        """Finish one request with an error; what it has computed cannot be found afterwards."""
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, discard=True)
@@ -226,7 +234,26 @@ class Scheduler:
         batch.leave, self._leaving = self._leaving, []
         batch.rows = [row for _, row in parts]
         self._inflight[batch.step] = parts
+        if self._num_gated:
+            self._gates.hold(batch.step, parts)
         return batch
+
+    def is_gated(self, step: int) -> bool:
+        """Whether a step in flight waits for masks."""
+        return self._gates.holds(step)
+
+    def masks(self, step: int) -> dict[int, bytes] | None:
+        """Of a step in flight: the masks of its gated rows by their index, without those of
+        requests that have finished or whose gate fails now. None while a token before one of them
+        is not known; then earlier steps must be committed first."""
+        opened = self._gates.open(step)
+        if opened is None:
+            return None
+        masks, failed = opened
+        for request, error in failed:
+            self._finish(request)
+            self._finished.append(_error_delta(request.request_id, error))
+        return masks
 
     def _schedule_running(
         self, parts: list[tuple[Request, Row]], budget: int, running: list[Request]
@@ -234,17 +261,20 @@ class Scheduler:
         """Give rows to `running`. Returns the budget left for admissions: none where blocks are
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
-        gaps = [(request, request.gap) for request in running]
-        decoding = [item for item in gaps if item[1] == 1]
-        prefilling = [item for item in gaps if item[1] > 1]
+        decoding, prefilling = list[Request](), list[Request]()
+        for request in running:
+            gap = request.promised - request.scheduled  # Request.gap, without a call
+            if gap > 0 and request.promised < request.longest:
+                (decoding if gap == 1 else prefilling).append(request)
         short = False
-        for request, gap in decoding + prefilling:
+        for request in decoding + prefilling:
             if budget == 0:
                 break
-            if request.state is not State.RUNNING:
+            if request.slot < 0:  # preempted for one before it
                 continue
+            gap = request.promised - request.scheduled
             count = gap if gap < budget else budget
-            end = request.computed + request.inflight + count
+            end = request.scheduled + count
             new_blocks = self._no_blocks
             if end > request.covered:
                 if not self._make_room(request, end, parts):
@@ -262,8 +292,10 @@ class Scheduler:
         a row in this step. One of those always moves on: the first of all running requests
         can take the blocks of all others, and alone it fits.
         """
+        planned: set[Request] | None = None
         while not self.kv.grow(request.request_id, end):
-            planned = {r for r, _ in parts}
+            if planned is None:
+                planned = {r for r, _ in parts}
             victim = next(r for r in reversed(self._running) if r not in planned)
             if victim is request or request.inflight_steps:
                 return False
@@ -314,7 +346,7 @@ class Scheduler:
     def _start(self, request: Request, hit: int) -> None:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
-        request.computed = hit
+        request.computed = request.scheduled = hit
         request.settle_at = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
@@ -350,24 +382,26 @@ class Scheduler:
             request.announced = False
 
     def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
-        start = request.computed + request.inflight
-        tokens = request.tokens[start : start + count]
-        if len(tokens) < count:
-            tokens += [DEVICE_TOKEN] * (count - len(tokens))
-        sample = start + count == len(request.tokens) + request.inflight_samples
-        request.inflight += count
+        start = request.scheduled
+        end = request.scheduled = start + count
         request.inflight_steps += 1
-        request.inflight_samples += sample
-        prompt_logprobs = (
-            request.add.params.prompt_logprobs is not None
-            and request.prompt_logprobs_sent < request.num_prompt - 1
-        )
-        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs)
+        sample = end == request.promised
+        known = len(request.tokens)
+        if count == 1:
+            tokens = ON_DEVICE if start >= known else [request.tokens[start]]
+        else:
+            tokens = request.tokens[start:end]
+            tokens += ON_DEVICE * (count - len(tokens))
+        if sample:
+            request.promised += 1
+        prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
+        gated = sample and request.gate is not None
+        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
-        tables = self.kv.table(request.request_id)
-        new = [table[sent:] for table, sent in zip(tables, request.blocks_sent, strict=True)]
+        tables, sent = self.kv.table(request.request_id), request.blocks_sent
+        new = [table[sent[g] :] for g, table in enumerate(tables)]
         request.blocks_sent = [len(table) for table in tables]
         request.covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE
         return new
@@ -395,19 +429,18 @@ class Scheduler:
         dropped: nothing computed past an end is ever seen.
         """
         self._counts["done_steps"] += 1
-        deltas = []
+        deltas, generated = [], 0
         for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
             request.inflight_steps -= 1
-            request.inflight_samples -= row.sample
-            if request.state is State.FINISHED:
+            if request.slot >= 0:
+                request.computed += len(row.tokens)
+            elif request.state is State.FINISHED:
                 continue
-            if request.state is State.RUNNING:
-                count = len(row.tokens)
-                request.inflight -= count
-                request.computed += count
             delta = self._commit_row(request, row, got)
             if delta is not None:
                 deltas.append(delta)
+                generated += len(delta.token_ids)
+        self._counts["generated_tokens"] += generated
         return deltas
 
     def quarantine(self, steps: list[int], error: QuireError) -> None:
@@ -420,9 +453,10 @@ class Scheduler:
         """
         blamed: set[Request] = set()
         for step in steps:
+            self._gates.drop(step)
             for request, row in self._inflight.pop(step):
                 request.inflight_steps -= 1
-                request.inflight_samples -= row.sample
+                request.promised -= row.sample
                 blamed.add(request)
         alone = len(blamed) == 1
         for request in blamed:
@@ -436,49 +470,56 @@ class Scheduler:
 
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
         if got.error is not None:
-            self._finish(request, discard=True)
+            self._finish(request, discard=got.error == NAN_ERROR)
             return _error_delta(request.request_id, ROW_ERRORS[got.error])
-        first = len(request.tokens)
-        reason, stop_token = self._accept(request, got.tokens)
-        accepted = request.tokens[first:]
-        if accepted:
-            self._counts["generated_tokens"] += len(accepted)
+        tokens, logprobs, prompt_logprobs = got.tokens, got.logprobs, got.prompt_logprobs
+        reason = stop_token = None
+        if row.sample:
+            known = request.tokens
+            first = len(known)
+            known += tokens
+            if len(known) >= request.longest or not request.end_tokens.isdisjoint(tokens):
+                reason, stop_token = self._end(request, first)
+                tokens = known[first:]
+                logprobs = logprobs[: len(tokens)] if logprobs else None
+            request.promised += len(tokens) - 1
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first
-        prompt_logprobs = None
-        if got.prompt_logprobs:
+            if self._suspects:
+                self._suspects.discard(request)
+            if request.announced:
+                self._withdraw(request)
+        if prompt_logprobs:
             # A request preempted in its prompt computes positions again that were sent already.
-            known = max(0, request.prompt_logprobs_sent - row.start)
-            prompt_logprobs = got.prompt_logprobs[known:]
+            prompt_logprobs = prompt_logprobs[max(0, request.prompt_logprobs_sent - row.start) :]
             request.prompt_logprobs_sent += len(prompt_logprobs)
-        if row.sample:
-            self._suspects.discard(request)
-            self._withdraw(request)
-        if request.computed >= request.settle_at and request.state is State.RUNNING:
+        if request.computed >= request.settle_at and request.slot >= 0:
             self._publish(request, confirmed=False)
         if reason is not None:
             self._finish(request)
-        if not accepted and not prompt_logprobs:
+        if not tokens and not prompt_logprobs:
             return None
         return Delta(
             request.add.request_id,
-            accepted,
-            got.logprobs[: len(accepted)] if got.logprobs else None,
+            tokens,
+            logprobs or None,
             prompt_logprobs or None,
             reason,
             stop_token,
             request.cached_tokens or 0,
         )
 
-    def _accept(self, request: Request, tokens: list[int]) -> tuple[str | None, int | None]:
-        """Append sampled tokens up to an end: (finish reason, stop token) where there is one."""
+    def _end(self, request: Request, first: int) -> tuple[str | None, int | None]:
+        """Cut new tokens, those from `first` on, behind the one that ends the request: (finish
+        reason, stop token) where one does."""
         known = request.tokens
-        for token in tokens:
-            known.append(token)
-            if token in request.end_tokens and len(known) >= request.earliest_end:
+        for length, token in enumerate(known[first:], first + 1):
+            if token in request.end_tokens and length >= request.earliest_end:
+                del known[length:]
                 named = token in (request.add.params.stop_token_ids or ())
                 return "stop", token if named else None
-            if len(known) >= request.longest:
+            if length >= request.longest:
+                del known[length:]
                 return "length", None
         return None, None
 
@@ -504,8 +545,9 @@ class Scheduler:
                 self.kv.free(request.request_id)
             self._release_slot(request)
         request.state = State.FINISHED
-        request.computed = request.inflight = 0
+        request.computed = request.scheduled = 0
         self._suspects.discard(request)
+        self._num_gated -= request.gate is not None
         del self.requests[request.request_id]
         if len(self._waiting) > 2 * self.num_waiting + LEAST_FINISHED:
             self._waiting = [e for e in self._waiting if e[1].state is State.WAITING]
@@ -517,7 +559,7 @@ class Scheduler:
         self.kv.free(request.request_id)
         self._release_slot(request)
         request.state = State.WAITING
-        request.computed = request.inflight = 0
+        request.computed = request.scheduled = 0
         self._queue(request)
 
     def _release_slot(self, request: Request) -> None:
@@ -565,6 +607,7 @@ class Scheduler:
         assert all(r.state is State.RUNNING for r in self._running)
         assert {r.request_id for r in waiting + self._running} == set(self.requests)
         assert len(waiting) + len(self._running) == len(self.requests)
+        assert self._num_gated == sum(r.gate is not None for r in self.requests.values())
         assert all(r.announced and r.state is State.RUNNING for r in self._computing.values())
         flying: dict[int, int] = {}
         for parts in self._inflight.values():

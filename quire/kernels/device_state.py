@@ -2,7 +2,7 @@
 
 A slot's record holds its scalars, block tables, lists of tokens and history one after the other,
 so that what a request brings along when it enters is a handful of runs. The host says what has
-changed, and a kernel copies the runs into the arena (quire/kernels/diffs.py). The device appends
+changed, and a kernel copies the runs into the arena (quire/runner/diffs.py). The device appends
 sampled tokens itself.
 """
 
@@ -20,6 +20,7 @@ MAX_BIAS = 1024
 MAX_WORDS = 512  # 256 bad words, each alone and after a space
 MAX_WORD_TOKENS = 4096
 MAX_LOGPROBS = 100
+RUN_WORDS = 4  # of a run in a packet's table: arena offset (int64 in two), packet offset, length
 _ALIGNMENT = 32  # int32: fields begin at 128 bytes, a line of the GPU's caches
 
 

@@ -47,14 +47,22 @@ class SampleOutputs:
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        # Side by side, so that both are copied at once, and each from a multiple of 16 bytes on.
+        tokens, status = zeros(torch.int32, 2, -(-rows // 4) * 4)[:, :rows]
         return cls(
-            zeros(torch.int32, rows),
-            zeros(torch.int32, rows),
+            tokens,
+            status,
             zeros(torch.float32, rows),
             zeros(torch.int32, rows),
             zeros(torch.int32, rows, MAX_LOGPROBS),
             zeros(torch.float32, rows, MAX_LOGPROBS),
         )
+
+    def chosen(self) -> torch.Tensor:
+        """`tokens` and `status`, which `allocate` made side by side, and their padding as one
+        tensor int32 [2, >= B]."""
+        apart = (self.status.data_ptr() - self.tokens.data_ptr()) // self.tokens.itemsize
+        return self.tokens.as_strided((2, apart), (apart, 1))
 
     def view(self, rows: int) -> SampleOutputs:
         """The same memory, for that many rows."""

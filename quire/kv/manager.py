@@ -17,12 +17,14 @@ class RequestBlocks:
 
     `tables[g]` covers the sequence from its start; entries the window has passed are NULL_BLOCK.
     `identities[g]`: identities of the sequence's full blocks, as far as they were computed.
-    `published`: full blocks offered to the prefix index. `passed[g]`: blocks given back.
+    `hit`: blocks that were found at admission. `published`: full blocks offered to the prefix
+    index. `passed[g]`: blocks given back.
     """
 
     tables: list[list[int]]
     identities: list[list[bytes]]
     roots: list[bytes]
+    hit: int = 0
     published: int = 0
     passed: list[int] = field(default_factory=list)
 
@@ -104,7 +106,7 @@ class KVManager:
                 whole = -(-len(tokens) // BLOCK_SIZE)
                 table = blocks.tables[group.index]
                 table.extend(self.pools[group.pool].allocate(whole - len(table)))
-        blocks.published = hit
+        blocks.hit = blocks.published = hit
         self._running[request_id] = blocks
         return hit * BLOCK_SIZE
 
@@ -136,17 +138,18 @@ class KVManager:
         """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""
         blocks = self._running[request_id]
         whole = -(-num_tokens // BLOCK_SIZE)
-        if all(len(table) >= whole for table in blocks.tables):
-            return True
         need = [0] * len(self.pools)
         for group in self.groups:
-            need[group.pool] += max(0, whole - len(blocks.tables[group.index]))
-        if any(n > pool.available for n, pool in zip(need, self.pools, strict=True)):
-            return False
+            missing = whole - len(blocks.tables[group.index])
+            if missing > 0:
+                need[group.pool] += missing
+        for count, pool in zip(need, self.pools, strict=True):
+            if count > pool.available:
+                return False
         for group in self.groups:
             table = blocks.tables[group.index]
             if whole > len(table):
-                table.extend(self.pools[group.pool].allocate(whole - len(table)))
+                table += self.pools[group.pool].allocate(whole - len(table))
         return True
 
     def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> int:
@@ -182,13 +185,13 @@ class KVManager:
                 self.pools[group.pool].release(block)
 
     def discard(self, request_id: str) -> None:
-        """Like free, but nothing this request published and still holds alone can be found."""
+        """Like free, but no block that this request computed and still holds can be found, even
+        where others hold it too."""
         blocks = self._running[request_id]
         for group in self.groups:
-            pool = self.pools[group.pool]
-            for block in blocks.tables[group.index]:
-                if block != NULL_BLOCK and pool.counts()[block] == 1:
-                    pool.discard(block)
+            for block in blocks.tables[group.index][blocks.hit :]:
+                if block != NULL_BLOCK:
+                    self.pools[group.pool].discard(block)
         self.free(request_id)
 
     def clear_cache(self) -> None:

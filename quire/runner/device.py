@@ -9,18 +9,15 @@ submitted before this one's are known.
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from quire.kernels.device_state import DeviceState, Flag, RowFlag, StepBuffers
-from quire.kernels.diffs import Diffs, PacketRing, Run, variant
-from quire.kernels.sampling import SampleOutputs, Status
+from quire.kernels.device_state import DeviceState, Flag, StepBuffers
+from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
 from quire.kernels.triton.ops import TritonKernels
@@ -28,6 +25,7 @@ from quire.kernels.triton.sampling.logprobs_of import logprobs_of
 from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.apply_runs import apply_runs
 from quire.kernels.triton.step.count_tokens import count_tokens
+from quire.kernels.triton.step.keep_hidden import keep_hidden
 from quire.kernels.triton.step.prepare_step import prepare_step
 from quire.kv import BLOCK_SIZE
 from quire.layers.build import Build
@@ -36,9 +34,11 @@ from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.plan.plan import Plan
 from quire.runner.clock import DeviceClock
+from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
-from quire.runner.sampler import FORBIDDEN_ERROR, NAN_ERROR
-from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
+from quire.runner.packets import PacketRing, Run
+from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
+from quire.step import Batch, Row, TokenLogprobs
 
 # Of the attention kernels at most, beside small amounts that the number of rows decides; part of
 # the plan's reserve (quire/plan/gpu.py).
@@ -95,9 +95,10 @@ class DeviceRunner:
         self._sampling_scratch = SamplingScratch.allocate(rows, vocab_size, self.device)
         self._outputs = SampleOutputs.allocate(rows, self.device)
         self._hidden: torch.Tensor | None = None
+        self._spoiled = torch.zeros(tokens, dtype=torch.int32, device=self.device)
         self._prompts: dict[int, Prompt] = {}
         self._logprobs: list[int | None] = [None] * rows  # how many of the top each slot wants
-        self._ring = [HostOutputs(self._outputs) for _ in range(RING)]
+        self._ring = [HostOutputs(self._outputs, self._spoiled) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
@@ -126,32 +127,57 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
-        """Launch a step."""
+        """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
-        rows = batch.rows
-        places, end = [], 0  # of rows that sample: the row, and its last token's place
-        for i, row in enumerate(rows):
-            end += len(row.tokens)
-            if row.sample:
-                places.append((i, end - 1))
-        shape = self._shape(end, len(rows))
-        sampled = self._size(len(places), self._decode_sizes)
-        self._apply(batch, shape, places, sampled)
+        rows, columns = batch.rows, Columns.of(batch.rows)
+        shape = self._shape(columns.num_tokens, len(rows))
+        tables = [self._diffs.rows(columns, shape.rows)]
+        if not columns.gated:
+            tables.append(self._sampling_table(columns))
+        self._apply(batch, tables)
         self._run(shape, lambda: self._forward(shape))
-        prompts = self._prompt_logprobs(rows)
-        flags = [self._diffs.flags[rows[i].slot] for i, _ in places]
-        logprobs = any(each & LOGPROBS for each in flags)
-        if places:
-            sampling = Sampling(sampled, variant(flags), logprobs)
-            self._run(sampling, lambda: self._sample(sampling))
-        host = self._ring[self._submitted % RING]
+        prompts = self._prompt_logprobs(rows) if self._prompts else {}
+        pending = DevicePending(batch.step, columns, self._ring[self._submitted % RING], prompts)
         self._submitted += 1
-        host.copy(self._outputs, len(places), logprobs)
+        if columns.gated:
+            pending.hold(self._open)
+        else:
+            self._launch_sampling(pending)
+        return pending
+
+    @torch.inference_mode()
+    def _open(self, pending: DevicePending, masks: dict[int, bytes]) -> None:
+        """Launch the sampling of a step with gated rows."""
+        columns = pending.rows
+        runs = [
+            run for i, mask in masks.items() for run in self._diffs.mask(columns.slots[i], mask)
+        ]
+        if any(i not in masks for i in columns.gated):
+            pending.rows = columns.without({i for i in columns.gated if i not in masks})
+        self._send([*runs, self._sampling_table(pending.rows)])
+        self._launch_sampling(pending)
+
+    def _launch_sampling(self, pending: DevicePending) -> None:
+        """Sample for the rows that do, whose table is on the device, and copy what that gives."""
+        columns = pending.rows
+        sampled = len(columns.sampling)
+        flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
+        logprobs = any(each & LOGPROBS for each in flags)
+        if sampled:
+            size = self._size(sampled, self._decode_sizes)
+            sampling = Sampling(size, variant(flags), logprobs)
+            self._run(sampling, lambda: self._sample(sampling))
+        # Logits say of a token that samples whether it is finite; of others the host must ask.
+        pending.host.copy(sampled, logprobs, 0 if columns.decode else columns.num_tokens)
         if self.clock is not None:
             self.clock.end()
-        wanted = [self._logprobs[rows[i].slot] for i, _ in places] if logprobs else []
-        return DevicePending(batch.step, len(rows), [i for i, _ in places], wanted, host, prompts)
+        if logprobs:
+            pending.wanted = [self._logprobs[slot] for slot in columns.sampling_slots]
+
+    def _sampling_table(self, columns: Columns) -> Run:
+        size = self._size(len(columns.sampling), self._decode_sizes)
+        return self._diffs.sampling_rows(columns, size, first=self._rows)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -224,9 +250,7 @@ class DeviceRunner:
     def _mixed_rows(self, tokens: int) -> int:
         return min(self._rows, tokens - 1)
 
-    def _apply(
-        self, batch: Batch, shape: Shape, places: list[tuple[int, int]], sampled: int
-    ) -> None:
+    def _apply(self, batch: Batch, tables: list[Run]) -> None:
         """Bring what is new to the device, and the tables of rows."""
         runs: list[Run] = []
         counted: list[int] = []
@@ -243,26 +267,18 @@ class DeviceRunner:
                 prompt = enter.tokens[: enter.num_prompt]
                 self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
         runs += self._diffs.blocks(batch.rows)
-        runs.append(self._diffs.rows(batch.rows, shape.rows))
-        runs.append(self._sampling_rows(batch.rows, places, sampled))
-        for packet, count in self._packets.send(runs):
-            apply_runs(self.state.arena, packet, count)
+        self._send(runs + tables)
         if counted:
             count_tokens(self.state, self._slots(counted))
+
+    def _send(self, runs: list[Run]) -> None:
+        for packet, count in self._packets.send(runs):
+            apply_runs(self.state.arena, packet, count)
 
     def _slots(self, slots: list[int]) -> torch.Tensor:
         """Slots on the device, by a copy that the host does not wait for."""
         host = torch.tensor(slots, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
-
-    def _sampling_rows(self, rows: list[Row], places: list[tuple[int, int]], size: int) -> Run:
-        """The run of the second table of rows: slot, place of the hidden state, 1, flags."""
-        values = array("i", (-1, 0, 0, 0)) * size
-        end = 4 * len(places)
-        values[0:end:4] = array("i", [rows[i].slot for i, _ in places])
-        values[1:end:4] = array("i", [place for _, place in places])
-        values[3:end:4] = array("i", (RowFlag.SAMPLE,)) * len(places)
-        return self.state.layout.rows_offset + 4 * self._rows, values
 
     def _forward(self, shape: Shape) -> None:
         """Hidden states of the step's tokens, from the table of rows on the device."""
@@ -276,7 +292,7 @@ class DeviceRunner:
         if self._hidden is None:
             size = (self._tokens, hidden_TH.shape[1])
             self._hidden = torch.zeros(size, dtype=hidden_TH.dtype, device=self.device)
-        self._hidden[: shape.tokens] = hidden_TH
+        keep_hidden(hidden_TH, self._hidden, self._spoiled)
 
     def _sample(self, sampling: Sampling) -> None:
         """Sample for the second table of rows; its second column says whose hidden states."""
@@ -311,96 +327,5 @@ class DeviceRunner:
             got = logprobs_of(self.model.logits(hidden_RH), wanted, count, self._sampling_scratch)
             values = zip(some, *(tensor.tolist() for tensor in got), strict=True)
             for token, logprob, rank, top_ids, top in values:
-                found.append(_token_logprobs(token, logprob, rank, top_ids, top))
+                found.append(token_logprobs(token, logprob, rank, top_ids, top))
         return found
-
-
-def _token_logprobs(
-    token: int, logprob: float, rank: int, top_ids: list[int], top: list[float]
-) -> TokenLogprobs:
-    return TokenLogprobs([token, *top_ids], [logprob, *top], [rank, *range(1, len(top_ids) + 1)])
-
-
-def _arrays(outputs: SampleOutputs) -> list[torch.Tensor]:
-    """Tokens and status first, then what belongs to log-probabilities."""
-    return [getattr(outputs, field.name) for field in fields(outputs)]
-
-
-class HostOutputs:
-    """Pinned copies of one step's sampling outputs."""
-
-    def __init__(self, outputs: SampleOutputs):
-        on_gpu = outputs.tokens.is_cuda
-        self._arrays = SampleOutputs(
-            *(
-                torch.empty(array.shape, dtype=array.dtype, pin_memory=on_gpu)
-                for array in _arrays(outputs)
-            )
-        )
-        self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        self._rows = 0
-
-    def copy(self, outputs: SampleOutputs, rows: int, logprobs: bool) -> None:
-        """Start copying the first `rows` of the outputs."""
-        self._rows = rows
-        both = zip(_arrays(self._arrays.view(rows)), _arrays(outputs.view(rows)), strict=True)
-        for host, device in list(both)[: None if logprobs else 2]:
-            host.copy_(device, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def done(self) -> bool:
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def wait(self) -> SampleOutputs:
-        """The outputs, once they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._arrays.view(self._rows)
-
-
-@dataclass(frozen=True)
-class DevicePending:
-    """A step on the device. `sampled` are the rows that sample, in the order of the outputs;
-    `wanted` says how many top log-probabilities each gets (none: no row asks for any)."""
-
-    step: int
-    rows: int
-    sampled: list[int]
-    wanted: list[int | None]
-    host: HostOutputs
-    prompts: dict[int, list[TokenLogprobs]]
-
-    def done(self) -> bool:
-        return self.host.done()
-
-    def result(self) -> Result:
-        """Wait for the step. Raises what the device raises."""
-        outputs = self.host.wait()
-        tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
-        rows = [RowResult(tokens=[]) for _ in range(self.rows)]
-        for place, i in enumerate(self.sampled):
-            if status[place] == Status.OK:
-                rows[i].tokens = [tokens[place]]
-            else:
-                rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
-        for place, count in enumerate(self.wanted):
-            if count is not None and status[place] == Status.OK:
-                rows[self.sampled[place]].logprobs = [_at(outputs, place, count)]
-        for i, found in self.prompts.items():
-            if any(math.isnan(position.logprobs[0]) for position in found):
-                rows[i] = RowResult(tokens=[], error=NAN_ERROR)
-            else:
-                rows[i].prompt_logprobs = found
-        return Result(self.step, rows)
-
-
-def _at(outputs: SampleOutputs, place: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of one sampled row."""
-    return _token_logprobs(
-        int(outputs.tokens[place]),
-        float(outputs.logprob[place]),
-        int(outputs.rank[place]),
-        outputs.top_ids[place, :count].tolist(),
-        outputs.top_logprobs[place, :count].tolist(),
-    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.kv import BLOCK_SIZE
@@ -20,16 +21,24 @@ from quire.runner.slots import Flat, Slots, flatten
 from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
 
 
-@dataclass
-class Done:
-    """A Pending that is finished already."""
+class EagerPending:
+    """A step that is computed, and sampled too unless `sample` will do it, given masks."""
 
-    _result: Result
+    def __init__(self, result: Result, sample: Callable[[dict[int, bytes]], None] | None = None):
+        self._result = result
+        self._sample = sample
 
     def done(self) -> bool:
-        return True
+        return self._sample is None
+
+    def open(self, masks: dict[int, bytes]) -> None:
+        """Sample; see Pending in quire/engine/core.py."""
+        sample, self._sample = self._sample, None
+        assert sample is not None, "no row of this step is gated, or it is open already"
+        sample(masks)
 
     def result(self) -> Result:
+        assert self._sample is None, "a step with gated rows must be opened first"
         return self._result
 
 
@@ -76,8 +85,8 @@ class EagerRunner:
         self._recorded = record and RecordedSteps(model, record, num_groups, max_blocks)
 
     @torch.inference_mode()
-    def submit(self, batch: Batch) -> Done:
-        """Compute a step."""
+    def submit(self, batch: Batch) -> EagerPending:
+        """Compute a step; where a row is gated, all but sampling."""
         self.slots.apply(batch)
         rows = batch.rows
         results = [RowResult(tokens=[]) for _ in rows]
@@ -87,16 +96,17 @@ class EagerRunner:
         ):
             logits_BV = self._recorded.logits(flat)
             if logits_BV is not None:
-                self._sample(rows, list(range(len(rows))), logits_BV, results)
-                return Done(Result(batch.step, results))
+                return self._sampled(batch, list(range(len(rows))), logits_BV, results)
         hidden_TH = self._forward(flat)
         self._prompt_logprobs(rows, hidden_TH, results)
+        for i in _spoiled_rows(hidden_TH, flat.query_start):
+            results[i] = RowResult(tokens=[], error=NAN_ERROR)
         ends = flat.query_start[1:] - 1
         sampling = [i for i, row in enumerate(rows) if row.sample and results[i].error is None]
-        if sampling:
-            logits_BV = self.model.logits(hidden_TH[torch.from_numpy(ends[sampling]).long()])
-            self._sample(rows, sampling, logits_BV, results)
-        return Done(Result(batch.step, results))
+        if not sampling:
+            return self._sampled(batch, [], hidden_TH[:0], results)
+        logits_BV = self.model.logits(hidden_TH[torch.from_numpy(ends[sampling]).long()])
+        return self._sampled(batch, sampling, logits_BV, results)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -118,21 +128,37 @@ class EagerRunner:
             torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
         )
 
-    def _sample(
+    def _sampled(
         self,
-        rows: list[Row],
+        batch: Batch,
         sampling: list[int],
         logits_BV: torch.Tensor,
         results: list[RowResult],
-    ) -> None:
-        """Sample for the rows that `sampling` names, in the order of `logits_BV`."""
-        slots = [self.slots[rows[i].slot] for i in sampling]
-        sampled = self.sampler.sample(logits_BV, slots)
-        for i, slot, got in zip(sampling, slots, sampled, strict=True):
-            results[i].tokens, results[i].logprobs = got.tokens, got.logprobs
-            results[i].error = got.error
-            for token in got.tokens:
-                slot.append(token)
+    ) -> EagerPending:
+        """Sample for the rows that `sampling` names, in the order of `logits_BV`: now, or once
+        the masks of gated rows are there."""
+        rows, result = batch.rows, Result(batch.step, results)
+
+        @torch.inference_mode()
+        def sample(masks: dict[int, bytes]) -> None:
+            chosen = [k for k, i in enumerate(sampling) if i in masks or not rows[i].gated]
+            if not chosen:
+                return
+            slots = [self.slots[rows[sampling[k]].slot] for k in chosen]
+            for k, slot in zip(chosen, slots, strict=True):
+                mask = masks.get(sampling[k])
+                slot.mask = None if mask is None else _bools(mask, logits_BV.shape[1])
+            some = logits_BV if len(chosen) == len(sampling) else logits_BV[chosen]
+            for k, slot, got in zip(chosen, slots, self.sampler.sample(some, slots), strict=True):
+                mine = results[sampling[k]]
+                mine.tokens, mine.logprobs, mine.error = got.tokens, got.logprobs, got.error
+                for token in got.tokens:
+                    slot.append(token)
+
+        if any(row.gated for row in rows):
+            return EagerPending(result, sample)
+        sample({})
+        return EagerPending(result)
 
     def _prompt_logprobs(
         self, rows: list[Row], hidden_TH: torch.Tensor, results: list[RowResult]
@@ -162,3 +188,17 @@ class EagerRunner:
             some = targets[start : start + LOGIT_ROWS]
             found += self.sampler.logprobs(logits_BV, some, count)
         return found
+
+
+def _bools(mask: bytes, size: int) -> torch.Tensor:
+    """bool [size] of a mask (quire/step.py)."""
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), count=size, bitorder="little")
+    return torch.from_numpy(bits).bool()
+
+
+def _spoiled_rows(hidden_TH: torch.Tensor, query_start: npt.NDArray[np.int32]) -> list[int]:
+    """Rows with a token whose hidden state is not all finite: then its keys and values may not be
+    either, and if they are not, neither is its hidden state, as it attends to itself."""
+    spoiled_T = (~torch.isfinite(hidden_TH)).any(1).numpy()
+    found: list[int] = np.flatnonzero(np.logical_or.reduceat(spoiled_T, query_start[:-1])).tolist()
+    return found

@@ -91,6 +91,7 @@ def _plain_greedy(slot: Slot) -> bool:
         params.greedy
         and slot.output_counts is None
         and params.allowed_token_ids is None
+        and slot.mask is None
         and not params.logit_bias
         and not slot.bad_words
         and slot.num_output >= params.min_tokens
@@ -103,6 +104,8 @@ def _constrain(logits_V: torch.Tensor, slot: Slot) -> None:
         kept = logits_V[slot.allowed]
         logits_V.fill_(-torch.inf)
         logits_V[slot.allowed] = kept
+    if slot.mask is not None:
+        logits_V.masked_fill_(~slot.mask, -torch.inf)
     for words in slot.bad_words:
         prefix = len(words) - 1
         if prefix <= slot.num_output and slot.tokens[len(slot.tokens) - prefix :] == words[:-1]:

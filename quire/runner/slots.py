@@ -49,7 +49,8 @@ class Slot:
 
     What a row of logits is indexed by is made once: `allowed`, `ends` and `bias_ids` (int64, None
     where the parameter is not given), `bias` their values. `output_counts` and `prompt_ids` (the
-    prompt's distinct tokens) are kept only where a penalty needs them.
+    prompt's distinct tokens) are kept only where a penalty needs them. `mask` bool [V]: tokens that
+    the step being sampled may choose, None where its row is not gated.
     """
 
     params: SamplingParams
@@ -64,6 +65,7 @@ class Slot:
     bias: torch.Tensor | None
     output_counts: TokenCounts | None
     prompt_ids: torch.Tensor | None
+    mask: torch.Tensor | None = None
 
     @property
     def num_output(self) -> int:

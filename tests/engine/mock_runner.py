@@ -18,7 +18,17 @@ import msgspec
 from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, NAN_ERROR, Batch, Enter, Result, Row, RowResult, TokenLogprobs
+from quire.step import (
+    DEVICE_TOKEN,
+    NAN_ERROR,
+    Batch,
+    Enter,
+    Result,
+    Row,
+    RowResult,
+    TokenLogprobs,
+    mask_of,
+)
 
 VOCAB = 12
 EOS = (0, 1)
@@ -54,6 +64,12 @@ def choose(prefix: int, seed: int, choice: int, position: int, banned: frozenset
         attempt += 1
 
 
+def alternating(output: Sequence[int]) -> frozenset[int]:
+    """The tokens that a toy gate allows: odd after even, even after odd and at the beginning."""
+    parity = 1 - output[-1] % 2 if output else 0
+    return frozenset(t for t in range(VOCAB) if t % 2 == parity)
+
+
 def logprobs_of(prefix: int, token: int) -> TokenLogprobs:
     return TokenLogprobs([token], [-float(hash((prefix, token)) % 1000)], [1])
 
@@ -82,6 +98,7 @@ def reference(
     label: int,
     max_model_len: int,
     beyond: int = 40,
+    gated: bool = False,
 ) -> Reference:
     room = max_model_len - len(prompt)
     limit = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -94,6 +111,8 @@ def reference(
     while len(ref.beyond) < beyond:
         done = len(ref.tokens) + len(ref.beyond)
         banned = ends if done < params.min_tokens else frozenset()
+        if gated:
+            banned |= frozenset(range(VOCAB)) - alternating(ref.tokens + ref.beyond)
         token = choose(value, seed, choice, len(prompt) + done, banned)
         output.append(token)
         if not ref.finish_reason:
@@ -112,6 +131,13 @@ def reference(
 # -- the runner --------------------------------------------------------------------------------
 
 
+class Held:
+    """A step with gated rows that has not sampled."""
+
+    def __init__(self, open: Callable[[dict[int, bytes]], Result]):
+        self.open = open
+
+
 @dataclass
 class Slot:
     enter: Enter
@@ -128,7 +154,8 @@ class Slot:
 
 
 class MockRunner:
-    """`fails(batch)` true makes that step raise; `nan(label, row)` true makes a row an error.
+    """`fails(batch)` true makes that step raise; `nan(slot, row)` true makes what the row writes
+    poison, and it and all later rows of the slot an error, whether they sample or not.
 
     What makes a request's label travels as its first bad word, which the scheduler must pass on.
     """
@@ -149,19 +176,23 @@ class MockRunner:
         self.slots: dict[int, Slot] = {}
         self.fails, self.nan = fails, nan
         self.last_step = 0
+        self.held: Held | None = None
         self.tokens_computed = 0
         self.rows_run = 0
 
     def reset(self) -> None:
         """Drop all slots, as after a step that raised."""
+        self.held = None
         self.slots.clear()
 
-    def submit(self, batch: Batch) -> Result:
-        """Compute a step. Raises StepFailed on request, AssertionError for wrong bookkeeping."""
+    def submit(self, batch: Batch) -> Result | Held:
+        """Compute a step; where a row is gated, sampling is held. Raises StepFailed on request,
+        AssertionError for wrong bookkeeping."""
         batch = _decoder.decode(_encoder.encode(batch))
         assert batch.step > self.last_step, "steps run in order"
         self.last_step = batch.step
         assert batch.rows, "an empty step"
+        assert self.held is None, "a step before has not sampled"
         for slot in batch.leave:
             assert slot in self.slots, f"slot {slot} left but nobody is in it"
             del self.slots[slot]
@@ -177,9 +208,20 @@ class MockRunner:
         for slot, row in zip(slots, batch.rows, strict=True):
             if not slot.broken:
                 self._read(slot, row)
-        return Result(
-            batch.step, [self._result(s, r) for s, r in zip(slots, batch.rows, strict=True)]
-        )
+        both = list(zip(slots, batch.rows, strict=True))
+        if not any(row.gated for row in batch.rows):
+            return Result(batch.step, [self._result(*each) for each in both])
+
+        def open(masks: dict[int, bytes]) -> Result:
+            assert self.held is held, "opened twice, or too late"
+            assert set(masks) <= {i for i, row in enumerate(batch.rows) if row.gated}
+            self.held = None
+            return Result(
+                batch.step, [self._result(*each, masks.get(i)) for i, each in enumerate(both)]
+            )
+
+        self.held = held = Held(open)
+        return held
 
     def _enter(self, enter: Enter) -> None:
         assert 0 <= enter.slot < self.num_slots
@@ -237,7 +279,7 @@ class MockRunner:
                     f"slot {row.slot} group {g} position {position} block {block}: {found}"
                 )
 
-    def _result(self, slot: Slot, row: Row) -> RowResult:
+    def _result(self, slot: Slot, row: Row, mask: bytes | None = None) -> RowResult:
         if slot.broken:
             return RowResult([], error=NAN_ERROR)
         result = RowResult([])
@@ -247,10 +289,17 @@ class MockRunner:
                 logprobs_of(slot.hashes[p - 1], slot.tokens[p])
                 for p in range(row.start + 1, min(end, slot.enter.num_prompt - 1) + 1)
             ]
+        assert row.sample or not row.gated
+        if row.gated and mask is None:
+            return result
         if row.sample:
             assert end == len(slot.tokens), "sampling from a token that is not the last"
             params, done = slot.enter.params, len(slot.tokens) - slot.enter.num_prompt
             banned = frozenset(slot.enter.end_tokens if done < params.min_tokens else ())
+            if mask is not None:
+                assert mask == mask_of(alternating(slot.tokens[slot.enter.num_prompt :]), VOCAB)
+                bits = int.from_bytes(mask, "little")
+                banned |= frozenset(t for t in range(VOCAB) if not bits >> t & 1)
             prefix = slot.hashes[-1]
             token = choose(prefix, slot.enter.seed, slot.enter.choice, end, banned)
             slot.last_sampled = token

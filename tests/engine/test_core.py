@@ -9,7 +9,7 @@ import pytest
 from quire import LLM, SamplingParams
 from quire.engine.core import EngineCore
 from quire.engine.wire import Add, Delta
-from quire.step import Batch
+from quire.step import Batch, mask_of
 
 
 def load(model: str, **options: Any) -> LLM:
@@ -57,6 +57,47 @@ class Faulty:
     def warm(self) -> bool:
         warmed: bool = self.inner.warm()
         return warmed
+
+
+class FaultyOpen(Faulty):
+    """A runner that raises when a step with gated rows that computes a certain token is opened."""
+
+    def submit(self, batch: Batch) -> Any:
+        pending = self.inner.submit(batch)
+        if any(self.poison in row.tokens and row.gated for row in batch.rows):
+
+            def broken(masks: dict[int, bytes]) -> None:
+                self.raised += 1
+                raise ArithmeticError("sampling did not like this")
+
+            pending.open = broken
+        return pending
+
+
+class Odd:
+    """A gate that allows odd tokens."""
+
+    def allowed(self, output: list[int]) -> bytes:
+        return mask_of(range(1, 320, 2), 320)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gated_request_whose_sampling_raises_fails_alone(tiny_llama: str, ahead: bool) -> None:
+    core = load(tiny_llama, async_scheduling=ahead)._engine.core
+    good = [add(f"good{i}", [5 + i] * (10 + i), max_tokens=6, ignore_eos=True) for i in range(3)]
+    expected: dict[str, list[int]] = {}
+    for one in good:
+        core.scheduler.add(one, gate=Odd() if one.request_id == "good1" else None)
+        expected |= {name: tokens(deltas) for name, deltas in drain(core, []).items()}
+    assert all(token % 2 for token in expected["good1"])
+    core.runner = FaultyOpen(core.runner, poison=319)
+    for one in (good[0], add("bad", [9, 319, 9], max_tokens=4), *good[1:]):
+        core.scheduler.add(one, gate=Odd() if one.request_id in ("bad", "good1") else None)
+    found = drain(core, [])
+    assert {name: tokens(found[name]) for name in expected} == expected
+    assert found["bad"][-1].error is not None and found["bad"][-1].error[0] == "step_failed"
+    assert "ArithmeticError" in found["bad"][-1].error[2]
+    assert core.scheduler.kv.usage()[0] == 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -22,22 +22,23 @@ def test_a_new_request_has_its_prompt_to_compute() -> None:
 
 def test_the_gap_closes_by_what_is_in_flight() -> None:
     r = request()
-    r.inflight, r.inflight_steps = 4, 1
-    assert (r.scheduled, r.gap) == (4, 6)
-    r.computed, r.inflight = 4, 6
-    assert (r.scheduled, r.gap) == (10, 0)
-    r.inflight_samples = 1
-    assert r.gap == 1
+    r.scheduled, r.inflight_steps = 4, 1
+    assert (r.inflight, r.gap) == (4, 6)
+    r.computed, r.scheduled = 4, 10
+    assert (r.inflight, r.gap) == (6, 0)
+    r.promised = 11
+    assert (r.inflight_samples, r.gap) == (1, 1)
 
 
 def test_nothing_is_left_to_do_once_all_output_is_on_its_way() -> None:
     r = request(max_tokens=2)
     r.tokens.append(5)
-    r.computed, r.inflight, r.inflight_steps, r.inflight_samples = 10, 1, 1, 1
-    assert r.gap == 0
+    r.computed, r.scheduled, r.inflight_steps, r.promised = 10, 11, 1, 12
+    assert (r.inflight_samples, r.gap) == (1, 0)
     r.tokens.append(6)
-    r.computed, r.inflight, r.inflight_steps, r.inflight_samples = 11, 0, 0, 0
-    assert r.gap == 0
+    r.computed, r.inflight_steps = 11, 0
+    assert (r.inflight_samples, r.gap) == (0, 0)
+    r.check_integrity()
 
 
 def test_the_prompt_is_copied_so_that_output_never_reaches_the_message() -> None:
@@ -55,11 +56,13 @@ def test_priority_comes_before_arrival() -> None:
     "damage",
     [
         {"state": State.RUNNING},
-        {"computed": 11},
-        {"computed": 6, "inflight": 5, "inflight_steps": 1},
+        {"slot": 0},
+        {"computed": 11, "scheduled": 11},
+        {"computed": 6, "scheduled": 5},
+        {"scheduled": 11, "inflight_steps": 1},
         {"computed": -1},
-        {"inflight": 1},
-        {"inflight_samples": 1},
+        {"scheduled": 1},
+        {"promised": 11},
         {"tokens": list(range(14))},
     ],
 )

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mock_runner import (
     EOS,
+    POISON,
     VOCAB,
+    Held,
     MockRunner,
     Reference,
     Slot,
     StepFailed,
+    alternating,
     label_of,
     prefix_hashes,
     reference,
@@ -35,7 +38,7 @@ from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, Batch, Result, Row, RowResult
+from quire.step import DEVICE_TOKEN, FORBIDDEN_ERROR, Batch, Result, Row, RowResult, mask_of
 
 ERROR = QuireError("step_failed", "the step raised")
 MODEL_LEN = 96
@@ -79,6 +82,7 @@ class Asked:
     abort_length: int | None = None
     aborted: bool = False
     may_fail: bool = False
+    gated: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
@@ -94,6 +98,19 @@ class Asked:
         if not self.add.params.stop:
             return self.tokens
         return [] if self.abort_length is None else self.visible
+
+
+class Alternating:
+    """A gate by parity, which counts and can be told to raise."""
+
+    def __init__(self, raises_at: int = -1):
+        self.raises_at, self.asked = raises_at, 0
+
+    def allowed(self, output: list[int]) -> bytes:
+        self.asked += 1
+        if len(output) == self.raises_at:
+            raise KeyError("no such state")
+        return mask_of(alternating(output), VOCAB)
 
 
 class Driver:
@@ -116,11 +133,12 @@ class Driver:
         limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue)
         self.scheduler = Scheduler(limits, self.kv, clock=lambda: self.now)
         self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan)
-        self.pending: deque[tuple[Batch, Result | None]] = deque()
+        self.pending: deque[tuple[Batch, Result | Held | None]] = deque()
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
         self.killers: set[int] = set()  # seeds of requests whose sampling step raises
-        self.nans: set[int] = set()
+        self.nans: dict[int, int] = {}  # seed and position of what comes out as NaN
+        self.spoiled: set[int] = set()  # those of them that were computed
         self.fault = False  # the next step raises, whoever is in it
         self.late = False  # it does so only when its result is asked for
         self.commits_first = self.rng.random() < 0.5  # ... steps before one that raised
@@ -137,7 +155,12 @@ class Driver:
         )
 
     def _nan(self, slot: Slot, row: Row) -> bool:
-        return slot.enter.seed in self.nans
+        seed = slot.enter.seed
+        position = self.nans.get(seed, -1)
+        spoiled = row.start <= position < row.start + len(row.tokens)
+        if spoiled:
+            self.spoiled.add(seed)
+        return spoiled
 
     # -- frontends -------------------------------------------------------------------------------
 
@@ -148,7 +171,8 @@ class Driver:
         stop_length: int | None = None,
         timeout: float | None = None,
         kills: bool = False,
-        nan: bool = False,
+        nan: int | None = None,
+        gate: Alternating | None = None,
         **fields: object,
     ) -> Asked:
         seed = len(self.asked)
@@ -165,15 +189,17 @@ class Driver:
             bad_words=[[len(tenant), len(salt)]],
             **fields,  # type: ignore[arg-type]
         )
-        self.scheduler.add(add)
-        ref = reference(prompt, params, seed, choice, label, MODEL_LEN)
+        self.scheduler.add(add, gate=gate)
+        gated = gate is not None
+        ref = reference(prompt, params, seed, choice, label, MODEL_LEN, gated=gated)
         deadline = None if timeout is None else self.now + timeout
-        asked = Asked(add, label, ref, deadline, stop_length, may_fail=kills or nan)
+        may_fail = kills or nan is not None or (gate is not None and gate.raises_at >= 0)
+        asked = Asked(add, label, ref, deadline, stop_length, may_fail=may_fail, gated=gated)
         self.asked[add.request_id] = asked
         if kills:
             self.killers.add(seed)
-        if nan:
-            self.nans.add(seed)
+        if nan is not None:
+            self.nans[seed] = nan
         return asked
 
     def abort(self, request_id: str, length: int = -1, reason: str = "abort") -> None:
@@ -211,7 +237,7 @@ class Driver:
         elif end.finish_reason == "abort":
             assert asked.deadline is not None and asked.deadline <= self.now
         else:
-            assert asked.add.seed not in self.killers | self.nans
+            assert asked.add.seed not in self.killers
             assert asked.tokens == ref.tokens
             assert (end.finish_reason, end.stop_reason) == (ref.finish_reason, ref.stop_reason)
         wanted = ref.prompt_logprobs if params.prompt_logprobs is not None else []
@@ -230,7 +256,7 @@ class Driver:
                 self.found.remove((due, request_id, length))
                 self.abort(request_id, length, "stop")
         stalled = False
-        while len(self.pending) < self.depth and not stalled:
+        while len(self.pending) < self.depth and not self.runner.held and not stalled:
             stalled = not self.schedule()
         if self.pending:
             self.commit()
@@ -244,7 +270,7 @@ class Driver:
             return False
         assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
         failed_before = any(result is None for _, result in self.pending)
-        result = None
+        result: Result | Held | None = None
         if not failed_before:
             try:
                 result = self.runner.submit(batch)
@@ -256,15 +282,28 @@ class Driver:
                     self.recover()
                     return True
         self.pending.append((batch, result))
+        assert self.scheduler.is_gated(batch.step) is any(row.gated for row in batch.rows)
+        self.open()
         return True
+
+    def open(self) -> None:
+        """Let the newest step sample, if it waits and can."""
+        if self.pending and isinstance(self.pending[-1][1], Held):
+            batch, held = self.pending.pop()
+            assert isinstance(held, Held)
+            masks = self.scheduler.masks(batch.step)
+            self._deliver(self.scheduler.take_finished())
+            self.pending.append((batch, held if masks is None else held.open(masks)))
 
     def commit(self) -> None:
         result = self.pending[0][1]
         if result is None:
             self.recover()
         else:
+            assert isinstance(result, Result), "a step is committed that has not sampled"
             self.pending.popleft()
             self._deliver(self.scheduler.commit(result))
+            self.open()
             self.check()
 
     def recover(self) -> None:
@@ -283,6 +322,8 @@ class Driver:
     def check(self) -> None:
         self.scheduler.check_integrity()
         self.scheduler.check_slice()
+        for pool, pages in zip(self.kv.pools, self.runner.pages, strict=True):
+            assert not any(POISON in pages[block] for block in pool._index.values())
 
     def drain(self) -> None:
         """Run until all is done, within a bound on steps, and look for what should not be left."""
@@ -374,7 +415,8 @@ def random_add(driver: Driver, rng: random.Random) -> None:
         "cache_salt": rng.choice(["", "", "s"]),
     }
     timeout = rng.choice([None, None, None, 3.0, 20.0])
-    kills, nan = rng.random() < 0.04, rng.random() < 0.04
+    kills, gated = rng.random() < 0.04, rng.random() < 0.25
+    raises_at = rng.randrange(20) if rng.random() < 0.1 else -1
     for choice in range(rng.choice([1, 1, 1, 3])):
         driver.add(
             prompt,
@@ -382,7 +424,8 @@ def random_add(driver: Driver, rng: random.Random) -> None:
             stop_length=rng.randrange(1, 20) if has_stop else None,
             timeout=timeout,
             kills=kills,
-            nan=nan,
+            nan=rng.randrange(length + 20) if rng.random() < 0.06 else None,
+            gate=Alternating(raises_at) if gated else None,
             choice=choice,
             **fields,
         )
@@ -403,7 +446,7 @@ def random_operation(driver: Driver, rng: random.Random) -> None:
         driver.fault, driver.late = True, rng.random() < 0.5
     elif dice < 0.5 and driver.pending:
         driver.commit()
-    elif dice < 0.6 and len(driver.pending) < driver.depth:
+    elif dice < 0.6 and len(driver.pending) < driver.depth and not driver.runner.held:
         driver.schedule()
     else:
         driver.iterate()
@@ -431,7 +474,8 @@ def test_random_life_gives_reference_outputs_and_leaks_nothing_full(seed: int) -
 
 def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
     """The random tests prove nothing about what never happens in them."""
-    seen = {"preempted": 0, "hit": 0, "error": 0, "abort": 0, "stop": 0, "length": 0, "faults": 0}
+    seen = dict.fromkeys(["preempted", "hit", "error", "abort", "stop", "length", "faults"], 0)
+    seen |= {"gated": 0, "gate_failed": 0, "numerical_error": 0, "step_failed": 0}
     for seed in range(12):
         driver = run_random(seed, operations=120)
         stats = driver.scheduler.stats()
@@ -440,8 +484,11 @@ def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
         for asked in driver.asked.values():
             assert asked.end is not None
             seen[asked.end.finish_reason or ""] += 1
+            seen["gated"] += asked.gated and len(asked.tokens) > 1
+            if asked.end.error:
+                seen[asked.end.error[0]] += 1
         seen["faults"] += driver.faults
-    assert min(seen.values()) > 5, seen
+    assert min(seen.values()) > 3, seen
 
 
 class Life(RuleBasedStateMachine):
@@ -471,6 +518,8 @@ class Life(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         tenant=st.sampled_from(["", "t"]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
+        nan=st.sampled_from([None, None, None, 0, 15, 16, 40, 89]),
+        gate=st.sampled_from([None, None, -1, 0, 3]),
     )
     def add(
         self,
@@ -482,6 +531,8 @@ class Life(RuleBasedStateMachine):
         priority: int,
         tenant: str,
         prompt_logprobs: int | None,
+        nan: int | None,
+        gate: int | None,
     ) -> None:
         params = SamplingParams(
             max_tokens=most, stop=["x"] if stop else None, prompt_logprobs=prompt_logprobs
@@ -494,6 +545,8 @@ class Life(RuleBasedStateMachine):
                 choice=choice,
                 priority=priority,
                 tenant=tenant,
+                nan=None if choice else nan,
+                gate=None if gate is None else Alternating(gate),
             )
 
     @rule()
@@ -501,6 +554,7 @@ class Life(RuleBasedStateMachine):
         self.driver.iterate()
 
     @precondition(lambda self: len(self.driver.pending) < self.driver.depth)
+    @precondition(lambda self: not self.driver.runner.held)
     @rule()
     def schedule(self) -> None:
         self.driver.schedule()
@@ -886,7 +940,7 @@ def test_a_window_request_computed_again_still_fits_the_least_pools() -> None:
 
 def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:
     driver = plain()
-    driver.add(BASES[0][:40], nan=True)
+    driver.add(BASES[0][:40], nan=39)
     driver.add(BASES[1][:40])
     driver.drain()
     nan = driver.asked["r0"].end
@@ -895,6 +949,135 @@ def test_nan_ends_one_request_and_its_blocks_are_never_found() -> None:
     driver.drain()
     again = driver.asked["r2"].end
     assert again is not None and again.cached_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("layout", ["full", "window", "mixed"])
+@pytest.mark.parametrize("position", [0, 17, 35, 70, 79, 80, 84, 100])
+def test_nan_in_any_chunk_ends_its_request_there_and_who_shares_the_prompt_computes_it(
+    depth: int, layout: str, position: int
+) -> None:
+    prompt = BASES[0][:80]
+    driver = plain(LAYOUTS[layout], depth=depth, budget=16, slots=4)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    spoilt = driver.add(prompt, params, nan=position)
+    others = [driver.add(prompt, params, choice=choice) for choice in (1, 2)]
+    # Several chunks, and at depth 2 one in flight, when it is known; then the others come in.
+    driver.drain()
+    happens = position < 80 + 8  # the last token is never computed
+    assert driver.spoiled == ({0} if happens else set())
+    assert spoilt.end is not None
+    assert (spoilt.end.finish_reason == "error") is happens
+    assert len(spoilt.tokens) == max(0, min(9, position - 79))
+    assert all(other.tokens == other.ref.tokens for other in others)
+    later = driver.add(prompt, params)
+    driver.drain()
+    assert later.tokens == later.ref.tokens and later.end is not None
+    if not 80 <= position < 88:  # else the others found the prompt, and it is forgotten with r0
+        assert later.end.cached_tokens == 64
+
+
+@pytest.mark.parametrize("position", [5, 40])
+def test_nan_after_a_preemption_in_mid_prompt_is_found_by_nobody(position: int) -> None:
+    driver = plain(blocks=10, budget=16, slots=2, depth=2)  # 9 blocks
+    first = driver.add(BASES[1][:16], SamplingParams(max_tokens=60, ignore_eos=True))
+    driver.iterate()
+    spoilt = driver.add(BASES[0][:80], SamplingParams(max_tokens=4), nan=position)
+    driver.iterate()
+    request = driver.scheduler.requests["r1"]
+    assert request.state is State.RUNNING and request.inflight
+    driver.scheduler._preempt(request)
+    driver.drain()
+    assert spoilt.end is not None and spoilt.end.finish_reason == "error"
+    assert first.tokens == first.ref.tokens
+    assert driver.asked["r1"].tokens == []
+
+
+def test_a_request_without_an_allowed_token_leaves_its_prompt_to_others() -> None:
+    driver = plain()
+    driver.add(BASES[0][:40])
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    driver.runner.submit(batch)
+    first = driver.scheduler.commit(Result(batch.step, [RowResult([])]))
+    assert not first
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    driver.runner.submit(batch)
+    [delta] = driver.scheduler.commit(Result(batch.step, [RowResult([], error=FORBIDDEN_ERROR)]))
+    assert delta.error is not None and delta.error[0] == "invalid_value"
+    del driver.asked["r0"]
+    again = driver.add(BASES[0][:40], SamplingParams(max_tokens=1))
+    driver.drain()
+    assert again.end is not None and again.end.cached_tokens == 32
+
+
+# -- gates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gated_rows_run_ahead_with_their_forward_pass_and_wait_for_their_mask(depth: int) -> None:
+    driver = plain(depth=depth)
+    gate = Alternating()
+    gated = driver.add(BASES[0][:20], FOREVER, gate=gate)
+    free = driver.add(BASES[1][:9], FOREVER)
+    ahead = 0
+    while not driver.scheduler.idle:
+        driver.iterate()
+        ahead += len(driver.pending) > 0
+    assert gated.tokens == gated.ref.tokens and free.tokens == free.ref.tokens
+    assert all(a % 2 != b % 2 for a, b in zip(gated.tokens, gated.tokens[1:], strict=False))
+    assert gate.asked == 40
+    assert (ahead >= 38) is (depth > 1), "a step is in flight while the one before is committed"
+
+
+def test_steps_without_gated_rows_do_not_wait() -> None:
+    driver = plain(depth=2)
+    driver.add(BASES[0][:20], SamplingParams(max_tokens=2, ignore_eos=True), gate=Alternating())
+    driver.add(BASES[1][:9], FOREVER)
+    batch = driver.scheduler.schedule()
+    assert batch is not None and [row.gated for row in batch.rows] == [True, False]
+    assert driver.scheduler.is_gated(batch.step)
+    masks = driver.scheduler.masks(batch.step)
+    assert masks == {0: mask_of(range(0, VOCAB, 2), VOCAB)}, "nothing before it is in flight"
+    assert not driver.scheduler.is_gated(batch.step)
+    second = driver.scheduler.schedule()
+    assert second is not None and second.rows[0].gated
+    assert driver.scheduler.masks(second.step) is None, "its token is not known"
+    held = driver.runner.submit(batch)
+    assert isinstance(held, Held)
+    driver._deliver(driver.scheduler.commit(held.open(masks)))
+    assert driver.scheduler.masks(second.step) == {0: mask_of(range(1, VOCAB, 2), VOCAB)}
+    third = driver.scheduler.schedule()  # the gated request has all its tokens under way
+    assert third is not None and [row.gated for row in third.rows] == [False]
+    assert driver.scheduler.masks(third.step) == {}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_gate_that_raises_fails_its_request_alone(depth: int) -> None:
+    driver = plain(depth=depth)
+    broken = driver.add(BASES[0][:20], FOREVER, gate=Alternating(raises_at=3))
+    others = [driver.add(BASES[1][:20], FOREVER, gate=Alternating()), driver.add([3], FOREVER)]
+    driver.drain()
+    assert broken.end is not None and broken.end.error is not None
+    assert broken.end.error[0] == "gate_failed" and "no such state" in broken.end.error[2]
+    assert broken.tokens == broken.ref.tokens[:3]
+    assert all(other.tokens == other.ref.tokens for other in others)
+
+
+def test_a_mask_of_another_size_is_a_gate_that_fails() -> None:
+    class Short:
+        def allowed(self, output: list[int]) -> bytes:
+            return b""
+
+    driver = plain()
+    asked = driver.add([3, 4], FOREVER)
+    driver.scheduler.abort("r0")
+    driver.scheduler.add(asked.add, gate=Short())
+    batch = driver.scheduler.schedule()
+    assert batch is not None and driver.scheduler.masks(batch.step) == {}
+    failed = driver.scheduler.take_finished()[-1]
+    assert failed.error is not None and "0 bytes, where 4" in failed.error[2]
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -292,19 +292,23 @@ def test_the_longest_unused_request_is_evicted_first() -> None:
     assert kv.admit("b", TOKENS[100:148], 1000) == 0
 
 
-def test_discard_makes_own_blocks_unfindable_but_not_those_others_hold() -> None:
+def test_discard_makes_unfindable_what_a_request_computed_and_not_what_it_found() -> None:
     kv = manager()
     fill(kv, "a", TOKENS[:64])
-    fill(kv, "b", TOKENS[:100])
+    assert fill(kv, "b", TOKENS[:100]) == 64
+    assert fill(kv, "c", TOKENS[:200]) == 96
     kv.discard("b")
     kv.check_integrity()
-    assert kv.admit("c", TOKENS[:100], 1000) == 64
-    kv.discard("a")
-    kv.free("c")
+    # Block 4 and 5 were b's, so that they are gone although c holds them; 0 to 3 are a's.
     assert kv.admit("d", TOKENS[:100], 1000) == 64
-    kv.discard("d")
-    assert kv.admit("e", TOKENS[:100], 1000) == 0
+    kv.free("d")
+    kv.discard("a")
     kv.check_integrity()
+    assert kv.admit("d", TOKENS[:100], 1000) == 0
+    kv.free("d")
+    kv.free("c")
+    kv.check_integrity()
+    assert kv.usage()[0] == 0
 
 
 def test_clear_cache_leaves_running_requests_their_blocks() -> None:

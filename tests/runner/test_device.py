@@ -5,8 +5,6 @@ Without a GPU the kernels run in Triton's interpreter on the CPU, and nothing is
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,172 +12,56 @@ import torch
 import triton
 from quant.stored import SCHEMES
 
-from quire.config.parse import build_options
-from quire.engine.startup import Engine, assemble, find_model, kernel_facts
-from quire.engine.weights import dummy_source
 from quire.engine.wire import Add
-from quire.errors import PlanError
-from quire.hardware.machine import Gpu, Machine
-from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.params import SamplingParams
-from quire.plan.facts import KernelFacts, ModelFacts
-from quire.plan.resolve import resolve
+from runner.engines import (
+    FAMILIES,
+    SMALL,
+    TINY,
+    cramped,
+    engine,
+    every_parameter,
+    requests,
+    run,
+)
 
-GIB = 2**30
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = Gpu("a GPU", "sm_90", (9, 0), 132, 232448, 140 * GIB, 139 * GIB)
-MACHINE = Machine("a processor", "x86_64", 2, 8 * GIB, 8 * GIB, GPU, "")
 WriteModel = Any
 
 
-def engine(model: str, device: str, **given: Any) -> Engine:
-    """An engine with seeded weights, in float32 unless `given` says otherwise.
-
-    "cuda" without a GPU computes on the CPU, in Triton's interpreter.
-    """
-    runner = "graph" if device == "cuda" and DEVICE.type == "cuda" else "eager"
-    options = build_options(
-        {"model": model, "load_format": "dummy", "device": device, "dtype": "float32"}
-        | {"max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory": 2**21}
-        | {"runner": runner, "max_model_len": 256}
-        | given
-    )
-    files = find_model(options)
-    found = kernel_facts()
-    found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
-    formats = declared_formats(files.config(), checkpoint_scheme(files))
-    plan = resolve(options, ModelFacts("m", files.config(), formats), MACHINE, found)
-    where = DEVICE if device == "cuda" else torch.device("cpu")
-    source = dummy_source(options, files, where)
-    made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
-    while made.core.warm():
-        pass
-    return made
-
-
-def cramped(model: str, **given: Any) -> Engine:
-    """An engine with hardly more KV cache than one request of 128 tokens needs."""
-    size = 2.0**16
-    while True:
-        try:
-            return engine(model, "cuda", kv_cache_memory=int(size), max_model_len=128, **given)
-        except PlanError:
-            size *= 1.2
-
-
-@dataclass
-class Got:
-    """What a request was answered with: tokens, log-probabilities, and how it ended."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reason: str | None = None
-    error: str | None = None
-
-
-def run(engine: Engine, adds: list[Add], seed: int | None = None) -> dict[str, Got]:
-    """All requests to their ends. With a `seed` they arrive between steps, at random."""
-    numbers = random.Random(seed)
-    got = {add.request_id: Got() for add in adds}
-    left, steps = list(adds), 0
-    while left or not engine.core.idle:
-        arriving = len(left) if seed is None else numbers.randint(0, 2)
-        for add in left[:arriving]:
-            assert not engine.core.add(add)
-        del left[:arriving]
-        steps += 1
-        assert steps < 5000
-        for delta in engine.core.step():
-            mine = got[delta.request_id]
-            mine.tokens += delta.token_ids
-            mine.logprobs += [p.logprobs[0] for p in delta.logprobs or []]
-            mine.reason = delta.finish_reason or mine.reason
-            mine.error = delta.error[0] if delta.error else None
-        engine.core.scheduler.check_integrity()
-    return got
-
-
-def requests(count: int, seed: int, **params: Any) -> list[Add]:
-    """Random prompts of 1 to 70 tokens of a vocabulary of 320; greedy unless `params` says."""
-    numbers = random.Random(seed)
-    return [
-        Add(
-            request_id=str(i),
-            prompt_token_ids=[numbers.randrange(3, 320) for _ in range(numbers.randint(1, 70))],
-            params=SamplingParams(
-                **{"temperature": 0.0, "max_tokens": 12, "logprobs": 2, "ignore_eos": True} | params
-            ),
-            seed=i,
-            choice=0,
-        )
-        for i in range(count)
-    ]
-
-
-def every_parameter(count: int, seed: int) -> list[Add]:
-    """Requests whose parameters together use all of the sampler."""
-    numbers = random.Random(seed)
-    adds = requests(count, seed, max_tokens=20)
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.8},
-        {"temperature": 1.3, "top_k": 7},
-        {"temperature": 1.0, "top_p": 0.7},
-        {"temperature": 1.0, "min_p": 0.1, "top_k": 40},
-        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
-        {"temperature": 0.7, "repetition_penalty": 0.8},
-        {"logit_bias": {5: 4.0, 9: -3.0}},
-        {"allowed_token_ids": [4, 7, 100, 200], "temperature": 1.0},
-        {"min_tokens": 6, "stop_token_ids": [11, 12], "ignore_eos": False},
-    ]
-    for add in adds:
-        kind = numbers.choice(kinds)
-        for name, value in kind.items():
-            setattr(add.params, name, value)
-    return adds
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 40},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
-    "gemma3": {
-        "architectures": ["Gemma3ForCausalLM"],
-        "head_dim": 16,
-        "num_hidden_layers": 2,
-        "sliding_window": 24,
-        "sliding_window_pattern": 2,
-        "query_pre_attn_scalar": 16,
-        "final_logit_softcapping": 20.0,
-    },
-    "qwen3_moe": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": True,
-    },
-}
-
-
 def test_a_tiny_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
-    """Small enough for the interpreter: a prompt in chunks, decoding, two requests."""
-    model = write_model(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=64,
-    )  # fmt: skip
-    small = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}
+    """A prompt in chunks, decoding, two requests."""
+    model = write_model(**TINY)
     adds = [
         Add("a", list(range(3, 23)), SamplingParams(temperature=0.0, max_tokens=3, logprobs=1), 0),
         Add("b", [7, 9], SamplingParams(temperature=1.0, max_tokens=2, ignore_eos=True), seed=5),
     ]
-    expected = run(engine(model, "cpu", kernels="reference", **small), adds)
-    found = run(engine(model, "cuda", **small), adds)
+    expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
+    found = run(engine(model, "cuda", **SMALL), adds)
     for name, want in expected.items():
         assert found[name].tokens == want.tokens
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nan_that_no_logits_show_fails_its_request_in_the_step_that_computes_it(
+    write_model: WriteModel, device: str
+) -> None:
+    """NaN in the first chunk of three, beyond what the window lets the last tokens see."""
+    model = write_model(architectures=["MistralForCausalLM"], sliding_window=4, **TINY)
+    given = SMALL | ({"kernels": "reference"} if device == "cpu" else {})
+    core = engine(model, device, **given).core
+    embedding = core.runner.model.embed  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        embedding.packed.data[7] = torch.nan
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt = [5] * 40
+    for name, tokens in (("bad", [*prompt[:3], 7, *prompt[4:]]), ("good", prompt)):
+        assert not core.add(Add(name, tokens, params, seed=0))
+    deltas = core.step()
+    assert [(d.request_id, d.error and d.error[0]) for d in deltas] == [("bad", "numerical_error")]
+    assert not core.scheduler.kv.pools[0]._index
+    found = [token for _ in range(9) for delta in core.step() for token in delta.token_ids]
+    assert len(found) == 2 and core.idle
 
 
 def test_a_tiny_quantised_model_equals_the_cpu_runner(write_model: WriteModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quire.kernels.triton.step.apply_runs import apply_runs_kernel
 from quire.kernels.triton.step.count_tokens import count_tokens_kernel
+from quire.kernels.triton.step.keep_hidden import keep_hidden_kernel
 from quire.kernels.triton.step.prepare_step import prepare_step_kernel
 from tests.kernels.triton.aot import Case
 
@@ -26,6 +27,15 @@ CASES = [
         count_tokens_kernel,
         TYPES,
         {"RECORD": RECORD, "V": 151936, "BLOCK_V": 2048, "TILE": 1024},
+    ),
+    *(
+        Case(
+            f"keep_hidden {dtype} H={hidden}",
+            keep_hidden_kernel,
+            {"hidden_ptr": f"*{dtype}", "kept_ptr": f"*{dtype}", "spoiled_ptr": "*i32"},
+            {"STRIDE": hidden, "H": hidden, "BLOCK_H": 1024},
+        )
+        for dtype, hidden in (("bf16", 4096), ("fp32", 576))
     ),
     *(
         Case(

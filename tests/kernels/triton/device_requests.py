@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from quire.kernels.device_state import DeviceState
-from quire.kernels.diffs import Diffs, PacketRing
 from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.kernels.reference.step.count_tokens import count_tokens
 from quire.params import SamplingParams
+from quire.runner.diffs import Diffs
+from quire.runner.packets import PacketRing
 from quire.step import Enter
 
 POISON = -(2**30) - 12345  # as a token, block or count: far outside of everything

@@ -7,9 +7,9 @@ from array import array
 import pytest
 import torch
 
-from quire.kernels.diffs import PIECE, PacketRing, Run
 from quire.kernels.reference.step.apply_runs import apply_runs as reference
 from quire.kernels.triton.step.apply_runs import apply_runs
+from quire.runner.packets import PIECE, PacketRing, Run
 
 LENGTHS = [[], [1], [3, 1, 1024, 1025], [PIECE + 1, 7], [2 * PIECE]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.diffs import RUN_WORDS
+from quire.kernels.device_state import RUN_WORDS
 
 
 def apply_runs(arena: torch.Tensor, packet: torch.Tensor, num_runs: int) -> None:

@@ -32,7 +32,7 @@ def sample(
     and RowFlag.SAMPLE, and append it to the slot's history.
 
     `variant`: "greedy" where all these slots are plain greedy, "plain" where temperature and noise
-    are all they ask for, "full" for everything (quire.kernels.diffs.variant). A row's token has
+    are all they ask for, "full" for everything (quire.runner.diffs.variant). A row's token has
     the same bits in each variant that serves it, and in every batch. `logprobs`: also report the
     log-probabilities of slots that ask for them. Noise is keyed by (seed, choice, length).
     `scratch` has at least B rows. Raises ValueError for an unknown variant or shapes that do not

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.diffs import RUN_WORDS
+from quire.kernels.device_state import RUN_WORDS
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 
 _RUN_WORDS = tl.constexpr(RUN_WORDS)

@@ -1,14 +1,15 @@
-"""What the host sends of a Batch to a GPU runner's state: runs of int32, packed into packets."""
+"""What the host sends of a Batch to a GPU runner's state, as runs of int32."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from quire.kernels.device_state import (
     MAX_ENDS,
@@ -17,22 +18,22 @@ from quire.kernels.device_state import (
     NUM_SCALARS,
     Flag,
     Layout,
+    RowFlag,
     Scalar,
 )
 from quire.params import SamplingParams
-from quire.step import Enter, Row
+from quire.runner.packets import Run
+from quire.step import Enter, Row, mask_bytes
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
 # A factor of 0 would make 0 * -inf of a forbidden token.
 LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
-RUN_WORDS = 4  # of a run in a packet's table: arena offset (int64 in two), packet offset, length
-PIECE = 4096  # longer runs are cut, so that many programs share them
-
-Run = tuple[int, "array[int]"]  # where in the arena, and what: type code "i"
 
 # As plain integers, which are much faster to combine: for each row of each step.
 _GREEDY = int(Flag.GREEDY)
+_ALLOWED = int(Flag.ALLOWED)
+_SAMPLE = int(RowFlag.SAMPLE)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
 
@@ -81,6 +82,53 @@ def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str 
     return None
 
 
+class Columns(NamedTuple):
+    """The rows of a step, column by column, and of those that sample their index, their slot and
+    the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
+    gated rows."""
+
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    num_tokens: int
+    sampling: list[int]
+    sampling_slots: list[int]
+    places: list[int]
+    gated: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Columns:
+        slots = [row.slot for row in rows]
+        starts = [row.start for row in rows]
+        lengths = [len(row.tokens) for row in rows]
+        samples = [row.sample for row in rows]
+        gates = [row.gated for row in rows]
+        gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
+        if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
+            places = list(range(len(rows)))
+            return cls(slots, starts, lengths, samples, len(rows), places, slots, places, gated)
+        ends = list(accumulate(lengths))
+        sampling = [i for i, sample in enumerate(samples) if sample]
+        places = [ends[i] - 1 for i in sampling]
+        mine = [slots[i] for i in sampling]
+        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
+
+    @property
+    def decode(self) -> bool:
+        """Each row samples from the only token it has."""
+        return self.num_tokens == len(self.sampling)
+
+    def without(self, rows: Collection[int]) -> Columns:
+        """The same step, where `rows` do not sample."""
+        kept = [k for k, i in enumerate(self.sampling) if i not in rows]
+        return self._replace(
+            sampling=[self.sampling[k] for k in kept],
+            sampling_slots=[self.sampling_slots[k] for k in kept],
+            places=[self.places[k] for k in kept],
+        )
+
+
 class Diffs:
     """The host's side: what to send of a Batch. Remembers how far block tables are filled, and
     `flags`, those of the request in each slot."""
@@ -90,6 +138,7 @@ class Diffs:
         self.flags = [0] * layout.slots
         self._filled = [[0] * layout.slots for _ in range(layout.groups)]
         self._no_blocks: list[list[int]] = [[] for _ in range(layout.groups)]
+        self._allowed: dict[int, npt.NDArray[np.uint8]] = {}  # by allowed_token_ids of the slot
         self._tables = [layout.offset(slot, "tables") for slot in range(layout.slots)]
 
     def enter(self, enter: Enter) -> list[Run]:
@@ -116,15 +165,29 @@ class Diffs:
             tokens = array("i", chain.from_iterable(enter.bad_words))
             runs.append((offset(slot, "word_starts"), array("i", starts)))
             runs.append((offset(slot, "word_tokens"), tokens))
+        self._allowed.pop(slot, None)
         if params.allowed_token_ids is not None:
-            allowed = np.zeros(-(-self.layout.vocab_size // 32) * 32, dtype=np.uint8)
+            allowed = np.zeros(8 * mask_bytes(self.layout.vocab_size), dtype=np.uint8)
             allowed[params.allowed_token_ids] = 1
-            bits = np.packbits(allowed, bitorder="little")
-            runs.append((offset(slot, "allowed"), array("i", bits.tobytes())))
+            self._allowed[slot] = np.packbits(allowed, bitorder="little")
+            runs.append((offset(slot, "allowed"), array("i", self._allowed[slot].tobytes())))
         for group, blocks in enumerate(enter.blocks):
             self._filled[group][slot] = 0
             self._extend(runs, group, slot, blocks)
         return [run for run in runs if len(run[1])]
+
+    def mask(self, slot: int, mask: bytes) -> list[Run]:
+        """The runs that let a slot choose among the tokens of a mask (quire/step.py), and where it
+        has allowed_token_ids, of these only."""
+        own = self._allowed.get(slot)
+        if own is not None:
+            mask = np.bitwise_and(own, np.frombuffer(mask, dtype=np.uint8)).tobytes()
+        runs = [(self.layout.offset(slot, "allowed"), array("i", mask))]
+        if not self.flags[slot] & _ALLOWED:
+            self.flags[slot] |= _ALLOWED
+            where = self.layout.offset(slot, "scalars", Scalar.FLAGS)
+            runs.append((where, array("i", (self.flags[slot],))))
+        return runs
 
     def blocks(self, rows: Sequence[Row]) -> list[Run]:
         """The runs of the blocks that are new in a step."""
@@ -135,15 +198,25 @@ class Diffs:
                     self._extend(runs, group, row.slot, blocks)
         return runs
 
-    def rows(self, rows: Sequence[Row], size: int) -> Run:
+    def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
-        end = 4 * len(rows)
+        end = 4 * len(rows.slots)
         values = array("i", (-1, 0, 0, 0)) * size
-        values[0:end:4] = array("i", [row.slot for row in rows])
-        values[1:end:4] = array("i", [row.start for row in rows])
-        values[2:end:4] = array("i", [len(row.tokens) for row in rows])
-        values[3:end:4] = array("i", [row.sample for row in rows])  # True is RowFlag.SAMPLE
+        values[0:end:4] = array("i", rows.slots)
+        values[1:end:4] = array("i", rows.starts)
+        values[2:end:4] = array("i", rows.lengths)
+        values[3:end:4] = array("i", rows.samples)  # True is RowFlag.SAMPLE
         return self.layout.rows_offset, values
+
+    def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:
+        """The run that sets `size` of DeviceState.rows from the `first` on: rows that sample, and
+        the place of their hidden state among the step's tokens."""
+        end = 4 * len(rows.sampling)
+        values = array("i", (-1, 0, 0, 0)) * size
+        values[0:end:4] = array("i", rows.sampling_slots)
+        values[1:end:4] = array("i", rows.places)
+        values[3:end:4] = array("i", (_SAMPLE,)) * len(rows.sampling)
+        return self.layout.rows_offset + 4 * first, values
 
     def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:
         filled = self._filled[group][slot]
@@ -176,71 +249,3 @@ def _scalars(enter: Enter, flags: int) -> array[int]:
     floats[Scalar.REPETITION] = max(params.repetition_penalty, LEAST_REPETITION)
     doubles[Scalar.TOP_P // 2] = params.top_p
     return array("i", ints.tobytes())
-
-
-class PacketRing:
-    """Packs runs into packets and brings them to the device.
-
-    A packet is int32: a table of runs (RUN_WORDS each), then their values. Packets live in pinned
-    buffers of `capacity` int32 that are used in turn; one is used again when the device has read
-    what was in it.
-    """
-
-    def __init__(self, device: torch.device, capacity: int = 2**16, depth: int = 8):
-        assert capacity >= RUN_WORDS + 1
-        on_gpu = device.type == "cuda"
-        self._capacity = capacity
-        self._hosts = [
-            torch.zeros(capacity, dtype=torch.int32, pin_memory=on_gpu) for _ in range(depth)
-        ]
-        self._arrays = [host.numpy() for host in self._hosts]
-        self._devices = [
-            torch.zeros(capacity, dtype=torch.int32, device=device) if on_gpu else host
-            for host in self._hosts
-        ]
-        event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-        self._read = [event() if on_gpu else None for _ in range(depth)]
-        self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Of memory on the device."""
-        return 4 * self._capacity * len(self._devices)
-
-    def send(self, runs: Iterable[Run]) -> Iterator[tuple[torch.Tensor, int]]:
-        """Packets on the device, each with its number of runs: the arguments of `apply_runs`, to
-        be launched on the current stream before the next packet is asked for."""
-        packet: list[Run] = []
-        size = 0
-        room = min(PIECE, self._capacity - RUN_WORDS)
-        for offset, values in runs:
-            for start in range(0, len(values), room):
-                piece = values[start : start + room]
-                needed = RUN_WORDS + len(piece)
-                if size + needed > self._capacity:
-                    yield self._pack(packet)
-                    packet, size = [], 0
-                packet.append((offset + start, piece))
-                size += needed
-        if packet:
-            yield self._pack(packet)
-
-    def _pack(self, runs: list[Run]) -> tuple[torch.Tensor, int]:
-        index, self._next = self._next, (self._next + 1) % len(self._hosts)
-        read = self._read[index]
-        if read is not None:
-            read.synchronize()  # returns at once unless the device is `depth` packets behind
-        table, payload = array("q"), array("i")
-        first = RUN_WORDS * len(runs)
-        for offset, values in runs:
-            table.extend((offset, first + len(payload) | len(values) << 32))
-            payload += values
-        end = first + len(payload)
-        host = self._arrays[index]
-        host[:first] = np.frombuffer(table, dtype=np.int32)
-        host[first:end] = np.frombuffer(payload, dtype=np.int32)
-        packet = self._devices[index]
-        if read is not None:
-            packet[:end].copy_(self._hosts[index][:end], non_blocking=True)
-            read.record()
-        return packet, len(runs)

@@ -15,10 +15,11 @@ from quire.kernels.device_state import (
     RowFlag,
     Scalar,
 )
-from quire.kernels.diffs import Diffs, PacketRing, Run, unfit, variant
 from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.params import SamplingParams
-from quire.step import Enter, Row
+from quire.runner.diffs import Columns, Diffs, unfit, variant
+from quire.runner.packets import PacketRing, Run
+from quire.step import Enter, Row, mask_of
 
 V = 70
 
@@ -134,10 +135,40 @@ def test_new_blocks_extend_the_tables_and_a_new_request_starts_them_again() -> N
     assert at.tables[2, :, :2].tolist() == [[3, 2], [1, 7]]
 
 
+def test_a_mask_arrives_within_what_the_request_allows_itself() -> None:
+    at = state()
+    diffs = Diffs(at.layout)
+    mask = mask_of([1, 31, 32, 40], V)
+    assert len(mask) == 12
+    apply(at, diffs.enter(enter(2, params=SamplingParams(allowed_token_ids=[0, 31, 32, 69]))))
+    apply(at, diffs.enter(enter(1)))
+    assert diffs.flags[1:3] == [0, Flag.ALLOWED]
+    for slot, tokens in ((2, [31, 32]), (1, [1, 31, 32, 40])):
+        apply(at, diffs.mask(slot, mask))
+        bits = [int(at.allowed[slot, t // 32]) >> t % 32 & 1 for t in range(V)]
+        assert [t for t in range(V) if bits[t]] == tokens
+        assert int(at.flags[slot]) == diffs.flags[slot] == Flag.ALLOWED
+    apply(at, diffs.mask(2, mask_of([69], V)))
+    assert int(at.allowed[2, 2]) == 1 << 5 and not at.allowed[2, :2].any()
+    apply(at, diffs.enter(enter(2)))  # the next request in the slot allows itself everything
+    assert diffs.flags[2] == int(at.flags[2]) == 0
+    apply(at, diffs.mask(2, mask))
+    assert at.allowed[2].tolist() == at.allowed[1].tolist()
+
+
+def test_rows_that_may_not_sample_are_taken_out() -> None:
+    rows = [Row(slot, 4, [5], [[]], True, False, gated=slot != 0) for slot in (4, 0, 2)]
+    columns = Columns.of(rows)
+    assert columns.gated == [0, 2]
+    left = columns.without({2})
+    assert (left.sampling, left.sampling_slots, left.places) == ([0, 1], [4, 0], [0, 1])
+    assert left.slots == [4, 0, 2] and left.num_tokens == 3 and not left.decode
+
+
 def test_rows_arrive_with_padding_after_them() -> None:
     at = state()
     rows = [Row(2, 7, [1, 2], [[], []], True), Row(0, 3, [1], [[], []], False)]
-    apply(at, [Diffs(at.layout).rows(rows, 4)])
+    apply(at, [Diffs(at.layout).rows(Columns.of(rows), 4)])
     assert at.rows[:4].tolist() == [
         [2, 7, 2, RowFlag.SAMPLE],
         [0, 3, 1, 0],
@@ -145,6 +176,37 @@ def test_rows_arrive_with_padding_after_them() -> None:
         [-1, 0, 0, 0],
     ]
     assert not at.rows[4:].any()
+
+
+def test_rows_that_sample_arrive_with_the_places_of_their_last_tokens() -> None:
+    at = state()
+    rows = [
+        Row(2, 7, [1, 2], [[], []], True),
+        Row(0, 3, [1, 4, 5], [[], []], False),
+        Row(1, 9, [3], [[], []], True),
+    ]
+    columns = Columns.of(rows)
+    assert (columns.num_tokens, columns.decode) == (6, False)
+    apply(at, [Diffs(at.layout).sampling_rows(columns, 3, first=4)])
+    assert at.rows[3:8].tolist() == [
+        [0, 0, 0, 0],
+        [2, 1, 0, RowFlag.SAMPLE],
+        [1, 5, 0, RowFlag.SAMPLE],
+        [-1, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("last", [Row(1, 4, [5], [[]], False), Row(1, 4, [5, 6], [[]], True)])
+def test_a_step_is_decode_only_where_every_row_samples_from_its_only_token(last: Row) -> None:
+    rows = [Row(slot, 4, [5], [[]], True) for slot in (4, 0, 2)]
+    found = Columns.of(rows)
+    assert found.decode
+    assert (found.sampling, found.sampling_slots, found.places) == ([0, 1, 2], [4, 0, 2], [0, 1, 2])
+    mixed = Columns.of([*rows, last])
+    assert not mixed.decode
+    assert mixed.sampling_slots[:3] == [4, 0, 2] and mixed.places[:3] == [0, 1, 2]
+    assert mixed.num_tokens == 3 + len(last.tokens)
 
 
 def test_what_does_not_fit_a_slot_is_refused_in_words() -> None:

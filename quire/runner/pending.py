@@ -1,0 +1,135 @@
+"""A step on its way back from the device: pinned copies of what it gave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from quire.kernels.sampling import SampleOutputs, Status
+from quire.runner.diffs import Columns
+from quire.step import FORBIDDEN_ERROR, NAN_ERROR, Result, RowResult, TokenLogprobs
+
+
+def token_logprobs(
+    token: int, logprob: float, rank: int, top_ids: list[int], top: list[float]
+) -> TokenLogprobs:
+    """One position: the token, then the most likely ones with their ranks."""
+    return TokenLogprobs([token, *top_ids], [logprob, *top], [rank, *range(1, len(top_ids) + 1)])
+
+
+class HostOutputs:
+    """Pinned copies of one step's sampling outputs, and of which tokens are spoiled. `outputs` and
+    `spoiled` are those of the device, which every step writes anew."""
+
+    def __init__(self, outputs: SampleOutputs, spoiled: torch.Tensor):
+        on_gpu = outputs.tokens.is_cuda
+
+        def pinned(array: torch.Tensor) -> torch.Tensor:
+            return torch.empty(array.shape, dtype=array.dtype, pin_memory=on_gpu)
+
+        self._device_chosen, self._device_spoiled = outputs.chosen(), spoiled
+        self._chosen, self._spoiled = pinned(self._device_chosen), pinned(spoiled)
+        rest = [outputs.logprob, outputs.rank, outputs.top_ids, outputs.top_logprobs]
+        self._logprobs = [(pinned(array), array) for array in rest]
+        self._host = SampleOutputs(*self._chosen, *(host for host, _ in self._logprobs))
+        self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._rows = 0
+
+    def copy(self, rows: int, logprobs: bool, tokens: int) -> None:
+        """Start copying the outputs of `rows` rows that sampled, their log-probabilities too where
+        these are wanted, and which of the first `tokens` tokens are spoiled."""
+        self._rows = rows
+        self._chosen.copy_(self._device_chosen, non_blocking=True)
+        if logprobs:
+            for host, device in self._logprobs:
+                host[:rows].copy_(device[:rows], non_blocking=True)
+        if tokens:
+            self._spoiled[:tokens].copy_(self._device_spoiled[:tokens], non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def done(self) -> bool:
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> SampleOutputs:
+        """The outputs, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.view(self._rows)
+
+    def spoiled_rows(self, lengths: list[int]) -> list[int]:
+        """Which of rows with these numbers of tokens have one that is spoiled, after `wait`."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        flags = self._spoiled[: ends[-1]].numpy()
+        found: list[int] = np.flatnonzero(
+            np.maximum.reduceat(flags, ends - np.array(lengths))
+        ).tolist()
+        return found
+
+
+class DevicePending:
+    """A step on the device. `rows` are those that are computed and, among them, those that sample;
+    `wanted` says how many top log-probabilities each of the latter gets (none: no row asks for
+    any), `prompts` has those of prompts by row."""
+
+    def __init__(
+        self, step: int, rows: Columns, host: HostOutputs, prompts: dict[int, list[TokenLogprobs]]
+    ):
+        self.step, self.rows, self.host, self.prompts = step, rows, host, prompts
+        self.wanted: list[int | None] = []
+        self._sample: Sample | None = None
+
+    def hold(self, sample: Sample) -> None:
+        """Sampling is launched by `sample`, once masks are there."""
+        self._sample = sample
+
+    def open(self, masks: dict[int, bytes]) -> None:
+        """Launch sampling; see Pending in quire/engine/core.py."""
+        sample, self._sample = self._sample, None
+        assert sample is not None, "no row of this step is gated, or it is open already"
+        sample(self, masks)
+
+    def done(self) -> bool:
+        return self._sample is None and self.host.done()
+
+    def result(self) -> Result:
+        """Wait for the step. Raises what the device raises."""
+        assert self._sample is None, "a step with gated rows must be opened first"
+        outputs, sampling = self.host.wait(), self.rows.sampling
+        tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
+        if self.rows.decode and not (any(status) or self.wanted or self.prompts):
+            return Result(self.step, [RowResult([token]) for token in tokens])
+        rows = [RowResult(tokens=[]) for _ in self.rows.slots]
+        for place, i in enumerate(sampling):
+            if status[place] == Status.OK:
+                rows[i].tokens = [tokens[place]]
+            else:
+                rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
+        for place, count in enumerate(self.wanted):
+            if count is not None and status[place] == Status.OK:
+                rows[sampling[place]].logprobs = [_at(outputs, place, count)]
+        for i, found in self.prompts.items():
+            if any(math.isnan(position.logprobs[0]) for position in found):
+                rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+            else:
+                rows[i].prompt_logprobs = found
+        for i in [] if self.rows.decode else self.host.spoiled_rows(self.rows.lengths):
+            rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+        return Result(self.step, rows)
+
+
+Sample = Callable[[DevicePending, dict[int, bytes]], None]
+
+
+def _at(outputs: SampleOutputs, place: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of one sampled row."""
+    return token_logprobs(
+        int(outputs.tokens[place]),
+        float(outputs.logprob[place]),
+        int(outputs.rank[place]),
+        outputs.top_ids[place, :count].tolist(),
+        outputs.top_logprobs[place, :count].tolist(),
+    )

@@ -1,0 +1,179 @@
+"""Whole engines with seeded weights, and requests to give them: what the runners' tests share.
+
+Without a GPU the kernels run in Triton's interpreter on the CPU, and nothing is captured.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quire.config.parse import build_options
+from quire.engine.gates import Gate
+from quire.engine.startup import Engine, assemble, find_model, kernel_facts
+from quire.engine.weights import dummy_source
+from quire.engine.wire import Abort, Add
+from quire.errors import PlanError
+from quire.hardware.machine import Gpu, Machine
+from quire.models.checkpoint import checkpoint_scheme, declared_formats
+from quire.params import SamplingParams
+from quire.plan.facts import KernelFacts, ModelFacts
+from quire.plan.resolve import resolve
+
+GIB = 2**30
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = Gpu("a GPU", "sm_90", (9, 0), 132, 232448, 140 * GIB, 139 * GIB)
+MACHINE = Machine("a processor", "x86_64", 2, 8 * GIB, 8 * GIB, GPU, "")
+WriteModel = Any
+
+
+def engine(model: str, device: str, **given: Any) -> Engine:
+    """An engine with seeded weights, in float32 unless `given` says otherwise.
+
+    "cuda" without a GPU computes on the CPU, in Triton's interpreter.
+    """
+    runner = "graph" if device == "cuda" and DEVICE.type == "cuda" else "eager"
+    options = build_options(
+        {"model": model, "load_format": "dummy", "device": device, "dtype": "float32"}
+        | {"max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_memory": 2**21}
+        | {"runner": runner, "max_model_len": 256}
+        | given
+    )
+    files = find_model(options)
+    found = kernel_facts()
+    found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
+    formats = declared_formats(files.config(), checkpoint_scheme(files))
+    plan = resolve(options, ModelFacts("m", files.config(), formats), MACHINE, found)
+    where = DEVICE if device == "cuda" else torch.device("cpu")
+    source = dummy_source(options, files, where)
+    made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
+    while made.core.warm():
+        pass
+    return made
+
+
+def cramped(model: str, device: str = "cuda", **given: Any) -> Engine:
+    """An engine with hardly more KV cache than one request of 128 tokens needs."""
+    size = 2.0**16
+    while True:
+        try:
+            return engine(model, device, kv_cache_memory=int(size), max_model_len=128, **given)
+        except PlanError:
+            size *= 1.2
+
+
+@dataclass
+class Got:
+    """What a request was answered with: tokens, log-probabilities, and how it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: str | None = None
+    error: str | None = None
+
+
+def run(
+    engine: Engine,
+    adds: list[Add],
+    seed: int | None = None,
+    gates: Mapping[str, Gate] | None = None,
+    aborted: Mapping[str, int] | None = None,
+) -> dict[str, Got]:
+    """All requests to their ends. With a `seed` they arrive between steps, at random. `gates` by
+    request id; those in `aborted` are aborted before the step of that number."""
+    numbers = random.Random(seed)
+    got = {add.request_id: Got() for add in adds}
+    left, steps = list(adds), 0
+    while left or not engine.core.idle:
+        arriving = len(left) if seed is None else numbers.randint(0, 2)
+        for add in left[:arriving]:
+            assert not engine.core.add(add, (gates or {}).get(add.request_id))
+        del left[:arriving]
+        steps += 1
+        for request_id, at in (aborted or {}).items():
+            if at == steps:
+                engine.core.abort(Abort(request_id))
+        assert steps < 5000
+        for delta in engine.core.step():
+            mine = got[delta.request_id]
+            mine.tokens += delta.token_ids
+            mine.logprobs += [p.logprobs[0] for p in delta.logprobs or []]
+            mine.reason = delta.finish_reason or mine.reason
+            mine.error = delta.error[0] if delta.error else None
+        engine.core.scheduler.check_integrity()
+    return got
+
+
+def requests(count: int, seed: int, **params: Any) -> list[Add]:
+    """Random prompts of 1 to 70 tokens of a vocabulary of 320; greedy unless `params` says."""
+    numbers = random.Random(seed)
+    return [
+        Add(
+            request_id=str(i),
+            prompt_token_ids=[numbers.randrange(3, 320) for _ in range(numbers.randint(1, 70))],
+            params=SamplingParams(
+                **{"temperature": 0.0, "max_tokens": 12, "logprobs": 2, "ignore_eos": True} | params
+            ),
+            seed=i,
+            choice=0,
+        )
+        for i in range(count)
+    ]
+
+
+def every_parameter(count: int, seed: int) -> list[Add]:
+    """Requests whose parameters together use all of the sampler."""
+    numbers = random.Random(seed)
+    adds = requests(count, seed, max_tokens=20)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 1.0, "min_p": 0.1, "top_k": 40},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+        {"temperature": 0.7, "repetition_penalty": 0.8},
+        {"logit_bias": {5: 4.0, 9: -3.0}},
+        {"allowed_token_ids": [4, 7, 100, 200], "temperature": 1.0},
+        {"min_tokens": 6, "stop_token_ids": [11, 12], "ignore_eos": False},
+    ]
+    for add in adds:
+        kind = numbers.choice(kinds)
+        for name, value in kind.items():
+            setattr(add.params, name, value)
+    return adds
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 40},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 16,
+        "num_hidden_layers": 2,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 16,
+        "final_logit_softcapping": 20.0,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}
+
+
+# Small enough for the interpreter.
+TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}

@@ -44,12 +44,13 @@ Progress = Callable[[str, float], None]
 
 @dataclass
 class Engine:
-    """A core ready for requests."""
+    """A core ready for requests, and what its model was built with."""
 
     core: EngineCore
     plan: Plan
     info: EngineInfo
     files: ModelFiles
+    build: Build
 
 
 def kernel_facts() -> KernelFacts:
@@ -186,7 +187,7 @@ def assemble(
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
         runner.warm()  # the largest step: most kernels are there then, and memory has sufficed
-    return Engine(core, plan, info, files)
+    return Engine(core, plan, info, files, build)
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:

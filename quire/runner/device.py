@@ -100,6 +100,7 @@ class DeviceRunner:
         self._ring = [HostOutputs(self._outputs) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
+        self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted = deque(self._planned())
@@ -200,7 +201,7 @@ class DeviceRunner:
 
     def _run(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
-        if self._graphs is None:
+        if self._graphs is None or not self.replaying:
             compute()
         elif not self._graphs.replay(key):
             if isinstance(key, Sampling) and not self._graphs.known(key):

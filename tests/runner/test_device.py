@@ -15,7 +15,7 @@ import triton
 
 from quire.config.parse import build_options
 from quire.engine.startup import Engine, assemble, dummy_source, find_model, kernel_facts
-from quire.engine.wire import Add
+from quire.engine.wire import Abort, Add
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine
 from quire.params import SamplingParams
@@ -54,27 +54,34 @@ def engine(model: str, device: str, **given: Any) -> Engine:
 
 
 def cramped(model: str, **given: Any) -> Engine:
-    """An engine with hardly more KV cache than one request of 128 tokens needs."""
-    size = 2.0**16
+    """An engine with hardly more KV cache than one request of its longest context needs."""
+    size = 2.0**13
     while True:
         try:
-            return engine(model, "cuda", kv_cache_memory=int(size), max_model_len=128, **given)
+            return engine(
+                model, "cuda", kv_cache_memory=int(size), **{"max_model_len": 128} | given
+            )
         except PlanError:
             size *= 1.2
 
 
 @dataclass
 class Got:
-    """What a request was answered with: tokens, log-probabilities, and how it ended."""
+    """What a request was answered with: tokens, log-probabilities of them and of the prompt's, and
+    how it ended."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
 
 
-def run(engine: Engine, adds: list[Add], seed: int | None = None) -> dict[str, Got]:
-    """All requests to their ends. With a `seed` they arrive between steps, at random."""
+def run(
+    engine: Engine, adds: list[Add], seed: int | None = None, aborts: float = 0.0
+) -> dict[str, Got]:
+    """All requests to their ends. With a `seed` they arrive between steps, at random, and before
+    each step one of those that have arrived is aborted with probability `aborts`."""
     numbers = random.Random(seed)
     got = {add.request_id: Got() for add in adds}
     left, steps = list(adds), 0
@@ -83,12 +90,17 @@ def run(engine: Engine, adds: list[Add], seed: int | None = None) -> dict[str, G
         for add in left[:arriving]:
             assert not engine.core.add(add)
         del left[:arriving]
+        if numbers.random() < aborts:
+            engine.core.abort(
+                Abort(numbers.choice(adds[: len(adds) - len(left)] or adds).request_id)
+            )
         steps += 1
         assert steps < 5000
-        for delta in engine.core.step():
+        for delta in engine.core.step() + engine.core.scheduler.take_finished():
             mine = got[delta.request_id]
             mine.tokens += delta.token_ids
             mine.logprobs += [p.logprobs[0] for p in delta.logprobs or []]
+            mine.prompt += [p.logprobs[0] for p in delta.prompt_logprobs or []]
             mine.reason = delta.finish_reason or mine.reason
             mine.error = delta.error[0] if delta.error else None
         engine.core.scheduler.check_integrity()
@@ -127,12 +139,40 @@ def every_parameter(count: int, seed: int) -> list[Add]:
         {"logit_bias": {5: 4.0, 9: -3.0}},
         {"allowed_token_ids": [4, 7, 100, 200], "temperature": 1.0},
         {"min_tokens": 6, "stop_token_ids": [11, 12], "ignore_eos": False},
+        {"temperature": 1.5, "prompt_logprobs": 1},
+        {"temperature": 0.9, "logprobs": None},
     ]
     for add in adds:
         kind = numbers.choice(kinds)
         for name, value in kind.items():
             setattr(add.params, name, value)
+        if numbers.random() < 0.2:
+            add.bad_words = [[numbers.randrange(3, 320)], [7, numbers.randrange(3, 320)]]
     return adds
+
+
+def repeating(adds: list[Add], seed: int, longest: int = 90) -> list[Add]:
+    """Half of the prompts begin with another's, so that the prefix cache has them."""
+    numbers = random.Random(seed)
+    for i, add in enumerate(adds):
+        if i and numbers.random() < 0.5:
+            opening = adds[numbers.randrange(i)].prompt_token_ids
+            add.prompt_token_ids = (opening + add.prompt_token_ids)[:longest]
+    return adds
+
+
+def check_mixed(found: dict[str, Got], expected: dict[str, Got], adds: list[Add]) -> None:
+    """Aborted requests have the first of the expected tokens, the others all."""
+    for add in adds:
+        got, want = found[add.request_id], expected[add.request_id]
+        cut = got.reason == "abort"
+        tokens = want.tokens[: len(got.tokens)] if cut else want.tokens
+        logprobs = want.logprobs[: len(got.logprobs)] if cut else want.logprobs
+        prompt = want.prompt[: len(got.prompt)] if cut else want.prompt
+        assert got.tokens == tokens, add.params
+        assert got.logprobs == pytest.approx(logprobs, abs=2e-4), add.params
+        assert got.prompt == pytest.approx(prompt, abs=2e-4), add.params
+        assert cut or got.reason == want.reason
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -193,8 +233,56 @@ def test_tokens_and_logprobs_equal_the_cpu_runners(
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=2e-4)
 
 
+def test_tiny_requests_that_are_chunked_preempted_and_aborted_equal_the_cpu_runners(
+    write_model: WriteModel,
+) -> None:
+    """The mix of the next test, small enough for the interpreter."""
+    model = write_model(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64,
+    )  # fmt: skip
+    small = {"max_num_seqs": 3, "max_num_batched_tokens": 32}
+    common: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True}
+    kinds = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 9}, {"temperature": 0.8}]
+    # Three of 31 tokens, each in need of a third block for its second token: there are seven.
+    opening = list(range(3, 34))
+    prompts = [opening, opening[::-1], [*opening[:-1], 60], [7, *opening[1:]], [9, 7, *opening[2:]]]
+    adds = [
+        Add(str(i), prompt, SamplingParams(**common | kinds[i % 3]), seed=i)
+        for i, prompt in enumerate(prompts)
+    ]
+    expected = run(engine(model, "cpu", kernels="reference", max_model_len=64, **small), adds)
+    made = cramped(model, max_model_len=64, **small)
+    found = run(made, adds, seed=3, aborts=0.1)
+    check_mixed(found, expected, adds)
+    stats = made.core.scheduler.stats()
+    assert stats.preemptions > 0 and stats.prefix_hit_tokens > 0
+    assert {got.reason for got in found.values()} == {"abort", "length"}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_mixed_at_random_gives_the_cpu_runners_tokens(
+    write_model: WriteModel, family: str
+) -> None:
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
+    model = write_model(**FAMILIES[family])
+    adds = repeating(every_parameter(24, 12), 12)
+    expected = run(engine(model, "cpu", kernels="reference"), adds)
+    made = cramped(model, max_num_seqs=6, max_num_batched_tokens=24)
+    reasons = set()
+    for seed in (12, 13):
+        found = run(made, adds, seed=seed, aborts=0.03)
+        check_mixed(found, expected, adds)
+        reasons |= {got.reason for got in found.values()}
+    stats = made.core.scheduler.stats()
+    assert reasons >= {"abort", "length"} and stats.prefix_hit_tokens > 0
+    if "sliding_window" not in FAMILIES[family]:  # windows are bounded beforehand
+        assert stats.preemptions > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_sampling_parameter_gives_the_cpu_runners_tokens(
     write_model: WriteModel, family: str
 ) -> None:

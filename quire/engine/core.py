@@ -13,6 +13,7 @@ from quire.engine.api import EngineStats
 from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Abort, Add, Delta
 from quire.errors import QuireError
+from quire.plan.shortage import STEP_FIX, is_out_of_memory
 from quire.step import Batch, Result
 
 log = logging.getLogger("quire.engine")
@@ -122,7 +123,8 @@ class EngineCore:
 
     def _recover(self, error: Exception, failed: int) -> list[Delta]:
         """A step raised: commit what came before it, recompute to find out whose fault it is."""
-        log.error("a step failed; its requests are computed one by one", exc_info=error)
+        fix = STEP_FIX if is_out_of_memory(error) else "see the log for the cause, and report it"
+        log.error("a step failed; its requests are computed one by one: %s", fix, exc_info=error)
         deltas, lost = [], [failed]
         while self._inflight:
             step, pending = self._inflight.popleft()
@@ -139,6 +141,6 @@ class EngineCore:
         self.runner.reset()
         why = f"{type(error).__name__}: {error}"
         self.scheduler.quarantine(
-            lost, QuireError("step_failed", "computing this request failed", why=why)
+            lost, QuireError("step_failed", "computing this request failed", why=why, fix=fix)
         )
         return deltas

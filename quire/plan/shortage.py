@@ -15,13 +15,9 @@ from quire.errors import PlanError
 from quire.plan.gpu import SMALLER
 from quire.plan.plan import Plan, format_bytes
 
-LESS_CACHE = (
-    "lower --gpu-memory-utilization or --kv-cache-memory, which leaves less to the KV cache"
-)
+LESS_CACHE = "lower --gpu-memory-utilization or --kv-cache-memory: the KV cache is then smaller"
 # For a step at run time: all that still takes memory then is its activations.
-STEP_FIX = (
-    "lower --max-num-batched-tokens, or --gpu-memory-utilization so that the KV cache leaves more"
-)
+STEP_FIX = "lower --max-num-batched-tokens, or --gpu-memory-utilization for a smaller KV cache"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,7 +40,7 @@ def explained(plan: Plan, doing: str) -> Iterator[None]:
             raise
         parts = terms(plan)
         largest = max(parts, key=lambda name: parts[name])
-        fixes = [f"{largest} are the most: {(SMALLER | {'KV cache': LESS_CACHE})[largest]}"]
+        fixes = [f"the largest term is {largest}: {(SMALLER | {'KV cache': LESS_CACHE})[largest]}"]
         if largest != "KV cache":
             fixes.append(LESS_CACHE)
         raise PlanError(

@@ -51,7 +51,7 @@ def test_a_device_without_memory_is_an_error_of_the_plan(
     monkeypatch.setattr(startup, name, fail)
     with pytest.raises(PlanError, match="no memory left") as caught:
         LLM(write_model(), load_format="dummy", skip_tokenizer_init=True)
-    assert caught.value.code == "out_of_memory" and "are the most" in caught.value.fix
+    assert caught.value.code == "out_of_memory" and "the largest term is" in caught.value.fix
 
 
 def plan_of(model: str, **options: Any) -> Plan:

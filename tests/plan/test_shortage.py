@@ -39,7 +39,7 @@ def test_the_largest_term_and_its_flag_are_named(plan: Plan, term: str, flag: st
     assert error.code == "out_of_memory" and "a GPU" in error.what and "loaded" in error.what
     assert "Tried to allocate 2 GiB" in error.why and "40.0 GiB" in error.why
     name = max(terms(large), key=lambda each: terms(large)[each])
-    assert error.fix.startswith(f"{name} are the most") and flag in error.fix.split(";")[0]
+    assert error.fix.startswith(f"the largest term is {name}:") and flag in error.fix.split(";")[0]
     assert "--gpu-memory-utilization" in error.fix
 
 

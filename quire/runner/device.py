@@ -186,10 +186,11 @@ class DeviceRunner:
     def _planned(self) -> list[Shape | Sampling]:
         """Shapes to prepare, the largest first, so that the others find memory in the pool."""
         size, keys = self._tokens, list[Shape | Sampling]()
-        # What gets no graph is computed at every doubling: between them kernels are the same.
+        # What gets no graph is computed at every doubling: between them kernels are the same
+        # (gemm_tiles.size_class).
         while size > max((*self._decode_sizes, *self._mixed_sizes, 1)):
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
-            size //= 2
+            size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
         sizes = self._decode_sizes or (min(self._rows, self._tokens),)
         for rows in reversed(sizes):

@@ -124,6 +124,7 @@ class EngineCore:
     def _recover(self, error: Exception, failed: int) -> list[Delta]:
         """A step raised: commit what came before it, recompute to find out whose fault it is."""
         fix = STEP_FIX if is_out_of_memory(error) else "see the log for the cause, and report it"
+        fix = error.fix if isinstance(error, QuireError) else fix
         log.error("a step failed; its requests are computed one by one: %s", fix, exc_info=error)
         deltas, lost = [], [failed]
         while self._inflight:

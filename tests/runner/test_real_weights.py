@@ -37,7 +37,7 @@ FP32_BOUND = 1e-3
 # bfloat16 keeps 8 bits: each rounding is off by up to 2^-9 of the value. A layer rounds its
 # residual, products and activations, about 10 times, and errors add up like a random walk: after
 # 30 layers sqrt(300) x 2^-9 / sqrt(3), or 2% of the hidden state, and so of logits that spread
-# over some 5 units: 0.1. The mean over all tokens must stay below that, the worst of some thousand
+# over some 5 units: 0.1. The mean over all tokens must stay below that, the worst of some hundreds
 # below five times as much. transformers in bfloat16 on a CPU: 0.010 and 0.077 for stories15M.
 BF16_MEAN, BF16_WORST = 0.1, 0.5
 

@@ -30,7 +30,8 @@ import torch
 
 from quire.config.parse import build_options
 from quire.engine.core import EngineCore
-from quire.engine.startup import assemble, dummy_source, find_model
+from quire.engine.startup import assemble, find_model
+from quire.engine.weights import dummy_source
 from quire.engine.wire import Add
 from quire.hardware.machine import Gpu, Machine
 from quire.params import SamplingParams
@@ -85,7 +86,7 @@ def engine(rows: int) -> EngineCore:
         found = KernelFacts(None, None, "", "", "3.6.0")
         plan = resolve(options, ModelFacts("m", files.config(), None), MACHINE, found)
         cpu = torch.device("cpu")
-        source = dummy_source(options, files.config(), cpu)
+        source = dummy_source(options, files, cpu)
         made = assemble(options, files, plan, source, found, cpu, lambda phase, done: None)
     made.core.runner._outputs.tokens.fill_(TOKEN)  # type: ignore[attr-defined]
     return made.core

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import workload
+from quire.cli.bench_experts import DECODE_STEPS, counting
 from quire.cli.bench_record import Record, ceilings
 from quire.cli.flags import CommandLineError, Invocation, Parser
+from quire.cli.roofline import Work
 from quire.cli.terminal import Phases
 from quire.cli.workload import CPU_DEFAULT, SCENARIOS, Scenario, find_scenarios, make_prompts
 from quire.errors import PlanError
@@ -58,12 +60,14 @@ def run(invocation: Invocation) -> int:
     bench = Bench(engine)
     record.facts |= bench.warm_up()
     record.ceilings |= ceilings(engine.info.plan["device"])
+    work = bench.work()
     for scenario in scenarios:
         sized = scenario.scaled(scale, engine.info.max_model_len)
         if not invocation.json:
             print(f"{scenario.name}: {_size(sized)} ...", file=sys.stderr, flush=True)
         runs = [bench.measure(sized) for _ in range(repeat)]
-        record.add(sized, cut=sized != scenario, runs=runs)
+        experts = bench.experts(sized) if work.experts else None
+        record.add(sized, sized != scenario, runs, work, experts)
     record.finish(as_json=invocation.json, output=flags.output)
     return 0
 
@@ -163,6 +167,26 @@ class Bench:
         metrics: Metrics = getattr(self, f"_{scenario.kind}")(scenario)
         preempted = self.core.scheduler.stats().preemptions - before
         return metrics | ({"preemptions": float(preempted)} if preempted else {})
+
+    def work(self) -> Work:
+        """What of the model counts for a floor."""
+        from quire.models.registry import read_config
+        from quire.plan.facts import DTYPES
+
+        plan, engine = self.engine.info.plan, self.engine.engine
+        config = read_config(engine.files.config())
+        itemsize = DTYPES[plan["kv_dtype"]].itemsize
+        return Work.of(engine.build, config, plan["weight_bytes"], itemsize)
+
+    def experts(self, scenario: Scenario) -> Metrics:
+        """Distinct experts of a layer's step, counted in a pass that is long enough for all
+        requests to decode together, where they do in the scenario."""
+        budget = self.engine.info.plan["max_num_batched_tokens"]
+        prompts = -(-scenario.requests * scenario.prompt // budget)
+        output = min(scenario.output, prompts + DECODE_STEPS)
+        with counting(self.engine) as count:
+            self._pass(replace(scenario, output=output))
+        return count.found() | {"of": float(self.work().experts)}
 
     def _decode(self, scenario: Scenario) -> Metrics:
         """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""

@@ -6,11 +6,12 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.cli.roofline import Ceilings, Work, roofline, to_record
 from quire.cli.version import versions
 from quire.errors import UsageError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 BANDWIDTH_BYTES = 256 * 2**20
 # What of the plan a record keeps.
 _KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
-max_num_seqs max_num_batched_tokens deterministic fingerprint"""
+max_num_seqs max_num_batched_tokens context_tokens deterministic fingerprint"""
 
 
 class Record:
@@ -34,21 +35,29 @@ class Record:
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, dict[str, Any]] = {}
 
-    def add(self, scenario: Scenario, cut: bool, runs: list[dict[str, float]]) -> None:
-        """The repetitions of a scenario. `cut`: it is smaller than its name says."""
+    def add(
+        self,
+        scenario: Scenario,
+        cut: bool,
+        runs: list[dict[str, float]],
+        work: Work,
+        experts: dict[str, float] | None = None,
+    ) -> None:
+        """The repetitions of a scenario. `cut`: it is smaller than its name says. `work`: what of
+        the model counts for its floor; `experts`: what was counted (None: it has none)."""
         names = dict.fromkeys(name for run in runs for name in run)
         median = {n: statistics.median(run.get(n, 0.0) for run in runs) for n in names}
-        if scenario.name == "single" and "memory_read_gb_s" in self.ceilings:
-            # A decode step reads every weight once.
-            bytes_per_s = self.ceilings["memory_read_gb_s"] * 1e9
-            median["ceiling_tok_s"] = bytes_per_s / self.plan["weight_bytes"]
+        ceilings = Ceilings.of(self.ceilings)
+        floor = to_record(roofline(work, scenario, self.plan, ceilings, experts), scenario, median)
         self.results[scenario.name] = {
             "requests": scenario.requests,
             "prompt_tokens": scenario.prompt,
             "output_tokens": scenario.output,
             "full_size": not cut,
-            "median": {name: round(value, 4) for name, value in median.items()},
-            "runs": [{name: round(v, 4) for name, v in run.items()} for run in runs],
+            "median": _rounded(median),
+            "roofline": _rounded(floor),
+            **({} if experts is None else {"experts": _rounded(experts)}),
+            "runs": [_rounded(run) for run in runs],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,13 +81,19 @@ class Record:
             f"{self.model} on {plan['device_name']}, {plan['threads']} threads, "
             f"{plan['kernels']} kernels ({plan['isa']}), {plan['weight_formats']}",
             "",
-            f"{'scenario':12}{'requests':>9}{'in':>7}{'out':>6}  results (median)",
+            f"{'scenario':12}{'requests':>9}{'in':>7}{'out':>6}{'floor':>16}{'share':>7}"
+            "  results (median)",
         ]
         for name, result in self.results.items():
             values = ", ".join(f"{k} {v:.4g}" for k, v in result["median"].items())
-            counts = f"{result['requests']:>9}{result['prompt_tokens']:>7}"
+            counts = (
+                f"{result['requests']:>9}{result['prompt_tokens']:>7}{result['output_tokens']:>6}"
+            )
+            counts += _floor(result["roofline"])
+            if experts := result.get("experts"):
+                values += f"; experts read by a layer's step: {_experts(experts)}"
             note = "" if result["full_size"] else "  (smaller than the scenario: not comparable)"
-            lines.append(f"{name:12}{counts}{result['output_tokens']:>6}  {values}{note}")
+            lines.append(f"{name:12}{counts}  {values}{note}")
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in self.ceilings.items())
         return [*lines, "", f"measured ceilings: {ceilings}"]
 
@@ -88,6 +103,27 @@ class Record:
         print(json.dumps(self.to_dict()) if as_json else "\n".join(self.lines()))
         if output:
             write_json(output, self.to_dict())
+
+
+def _rounded(values: Mapping[str, float | str]) -> dict[str, float | str]:
+    return {n: v if isinstance(v, str) else round(v, 4) for n, v in values.items()}
+
+
+def _floor(found: dict[str, Any]) -> str:
+    """Two columns: the scenario's figure at the floor, and the share of it that was reached."""
+    if "floor" not in found:
+        return f"{'-':>16}{'-':>7}"
+    unit = "ms" if found["figure"].endswith("_ms") else "tok/s"
+    return f"{found['floor']:>10.4g} {unit:5}{found['share']:>7.1%}"
+
+
+def _experts(found: dict[str, float]) -> str:
+    parts = []
+    if "decode" in found:
+        parts.append(f"{found['decode']:.4g} of {found['of']:g} with {found['decode_rows']:g} rows")
+    if "prompt" in found:
+        parts.append(f"{found['prompt']:.4g} with prompts")
+    return ", ".join(parts)
 
 
 def write_json(path: str, data: dict[str, Any]) -> None:

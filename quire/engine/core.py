@@ -14,6 +14,7 @@ from quire.engine.gates import Gate
 from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Abort, Add, Delta
 from quire.errors import QuireError
+from quire.plan.shortage import STEP_FIX, is_out_of_memory
 from quire.step import Batch, Result
 
 log = logging.getLogger("quire.engine")
@@ -153,7 +154,9 @@ class EngineCore:
 
     def _recover(self, error: Exception, failed: int) -> list[Delta]:
         """A step raised: commit what came before it, recompute to find out whose fault it is."""
-        log.error("a step failed; its requests are computed one by one", exc_info=error)
+        fix = STEP_FIX if is_out_of_memory(error) else "see the log for the cause, and report it"
+        fix = error.fix if isinstance(error, QuireError) else fix
+        log.error("a step failed; its requests are computed one by one: %s", fix, exc_info=error)
         deltas, lost = [], [failed]
         self._held = False
         while self._inflight:
@@ -173,6 +176,6 @@ class EngineCore:
         self.runner.reset()
         why = f"{type(error).__name__}: {error}"
         self.scheduler.quarantine(
-            lost, QuireError("step_failed", "computing this request failed", why=why)
+            lost, QuireError("step_failed", "computing this request failed", why=why, fix=fix)
         )
         return deltas

@@ -32,6 +32,7 @@ from quire.models.registry import (
 from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
+from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.tokenization.special_tokens import eos_token_ids
@@ -45,12 +46,13 @@ Progress = Callable[[str, float], None]
 
 @dataclass
 class Engine:
-    """A core ready for requests."""
+    """A core ready for requests, and what its model was built with."""
 
     core: EngineCore
     plan: Plan
     info: EngineInfo
     files: ModelFiles
+    build: Build
 
 
 def kernel_facts() -> KernelFacts:
@@ -140,7 +142,10 @@ def assemble(
     device: torch.device,
     say: Progress,
 ) -> Engine:
-    """Make what the plan says: on `device` the model with weights and caches; runner, scheduler."""
+    """Make what the plan says: on `device` the model with weights and caches; runner, scheduler.
+
+    Raises PlanError where the device has less memory than planned.
+    """
     set_threads(plan.threads)
     build = Build(
         _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
@@ -152,19 +157,21 @@ def assemble(
     )
     model = build_model(files.config(), build)
     say("loading weights", 0.0)
-    with torch.inference_mode():
+    with explained(plan, "weights were loaded"), torch.inference_mode():
         load_weights(build, source, lambda done: say("loading weights", done))
     source.close()
     say("allocating the KV cache", 0.0)
-    allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
     info = engine_info(options, files, plan)
-    runner = _make_runner(plan, found, build, model, info)
+    with explained(plan, "the KV cache and the requests' state were allocated"):
+        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
+        runner = _make_runner(plan, found, build, model, info)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
-        runner.warm()  # the largest step: most kernels are there then, and memory has sufficed
-    return Engine(core, plan, info, files)
+        with explained(plan, "the largest step was computed for the first time"):
+            runner.warm()  # most kernels are there then, and memory has sufficed
+    return Engine(core, plan, info, files, build)
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:

@@ -94,7 +94,8 @@ class Build:
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
     `width` (most float32 values per token that a layer works with, besides its input and output)
-    and `rotary_bytes` (of each rotary table, per position).
+    and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the experts
+    [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels
@@ -107,6 +108,7 @@ class Build:
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    on_experts: Callable[[torch.Tensor], None] | None = None
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
 

@@ -54,6 +54,8 @@ class MoE:
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         weights_TK, ids_TK = self.route(x_TH)
+        if self.build.on_experts is not None:
+            self.build.on_experts(ids_TK)
         return self.build.group.all_reduce(self.experts(x_TH, weights_TK, ids_TK))
 
     def route(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

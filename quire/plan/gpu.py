@@ -18,6 +18,7 @@ from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.layers.build import Build, Kernels
 from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import memory
+from quire.plan.architectures import describe
 from quire.plan.facts import DTYPES, KernelFacts
 from quire.plan.place import Place, held_formats, matrices, remaining, sum_weights
 from quire.plan.plan import Choice
@@ -53,7 +54,8 @@ def choose_device(
         return "cpu"
     why_not = machine.no_gpu if gpu is None else _unsupported(gpu, found)
     if gpu is not None and not why_not:
-        choices.append(Choice("device", "cuda", f"{gpu.name}, {gpu.architecture}"))
+        choices.append(Choice("device", "cuda", gpu.name))
+        choices.append(describe(gpu.architecture))
         return "cuda"
     if asked == "cuda":
         raise PlanError(

@@ -101,6 +101,7 @@ class DeviceRunner:
         self._ring = [HostOutputs(self._outputs, self._spoiled) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
+        self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted = deque(self._planned())
@@ -211,10 +212,11 @@ class DeviceRunner:
     def _planned(self) -> list[Shape | Sampling]:
         """Shapes to prepare, the largest first, so that the others find memory in the pool."""
         size, keys = self._tokens, list[Shape | Sampling]()
-        # What gets no graph is computed at every doubling: between them kernels are the same.
+        # What gets no graph is computed at every doubling: between them kernels are the same
+        # (gemm_tiles.size_class).
         while size > max((*self._decode_sizes, *self._mixed_sizes, 1)):
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
-            size //= 2
+            size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
         sizes = self._decode_sizes or (min(self._rows, self._tokens),)
         for rows in reversed(sizes):
@@ -226,7 +228,7 @@ class DeviceRunner:
 
     def _run(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
-        if self._graphs is None:
+        if self._graphs is None or not self.replaying:
             compute()
         elif not self._graphs.replay(key):
             if isinstance(key, Sampling) and not self._graphs.known(key):

@@ -79,6 +79,7 @@ class EagerRunner:
     ):
         self.model = model
         self.sampler = Sampler(kernels)
+        self.replaying = True  # False: the model's code runs in every step
         max_blocks = -(-max_model_len // BLOCK_SIZE) + 1
         self.slots = Slots(num_slots, max_blocks, num_groups)
         record = getattr(kernels, "record", None)  # only the native kernels can be recorded
@@ -91,8 +92,10 @@ class EagerRunner:
         rows = batch.rows
         results = [RowResult(tokens=[]) for _ in rows]
         flat = flatten(rows, self.slots)
-        if self._recorded and all(
-            row.sample and len(row.tokens) == 1 and not row.prompt_logprobs for row in rows
+        if (
+            self._recorded
+            and self.replaying
+            and all(row.sample and len(row.tokens) == 1 and not row.prompt_logprobs for row in rows)
         ):
             logits_BV = self._recorded.logits(flat)
             if logits_BV is not None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from quire.errors import QuireError
+
 log = logging.getLogger("quire.runner")
 
 
@@ -39,7 +41,8 @@ class Graphs:
     def capture(self, key: Hashable, compute: Callable[[], object]) -> None:
         """Run `compute` once, which compiles and loads its kernels, then capture it.
 
-        A failure leaves this key without a graph, and is logged.
+        A failure leaves this key without a graph, and is logged. A kernel that cannot be compiled
+        is raised: the step could not run without a graph either.
         """
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.device)
@@ -54,6 +57,8 @@ class Graphs:
                     compute()
                 finally:
                     graph.capture_end()
+        except QuireError:
+            raise
         except Exception as error:  # whatever it is, the step runs without a graph
             log.warning("no CUDA graph for %s: %s: %s", key, type(error).__name__, error)
             self.failed[key] = f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from quire.cli.serve_load import Job, Outcome, make_jobs, outcome, read_jobs
 from quire.cli.workload import SCENARIOS, find_scenarios, make_prompts
 from quire.errors import UsageError
 
-from .tools import IDS, Quire
+from .tools import IDS, Quire, write_model
 
 
 def test_the_fields_workload_has_its_known_sizes() -> None:
@@ -86,6 +86,31 @@ def test_jobs_from_a_file(tmp_path: Path) -> None:
     for spec in (f"{path}:b", f"{path}:c", str(path), str(tmp_path / "none"), f"{tmp_path}:a"):
         with pytest.raises(UsageError):
             read_jobs(spec, 1)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "model"])
+def test_bench_offline_counts_the_experts_that_a_step_reads(
+    quire: Quire, tmp_path: Path, routing: str
+) -> None:
+    """One row reads as many as it is given; eight rows read more, and at most all."""
+    model = write_model(
+        tmp_path / "moe", architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe",
+        num_experts=16, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
+    )  # fmt: skip
+    argv = ["--scenarios", "b1,b80,prefill512", "--repeat", "1", "--scale", "0.1"]
+    argv += ["--moe-routing", routing, "--max-num-batched-tokens", "32"]
+    ran = quire("bench", "offline", model, *IDS, *argv, "--json")
+    assert ran.code == 0, ran.err
+    results = json.loads(ran.out)["results"]
+    one, few = results["b1"]["experts"], results["b80"]["experts"]
+    assert one["decode"] == 3 and one["decode_rows"] == 1 and one["of"] == 16
+    assert few["decode_rows"] == 8 and 3 < few["decode"] <= 16
+    assert 3 < results["prefill512"]["experts"]["prompt"] <= 16
+    assert "decode" not in results["prefill512"]["experts"]
+    assert results["b1"]["roofline"]["share"] > 0 and results["b1"]["roofline"]["floor"] > 0
+    ran = quire("bench", "offline", model, *IDS, *argv)
+    assert "of 16 with 8 rows" in ran.out and "with prompts" in ran.out
+    assert "floor" in ran.out and "share" in ran.out
 
 
 def test_percentiles_by_hand() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
 from quire.engine.core import EngineCore
@@ -42,13 +43,14 @@ def tokens(deltas: list[Delta]) -> list[int]:
 class Faulty:
     """A runner that raises whenever a batch computes a certain token."""
 
-    def __init__(self, inner: Any, poison: int):
+    def __init__(self, inner: Any, poison: int, error: Exception | None = None):
         self.inner, self.poison, self.raised = inner, poison, 0
+        self.error = error or ArithmeticError("a kernel did not like this")
 
     def submit(self, batch: Batch) -> Any:
         if any(self.poison in row.tokens for row in batch.rows):
             self.raised += 1
-            raise ArithmeticError("a kernel did not like this")
+            raise self.error
         return self.inner.submit(batch)
 
     def reset(self) -> None:
@@ -130,6 +132,21 @@ def test_a_fault_in_every_step_fails_every_request_and_the_engine_lives(tiny_lla
         len(tokens(drain(core, [add("after", [7] * 5, max_tokens=3, ignore_eos=True)])["after"]))
         == 3
     )
+
+
+def test_a_step_without_memory_says_which_flag_to_change_and_the_engine_lives(
+    tiny_llama: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = load(tiny_llama)._engine.core
+    healthy, shortage = core.runner, torch.OutOfMemoryError("CUDA out of memory")
+    core.runner = Faulty(healthy, 319, shortage)
+    good, bad = add("good", [5] * 9, max_tokens=3, ignore_eos=True), add("bad", [9, 319, 9])
+    found = drain(core, [good, bad])
+    assert len(tokens(found["good"])) == 3
+    error = found["bad"][-1].error
+    assert error is not None and error[0] == "step_failed"
+    assert "out of memory" in error[2] and "--max-num-batched-tokens" in error[3]
+    assert "--max-num-batched-tokens" in caplog.text
 
 
 def test_running_ahead_gives_the_same_answers(tiny_llama: str) -> None:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from quire import LLM, SamplingParams
 from quire.config.parse import build_options
+from quire.engine import startup
 from quire.engine.startup import find_model, kernel_facts, make_plan
 from quire.engine.weights import open_weights
+from quire.errors import PlanError
 from quire.plan.plan import Plan
 
 
@@ -37,6 +40,19 @@ def test_generation_ends_at_the_tokenizers_own_end_too(
         [output] = llm.generate({"prompt_token_ids": [5, 6]}, params, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == (1 if ends else 4)
         assert output.outputs[0].finish_reason == ("stop" if ends else "length")
+
+
+@pytest.mark.parametrize("name", ["load_weights", "allocate_caches"])
+def test_a_device_without_memory_is_an_error_of_the_plan(
+    write_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(startup, name, fail)
+    with pytest.raises(PlanError, match="no memory left") as caught:
+        LLM(write_model(), load_format="dummy", skip_tokenizer_init=True)
+    assert caught.value.code == "out_of_memory" and "the largest term is" in caught.value.fix
 
 
 def plan_of(model: str, **options: Any) -> Plan:

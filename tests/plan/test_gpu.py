@@ -150,3 +150,17 @@ def test_limits_of_the_kernels_are_refused_before_loading() -> None:
     }
     with pytest.raises(PlanError, match="8 of 1024 experts"):
         plan(many)
+
+
+def test_the_plan_says_what_is_known_of_the_architecture() -> None:
+    assert "measured" in why(plan(), "architecture")
+    for name, capability in (("sm_100", (10, 0)), ("sm_120", (12, 0))):
+        found = plan(gpu=replace(H200, architecture=name, capability=capability), strict=True)
+        assert reasons(found)["architecture"] == name
+        assert "never run" in why(found, "architecture")
+    unknown = plan(gpu=replace(H200, architecture="sm_86", capability=(8, 6)))
+    assert "no test compiles" in why(unknown, "architecture")
+
+
+def why(found: Plan, what: str) -> str:
+    return next(choice.reason for choice in found.choices if choice.what == what)

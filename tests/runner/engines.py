@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from quire.config.parse import build_options
@@ -57,21 +58,23 @@ def engine(model: str, device: str, **given: Any) -> Engine:
 
 
 def cramped(model: str, device: str = "cuda", **given: Any) -> Engine:
-    """An engine with hardly more KV cache than one request of 128 tokens needs."""
-    size = 2.0**16
+    """An engine with hardly more KV cache than one request of its longest context needs."""
+    size, given = 2.0**13, {"max_model_len": 128} | given
     while True:
         try:
-            return engine(model, device, kv_cache_memory=int(size), max_model_len=128, **given)
+            return engine(model, device, kv_cache_memory=int(size), **given)
         except PlanError:
             size *= 1.2
 
 
 @dataclass
 class Got:
-    """What a request was answered with: tokens, log-probabilities, and how it ended."""
+    """What a request was answered with: tokens, log-probabilities of them and of the prompt's, and
+    how it ended."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
 
@@ -82,9 +85,11 @@ def run(
     seed: int | None = None,
     gates: Mapping[str, Gate] | None = None,
     aborted: Mapping[str, int] | None = None,
+    aborts: float = 0.0,
 ) -> dict[str, Got]:
     """All requests to their ends. With a `seed` they arrive between steps, at random. `gates` by
-    request id; those in `aborted` are aborted before the step of that number."""
+    request id; those in `aborted` are aborted before the step of that number, and before each step
+    one of those that have arrived is aborted with probability `aborts`."""
     numbers = random.Random(seed)
     got = {add.request_id: Got() for add in adds}
     left, steps = list(adds), 0
@@ -93,15 +98,19 @@ def run(
         for add in left[:arriving]:
             assert not engine.core.add(add, (gates or {}).get(add.request_id))
         del left[:arriving]
+        if numbers.random() < aborts:
+            arrived = adds[: len(adds) - len(left)] or adds
+            engine.core.abort(Abort(numbers.choice(arrived).request_id))
         steps += 1
         for request_id, at in (aborted or {}).items():
             if at == steps:
                 engine.core.abort(Abort(request_id))
         assert steps < 5000
-        for delta in engine.core.step():
+        for delta in engine.core.step() + engine.core.scheduler.take_finished():
             mine = got[delta.request_id]
             mine.tokens += delta.token_ids
             mine.logprobs += [p.logprobs[0] for p in delta.logprobs or []]
+            mine.prompt += [p.logprobs[0] for p in delta.prompt_logprobs or []]
             mine.reason = delta.finish_reason or mine.reason
             mine.error = delta.error[0] if delta.error else None
         engine.core.scheduler.check_integrity()
@@ -140,12 +149,40 @@ def every_parameter(count: int, seed: int) -> list[Add]:
         {"logit_bias": {5: 4.0, 9: -3.0}},
         {"allowed_token_ids": [4, 7, 100, 200], "temperature": 1.0},
         {"min_tokens": 6, "stop_token_ids": [11, 12], "ignore_eos": False},
+        {"temperature": 1.5, "prompt_logprobs": 1},
+        {"temperature": 0.9, "logprobs": None},
     ]
     for add in adds:
         kind = numbers.choice(kinds)
         for name, value in kind.items():
             setattr(add.params, name, value)
+        if numbers.random() < 0.2:
+            add.bad_words = [[numbers.randrange(3, 320)], [7, numbers.randrange(3, 320)]]
     return adds
+
+
+def repeating(adds: list[Add], seed: int, longest: int = 90) -> list[Add]:
+    """Half of the prompts begin with another's, so that the prefix cache has them."""
+    numbers = random.Random(seed)
+    for i, add in enumerate(adds):
+        if i and numbers.random() < 0.5:
+            opening = adds[numbers.randrange(i)].prompt_token_ids
+            add.prompt_token_ids = (opening + add.prompt_token_ids)[:longest]
+    return adds
+
+
+def check_mixed(found: dict[str, Got], expected: dict[str, Got], adds: list[Add]) -> None:
+    """Aborted requests have the first of the expected tokens, the others all."""
+    for add in adds:
+        got, want = found[add.request_id], expected[add.request_id]
+        cut = got.reason == "abort"
+        tokens = want.tokens[: len(got.tokens)] if cut else want.tokens
+        logprobs = want.logprobs[: len(got.logprobs)] if cut else want.logprobs
+        prompt = want.prompt[: len(got.prompt)] if cut else want.prompt
+        assert got.tokens == tokens, add.params
+        assert got.logprobs == pytest.approx(logprobs, abs=2e-4), add.params
+        assert got.prompt == pytest.approx(prompt, abs=2e-4), add.params
+        assert cut or got.reason == want.reason
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

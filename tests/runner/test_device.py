@@ -18,9 +18,11 @@ from runner.engines import (
     FAMILIES,
     SMALL,
     TINY,
+    check_mixed,
     cramped,
     engine,
     every_parameter,
+    repeating,
     requests,
     run,
 )
@@ -122,8 +124,56 @@ def test_tokens_and_logprobs_equal_the_cpu_runners(
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=2e-4)
 
 
+def test_tiny_requests_that_are_chunked_preempted_and_aborted_equal_the_cpu_runners(
+    write_model: WriteModel,
+) -> None:
+    """The mix of the next test, small enough for the interpreter."""
+    model = write_model(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64,
+    )  # fmt: skip
+    small = {"max_num_seqs": 3, "max_num_batched_tokens": 32}
+    common: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True}
+    kinds = [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 9}, {"temperature": 0.8}]
+    # Three of 31 tokens, each in need of a third block for its second token: there are seven.
+    opening = list(range(3, 34))
+    prompts = [opening, opening[::-1], [*opening[:-1], 60], [7, *opening[1:]], [9, 7, *opening[2:]]]
+    adds = [
+        Add(str(i), prompt, SamplingParams(**common | kinds[i % 3]), seed=i)
+        for i, prompt in enumerate(prompts)
+    ]
+    expected = run(engine(model, "cpu", kernels="reference", max_model_len=64, **small), adds)
+    made = cramped(model, max_model_len=64, **small)
+    found = run(made, adds, seed=3, aborts=0.1)
+    check_mixed(found, expected, adds)
+    stats = made.core.scheduler.stats()
+    assert stats.preemptions > 0 and stats.prefix_hit_tokens > 0
+    assert {got.reason for got in found.values()} == {"abort", "length"}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_mixed_at_random_gives_the_cpu_runners_tokens(
+    write_model: WriteModel, family: str
+) -> None:
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
+    model = write_model(**FAMILIES[family])
+    adds = repeating(every_parameter(24, 12), 12)
+    expected = run(engine(model, "cpu", kernels="reference"), adds)
+    made = cramped(model, max_num_seqs=6, max_num_batched_tokens=24)
+    reasons = set()
+    for seed in (12, 13):
+        found = run(made, adds, seed=seed, aborts=0.03)
+        check_mixed(found, expected, adds)
+        reasons |= {got.reason for got in found.values()}
+    stats = made.core.scheduler.stats()
+    assert reasons >= {"abort", "length"} and stats.prefix_hit_tokens > 0
+    if "sliding_window" not in FAMILIES[family]:  # windows are bounded beforehand
+        assert stats.preemptions > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_sampling_parameter_gives_the_cpu_runners_tokens(
     write_model: WriteModel, family: str
 ) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quire.errors import QuireError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -52,13 +55,49 @@ def num_sms(device: torch.device) -> int:
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run `kernel` over `grid` with its constexpr PDL set for the device. No program: no launch.
 
-    `meta` are the kernel's other constexprs by name, num_warps and num_stages.
+    `meta` are the kernel's other constexprs by name, num_warps and num_stages. Raises QuireError
+    where Triton cannot compile it for the device.
     """
     if any(n == 0 for n in grid):
         return
     # Said here because Triton's default changes with 3.10.
     meta["enable_fp_fusion"] = True
-    if _dependent_launch(device):
-        kernel[tuple(grid)](*args, PDL=True, launch_pdl=True, **meta)
-    else:
-        kernel[tuple(grid)](*args, PDL=False, **meta)
+    try:
+        if _dependent_launch(device):
+            kernel[tuple(grid)](*args, PDL=True, launch_pdl=True, **meta)
+        else:
+            kernel[tuple(grid)](*args, PDL=False, **meta)
+    except Exception as error:
+        if INTERPRETED or not _from_compiler(error):
+            raise
+        raise _not_compiled(kernel, device, error) from error
+
+
+def _from_compiler(error: Exception) -> bool:
+    """Whether Triton could not make a kernel: its own errors, and failed passes."""
+    text = str(error)
+    return isinstance(error, TritonError) or (
+        isinstance(error, RuntimeError) and ("PassManager" in text or "failed to translate" in text)
+    )
+
+
+def _not_compiled(kernel: Any, device: torch.device, error: Exception) -> QuireError:
+    area = str(getattr(kernel, "__module__", "")).removeprefix("quire.kernels.triton.")
+    name = f"{getattr(kernel, '__name__', 'a kernel')} ({area})"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return QuireError(
+        "kernel_not_compiled",
+        f"{name} cannot be compiled for {_architecture(device)}",
+        why=f"Triton {triton.__version__}: {type(error).__name__}: {reason}",
+        fix="report it with what `quire version` prints; another version of Triton may compile it, "
+        "and --device cpu needs none",
+    )
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

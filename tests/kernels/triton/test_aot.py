@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from quire.plan.architectures import ARCHITECTURES
+from tests.kernels.triton.aot import TARGETS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 AREAS = sorted(p.stem.removeprefix("aot_") for p in HERE.glob("aot_*.py"))
@@ -56,3 +59,7 @@ def test_all_kernels_compile_for_all_targets(area: str, width: str, compiled: Co
 def test_every_kernel_area_has_cases() -> None:
     kernels = ROOT / "quire/kernels/triton"
     assert {p.name for p in kernels.iterdir() if (p / "__init__.py").exists()} == set(AREAS)
+
+
+def test_the_plans_table_of_architectures_is_what_kernels_are_compiled_for() -> None:
+    assert set(ARCHITECTURES) == set(TARGETS)

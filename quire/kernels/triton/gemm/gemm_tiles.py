@@ -44,10 +44,26 @@ def block_k(itemsize: int) -> int:
     return 128 // itemsize
 
 
+def size_class(tokens: int) -> int:
+    """The number of tokens that `tokens` choose tiles as: the next power of two, up to 2048 also
+    three quarters of one.
+
+    So few numbers of tokens use every variant of the kernel: those that steps are padded to, and
+    one in each doubling above (DeviceRunner.warm), and none is compiled in between.
+    """
+    power = int(triton.next_power_of_2(tokens))
+    between = power // 4 * 3
+    return between if tokens <= between and power <= 2048 else power
+
+
 def gemm_tiles(
     tokens: int, height: int, itemsize: int, sms: int, hopper: bool, shared: int
 ) -> GemmTiles:
-    """Tiles for a weight of `height` rows. `shared`: bytes of shared memory a program may have."""
+    """Tiles for a weight of `height` rows, alike for all numbers of tokens of a class.
+
+    `shared`: bytes of shared memory a program may have.
+    """
+    tokens = size_class(tokens)
     if itemsize == 4:  # multiply-adds: their order might follow the tile, so there is one
         return GemmTiles(64, 64, 4, 2)
     if not hopper:

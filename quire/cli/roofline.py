@@ -1,0 +1,225 @@
+"""What a scenario must at least take: the bytes it must read and the arithmetic it must do, at the
+rates that this machine was measured to have.
+
+A step is products, then attention in every layer: neither can hide the other's time, so each takes
+the longer of its bytes and its arithmetic, and a step the sum. Activations, sampling and launches
+count nothing. Keys and values count as read once by each decode step; those that a prompt's chunk
+reads, and all that is written, are left out. So it is a floor: no engine of these weights, in these
+formats and steps, can be faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
+
+if TYPE_CHECKING:
+    from quire.layers.build import Build
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes to read and operations to do (a multiplication and an addition are two)."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def times(self, count: float) -> Need:
+        return Need(self.bytes * count, self.flops * count)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes and operations per second; `flops_s` 0 where it was not measured: then arithmetic
+    counts nothing."""
+
+    bytes_s: float
+    flops_s: float = 0.0
+
+    @classmethod
+    def of(cls, measured: dict[str, float]) -> Ceilings:
+        """From a record's ceilings (quire/cli/bench_record.py)."""
+        rate = measured.get("memory_copy_gb_s") or measured["memory_read_gb_s"]
+        return cls(rate * 1e9, measured.get("bf16_tflop_s", 0.0) * 1e12)
+
+    def seconds(self, *needs: Need) -> float:
+        """Of what cannot run at the same time."""
+        arithmetic = 1 / self.flops_s if self.flops_s else 0.0
+        return sum(max(need.bytes / self.bytes_s, need.flops * arithmetic) for need in needs)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's attention: query and KV heads, their size, and the window (None: all tokens)."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    window: int | None
+
+    def pairs(self, start: int, end: int) -> float:
+        """(query, key) pairs of queries at positions start to end - 1."""
+        reach = self.window or end
+        full = max(start, min(end, reach))  # before it a query sees all tokens up to itself
+        return (start + 1 + full) * (full - start) / 2 + (end - full) * reach
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a model counts. Values of its matrices by how often they are read and used: `layers`
+    once and for every token, `head` once and for every sampled token, of `experts` only the chosen
+    ones, `per_expert` in each of `sparse` layers, `per_token` of them for every token. An embedding
+    that is not the head is looked up, which counts nothing. `value_bytes` is the size of one."""
+
+    layers: int
+    head: int
+    attention: tuple[Layer, ...]
+    value_bytes: float
+    kv_bytes: int
+    experts: int = 0
+    per_token: int = 0
+    per_expert: int = 0
+    sparse: int = 0
+
+    @classmethod
+    def of(cls, build: Build, config: Any, weight_bytes: int, kv_itemsize: int) -> Work:
+        """Of a built model. `weight_bytes`: of all weights as held, from the plan; weights of mixed
+        formats count their mean."""
+        sizes = {t.name: prod(t.shape) for w in build.weights for t in w.tensors()}
+        total = sum(sizes.values())
+        expert = sum(size for name, size in sizes.items() if ".experts." in name)
+        embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name)
+        own_head = sizes.get("lm_head.weight")
+        head = embedding if own_head is None else own_head
+        experts = getattr(config, "experts", 0) if expert else 0
+        sparse = sum(config.sparse) if experts else 0
+        return cls(
+            layers=total - expert - embedding - (own_head or 0),
+            head=head,
+            attention=tuple(
+                Layer(c.heads, c.kv_heads, c.head_size, c.window) for c in build.caches
+            ),
+            value_bytes=weight_bytes / total,
+            kv_bytes=kv_itemsize,
+            experts=experts,
+            per_token=config.experts_per_token if experts else 0,
+            per_expert=expert // (experts * sparse) if experts else 0,
+            sparse=sparse,
+        )
+
+    def products(self, tokens: int, sampled: int, distinct: float | None = None) -> Need:
+        """A step's matrix products. `distinct`: experts that a layer reads; without it what evenly
+        random routing reads on average."""
+        if distinct is None:
+            distinct = self.spread(tokens)
+        read = self.layers + self.head + self.sparse * distinct * self.per_expert
+        used = self.layers + self.sparse * self.per_token * self.per_expert
+        return Need(read * self.value_bytes, 2.0 * (used * tokens + self.head * sampled))
+
+    def spread(self, tokens: int) -> float:
+        """Distinct experts that `tokens` tokens choose on average, each evenly at random."""
+        if not self.experts:
+            return 0.0
+        return self.experts * (1 - (1 - self.per_token / self.experts) ** tokens)
+
+    def decoding(self, context: float) -> Need:
+        """One token's attention over `context` tokens, all layers."""
+        need = [0.0, 0.0]
+        for layer in self.attention:
+            seen = min(context, layer.window or context)
+            need[0] += 2 * layer.kv_heads * layer.head_size * self.kv_bytes * seen
+            need[1] += 4 * layer.heads * layer.head_size * seen
+        return Need(*need)
+
+    def reading(self, start: int, end: int) -> Need:
+        """The attention of a prompt's tokens from `start` to `end`, all layers."""
+        parts = (4 * a.heads * a.head_size * a.pairs(start, end) for a in self.attention)
+        return Need(0.0, sum(parts))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A scenario's two phases: seconds at the ceilings, and what they need. `step_s` is one decode
+    step of `rows` requests; without a `prompt` ceiling that phase is 0."""
+
+    rows: int
+    step: tuple[Need, Need]
+    step_s: float
+    decode_s: float
+    prompt: tuple[Need, Need]
+    prompt_s: float
+
+
+def roofline(
+    work: Work,
+    scenario: Scenario,
+    plan: dict[str, Any],
+    ceilings: Ceilings,
+    experts: dict[str, float] | None = None,
+) -> Roofline:
+    """The floor of a scenario. `experts`: what ExpertCount found; else even routing is assumed."""
+    counted = experts or {}
+    length = (scenario.prompt + (scenario.shortest or scenario.prompt)) / 2
+    # Tokens known in the mean decode step: its token is one of 2 to `output`.
+    context = length + scenario.output / 2
+    seats = min(plan["max_num_seqs"], int(plan["context_tokens"] // context) or 1)
+    rows = min(scenario.requests, seats)
+    step = (
+        work.products(rows, rows, counted.get("decode")),
+        work.decoding(context).times(rows),
+    )
+    step_s = ceilings.seconds(*step)
+    new = round(length) - scenario.shared
+    tokens = scenario.requests * new
+    steps = -(-tokens // plan["max_num_batched_tokens"])
+    each = work.products(-(-tokens // steps), 0, counted.get("prompt"))
+    products = Need(each.bytes * steps, each.flops * steps + 2.0 * work.head * scenario.requests)
+    prompt = (products, work.reading(scenario.shared, round(length)).times(scenario.requests))
+    return Roofline(
+        rows=rows,
+        step=step,
+        step_s=step_s,
+        decode_s=step_s * (scenario.output - 1) * scenario.requests / rows,
+        prompt=prompt,
+        prompt_s=ceilings.seconds(*prompt) if ceilings.flops_s else 0.0,
+    )
+
+
+def ideal(found: Roofline, scenario: Scenario) -> tuple[str, float] | None:
+    """Which figure of a scenario has a floor, and what it is there; None where arithmetic counts
+    and its rate was not measured."""
+    if scenario.kind == DECODE:
+        return "itl_ms", found.step_s * 1e3
+    if scenario.kind == SINGLE:
+        return "decode_tok_s", 1 / found.step_s
+    if not found.prompt_s:
+        return None
+    if scenario.kind == PREFILL:
+        return "prefill_tok_s", scenario.requests * scenario.prompt / found.prompt_s
+    tokens = scenario.requests * scenario.output
+    return "output_tok_s", tokens / (found.prompt_s + found.decode_s)
+
+
+def to_record(
+    found: Roofline, scenario: Scenario, median: dict[str, float]
+) -> dict[str, float | str]:
+    """What a record keeps: needs and floors of a decode step and of all prompts, and, where the
+    scenario's figure has a floor, that and the `share` of it which was reached."""
+    kept: dict[str, float | str] = {"rows": found.rows}
+    phases = {"step": (found.step, found.step_s), "prompt": (found.prompt, found.prompt_s)}
+    for name, ((products, attention), seconds) in phases.items():
+        if not seconds or (name == "step" and scenario.output == 1):
+            continue
+        kept[f"{name}_gb"] = (products.bytes + attention.bytes) / 1e9
+        kept[f"{name}_tflop"] = (products.flops + attention.flops) / 1e12
+        kept[f"{name}_ms"] = seconds * 1e3
+    best = ideal(found, scenario)
+    if best is not None:
+        figure, value = best
+        reached = median[figure]
+        share = value / reached if figure.endswith("_ms") else reached / value
+        kept |= {"figure": figure, "floor": value, "share": share}
+    return kept

@@ -1,0 +1,162 @@
+"""The floor of a scenario: by hand on a tiny model, and against figures that were worked out apart
+for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
+
+from typing import Any
+
+import pytest
+
+from quire.cli.roofline import Ceilings, Layer, Work, ideal, roofline, to_record
+from quire.cli.workload import DECODE, SCENARIOS, TOTAL, Scenario
+from quire.kernels.reference import ops
+from quire.layers.build import Build
+from quire.models.registry import build_model, read_config
+
+from .tools import config
+
+H200 = Ceilings(4.27e12, 794e12)
+PLAN = {"max_num_seqs": 512, "max_num_batched_tokens": 8192, "context_tokens": 400_000}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+QWEN3_30B_A3B = QWEN3_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def work_of(hf: dict[str, Any], value_bytes: int = 2) -> Work:
+    """Of a model whose weights and KV cache have values of that many bytes."""
+    build = Build(ops)
+    build_model(hf, build)
+    elements = 0
+    for weight in build.weights:
+        for tensor in weight.tensors():
+            size = 1
+            for each in tensor.shape:
+                size *= each
+            elements += size
+    return Work.of(build, read_config(hf), value_bytes * elements, value_bytes)
+
+
+def figure(hf: dict[str, Any], name: str) -> float:
+    scenario = next(s for s in SCENARIOS if s.name == name)
+    found = ideal(roofline(work_of(hf), scenario, PLAN, H200), scenario)
+    assert found is not None
+    return found[1]
+
+
+def test_a_tiny_model_by_hand() -> None:
+    """Two layers of hidden 64, 4 heads of 16 over 2 KV heads, intermediate 128; head of 272."""
+    work = work_of(config(), 4)
+    attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64
+    assert work.layers == 2 * (attention + mlp + norms) + 64
+    assert work.head == 272 * 64 and work.value_bytes == 4
+    assert work_of(config(tie_word_embeddings=False), 4).head == 272 * 64
+    # One decode step of 3 rows: every weight once, 2 operations per weight and row.
+    need = work.products(3, 3)
+    assert need.bytes == 4 * (work.layers + work.head)
+    assert need.flops == 2 * 3 * (work.layers + work.head)
+    # 10 tokens of context: keys and values of 2 layers x 2 heads x 16 x 4 bytes; two products.
+    seen = work.decoding(10)
+    assert seen.bytes == 10 * 2 * 2 * 2 * 16 * 4 and seen.flops == 10 * 2 * 2 * 2 * 4 * 16
+    # Whichever is slower, products and attention one after the other.
+    assert Ceilings(100, 1000).seconds(need, seen) == pytest.approx(
+        max(need.bytes / 100, need.flops / 1000) + max(seen.bytes / 100, seen.flops / 1000)
+    )
+    assert Ceilings(100).seconds(need) == need.bytes / 100
+
+
+def test_pairs_of_a_prompt_are_counted_one_by_one() -> None:
+    for window in (None, 1, 3, 8, 100):
+        for start in range(12):
+            for end in range(start, 16):
+                by_hand = sum(min(p + 1, window or 10**9) for p in range(start, end))
+                assert Layer(1, 1, 1, window).pairs(start, end) == by_hand, (window, start, end)
+
+
+def test_experts_count_as_chosen() -> None:
+    hf = config(
+        architectures=["Qwen3MoeForCausalLM"], num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=32, norm_topk_prob=True,
+    )  # fmt: skip
+    work = work_of(hf)
+    assert (work.experts, work.per_token, work.sparse) == (8, 2, 2)
+    assert work.per_expert == 3 * 64 * 32
+    assert work.spread(1) == pytest.approx(2) and work.spread(1000) == pytest.approx(8)
+    assert work.spread(2) == pytest.approx(2 + 2 * 6 / 8)  # the second token's that are new
+    rest = work.layers + work.head
+    assert work.products(5, 5, 4.5).bytes == 2 * (rest + 2 * 4.5 * work.per_expert)
+    assert work.products(5, 5).flops == 2 * 5 * (rest + 2 * 2 * work.per_expert)
+
+
+@pytest.mark.parametrize(
+    ("hf", "name", "low", "high"),
+    [
+        (SMOLLM2, "b1", 0.063, 0.066),
+        (QWEN3_8B, "b1", 3.54, 3.56),
+        (QWEN3_8B, "thr", 13_000, 13_200),
+        (QWEN3_8B, "pre", 45_000, 49_000),
+        (QWEN3_30B_A3B, "b1", 1.42, 1.44),
+        (QWEN3_30B_A3B, "b32", 12.5, 12.9),
+        (QWEN3_30B_A3B, "thr", 17_500, 17_900),
+        (QWEN3_30B_A3B, "pre", 90_500, 92_000),
+    ],
+)
+def test_known_models_have_the_floors_worked_out_for_them(
+    hf: dict[str, Any], name: str, low: float, high: float
+) -> None:
+    assert low <= figure(hf, name) <= high
+
+
+def test_a_record_has_the_share_that_was_reached() -> None:
+    work = work_of(config())
+    scenario = Scenario("x", DECODE, 4, 10, 9, "")
+    found = roofline(work, scenario, PLAN, H200)
+    kept = to_record(found, scenario, {"itl_ms": found.step_s * 1e3 * 4})
+    assert kept["share"] == pytest.approx(0.25) and kept["rows"] == 4
+    assert kept["step_gb"] == pytest.approx(1e-9 * (found.step[0].bytes + found.step[1].bytes))
+    total = Scenario("x", TOTAL, 4, 10, 9, "")
+    found = roofline(work, total, PLAN, H200)
+    seconds = found.prompt_s + 8 * found.step_s
+    assert to_record(found, total, {"output_tok_s": 18 / seconds})["share"] == pytest.approx(0.5)
+
+
+def test_without_a_rate_of_arithmetic_only_decoding_has_a_floor() -> None:
+    work = work_of(config())
+    names = {"single", "prefill512", "b32", "thr"}
+    floors = {
+        s.name: ideal(roofline(work, s, PLAN, Ceilings(1e9)), s)
+        for s in SCENARIOS
+        if s.name in names
+    }
+    assert {name for name, found in floors.items() if found} == {"single", "b32"}
+
+
+def test_requests_beyond_slots_or_cache_decode_in_turns() -> None:
+    work, scenario = work_of(config()), Scenario("x", TOTAL, 8, 10, 20, "")
+    found = roofline(work, scenario, PLAN | {"max_num_seqs": 2}, H200)
+    assert found.rows == 2 and found.decode_s == pytest.approx(19 * 4 * found.step_s)
+    cramped = roofline(work, scenario, PLAN | {"context_tokens": 65}, H200)
+    assert cramped.rows == 3  # of 20 tokens in the mean

@@ -193,6 +193,8 @@ def norm_gemv(
     # At 128 registers a thread, 16 warps fill a multiprocessor.
     programs_per_sm = programs_per_sm or max(1, 16 // tiles["num_warps"])
     groups = triton.cdiv(n, tiles["ROWS"] // (1 if activation == "" else 2))
+    # No more programs than give all the same number of groups.
+    rounds = triton.cdiv(groups, num_sms(out_TN.device) * programs_per_sm)
     residual_out = (
         None
         if x_TK is None
@@ -200,7 +202,7 @@ def norm_gemv(
     )
     launch(
         norm_gemv_kernel,
-        (min(groups, num_sms(out_TN.device) * programs_per_sm),),
+        (triton.cdiv(groups, max(1, rounds)),),
         residual_TK.device,
         x_TK,
         residual_TK,

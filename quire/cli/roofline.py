@@ -4,8 +4,9 @@ rates that this machine was measured to have.
 A step is products, then attention in every layer: neither can hide the other's time, so each takes
 the longer of its bytes and its arithmetic, and a step the sum. Activations, sampling and launches
 count nothing. Keys and values count as read once by each decode step; those that a prompt's chunk
-reads, and all that is written, are left out. So it is a floor: no engine of these weights, in these
-formats and steps, can be faster.
+reads, and all that is written, are left out. Prompts and decode steps count apart. A step can hold
+both, and then reads the weights once for them: where many prompts come beside long answers, an
+engine could be a little faster than this estimate.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Work:
     @classmethod
     def of(cls, build: Build, config: Any, weight_bytes: int, kv_itemsize: int) -> Work:
         """Of a built model. `weight_bytes`: of all weights as held, from the plan; weights of mixed
-        formats count their mean."""
+        formats count their mean, also where an embedding that is only looked up has another."""
         sizes = {t.name: prod(t.shape) for w in build.weights for t in w.tensors()}
         total = sum(sizes.values())
         expert = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -95,7 +96,8 @@ class Work:
         own_head = sizes.get("lm_head.weight")
         head = embedding if own_head is None else own_head
         experts = getattr(config, "experts", 0) if expert else 0
-        sparse = sum(config.sparse) if experts else 0
+        layers = {name.split(".experts.")[0] for name in sizes if ".experts." in name}
+        sparse = len(layers) if experts else 0
         return cls(
             layers=total - expert - embedding - (own_head or 0),
             head=head,
@@ -192,7 +194,7 @@ def ideal(found: Roofline, scenario: Scenario) -> tuple[str, float] | None:
     """Which figure of a scenario has a floor, and what it is there; None where arithmetic counts
     and its rate was not measured."""
     if scenario.kind == DECODE:
-        return "itl_ms", found.step_s * 1e3
+        return "itl_ms", found.decode_s / (scenario.output - 1) * 1e3
     if scenario.kind == SINGLE:
         return "decode_tok_s", 1 / found.step_s
     if not found.prompt_s:

@@ -39,7 +39,8 @@ def explained(plan: Plan, doing: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         parts = terms(plan)
-        largest = max(parts, key=lambda name: parts[name])
+        # What CUDA itself takes no option makes smaller.
+        largest = max(parts, key=lambda name: parts[name] * (name != "context and libraries"))
         fixes = [f"the largest term is {largest}: {(SMALLER | {'KV cache': LESS_CACHE})[largest]}"]
         if largest != "KV cache":
             fixes.append(LESS_CACHE)

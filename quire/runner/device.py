@@ -218,7 +218,9 @@ class DeviceRunner:
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
             size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
-        sizes = self._decode_sizes or (min(self._rows, self._tokens),)
+        most = min(self._rows, self._tokens)
+        # Without graphs, a size of each class of rows that kernels tell apart.
+        sizes = self._decode_sizes or sorted({most, *(min(2**i, most) for i in range(7))})
         for rows in reversed(sizes):
             keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
         keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]

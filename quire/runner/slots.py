@@ -140,6 +140,13 @@ class Slots:
         self._filled[group, slot] += len(blocks)
 
 
+def _known(tokens: list[int], start: int, count: int) -> list[int]:
+    """`count` tokens from `start` on. A row that failed has appended nothing, and the step after it
+    may be scheduled already: its result will be dropped, whatever token stands there."""
+    found = tokens[start : start + count]
+    return found + [0] * (count - len(found))
+
+
 @dataclass
 class Flat:
     """A Batch's rows laid out flat, as numpy arrays: T tokens, B rows."""
@@ -158,7 +165,7 @@ def flatten(rows: list[Row], slots: Slots) -> Flat:
     starts = np.array([r.start for r in rows], dtype=np.int64)
     query_start = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_start[1:])
-    tokens = [t for r in rows for t in slots[r.slot].tokens[r.start : r.start + len(r.tokens)]]
+    tokens = [t for r in rows for t in _known(slots[r.slot].tokens, r.start, len(r.tokens))]
     owner_T = np.repeat(np.arange(len(rows)), lengths)
     positions_T = np.arange(len(tokens)) - np.repeat(query_start[:-1], lengths) + starts[owner_T]
     context_len = (starts + lengths).astype(np.int32)

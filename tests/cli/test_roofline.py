@@ -160,3 +160,14 @@ def test_requests_beyond_slots_or_cache_decode_in_turns() -> None:
     assert found.rows == 2 and found.decode_s == pytest.approx(19 * 4 * found.step_s)
     cramped = roofline(work, scenario, PLAN | {"context_tokens": 65}, H200)
     assert cramped.rows == 3  # of 20 tokens in the mean
+    gap = ideal(found, Scenario("x", DECODE, 8, 10, 20, ""))
+    assert gap == ("itl_ms", pytest.approx(4 * found.step_s * 1e3))
+
+
+def test_every_family_with_experts_is_counted() -> None:
+    hf = config(
+        architectures=["GptOssForCausalLM"], num_local_experts=4, num_experts_per_tok=2,
+        head_dim=16, sliding_window=8,
+    )  # fmt: skip
+    work = work_of(hf)
+    assert (work.experts, work.per_token, work.sparse) == (4, 2, 2)

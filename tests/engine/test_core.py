@@ -84,6 +84,22 @@ class Odd:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+def test_a_row_that_fails_leaves_the_step_after_it_whole(tiny_llama: str, ahead: bool) -> None:
+    """Its next token is scheduled already where the engine runs ahead, and will never be known."""
+    core = load(tiny_llama, async_scheduling=ahead)._engine.core
+    stuck = add("stuck", [5, 6, 7], allowed_token_ids=[9], max_tokens=8)
+    stuck.bad_words = [[9, 9]]
+    others = [add(str(i), [10 + i, 11, 12], max_tokens=8, ignore_eos=True) for i in range(3)]
+    found = drain(core, [stuck, *others])
+    assert tokens(found["stuck"]) == [9]
+    assert found["stuck"][-1].error is not None and found["stuck"][-1].error[0] == "invalid_value"
+    assert core.stats().preemptions == 0
+    for other in others:
+        alone = drain(core, [add("alone", other.prompt_token_ids, max_tokens=8, ignore_eos=True)])
+        assert tokens(found[other.request_id]) == tokens(alone["alone"])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_a_gated_request_whose_sampling_raises_fails_alone(tiny_llama: str, ahead: bool) -> None:
     core = load(tiny_llama, async_scheduling=ahead)._engine.core
     good = [add(f"good{i}", [5 + i] * (10 + i), max_tokens=6, ignore_eos=True) for i in range(3)]

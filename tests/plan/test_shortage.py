@@ -43,6 +43,13 @@ def test_the_largest_term_and_its_flag_are_named(plan: Plan, term: str, flag: st
     assert "--gpu-memory-utilization" in error.fix
 
 
+def test_what_cuda_itself_takes_is_not_blamed(plan: Plan) -> None:
+    large = replace(plan, reserve_bytes=40 * 2**30)
+    with pytest.raises(PlanError) as caught, explained(large, "weights were loaded"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "raise --gpu-memory-utilization" not in caught.value.fix
+
+
 def test_only_shortages_of_memory_are_explained(plan: Plan) -> None:
     assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(ValueError("out of memory of this"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def test_the_config_alone_tells_what_the_files_hold(scheme: str, tmp_path: Path)
     alone, dummy = plan_of(path), plan_of(path, load_format="dummy")
     assert alone.weight_bytes == with_files.weight_bytes == dummy.weight_bytes
     count = 14 if SCHEMES[scheme][2] != "f32" else 16  # with embedding and head
-    assert f"{SCHEMES[scheme][2]} x {count}" in alone.weight_formats
+    assert re.search(rf"{SCHEMES[scheme][2]}(_g\d+|_row)? x {count}", alone.weight_formats)
     assert alone.weight_formats == with_files.weight_formats == dummy.weight_formats
 
 
@@ -69,18 +71,22 @@ def test_weights_without_kernels_are_widened_and_the_plan_says_so(tmp_path: Path
 
 
 def test_experts_and_linears_are_widened_each_for_itself() -> None:
-    """As the plan of a GPU whose kernels had nvfp4 in linear layers only."""
+    """fp8_block on a GPU: blocks of gate and up of 96 rows cannot follow each other."""
     kernels: Any = DenseWeights(torch.bfloat16, torch.device("meta"))
-    kernels.quantized = frozenset({"nvfp4"})
-    build, choices = Build(kernels, dtype=torch.bfloat16), []
+    build, choices = Build(kernels, dtype=torch.bfloat16), list[Choice]()
     build_model(QWEN3_MOE, build)
-    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+
+    def stored(format: str) -> Callable[[str], str]:
+        return lambda name: format if "proj" in name else "bf16"
+
+    held = held_formats(build, stored("fp8_block"), "bfloat16", choices)
     layer = "model.layers.0"
-    assert held(f"{layer}.self_attn.o_proj.weight") == "nvfp4"
+    assert held(f"{layer}.self_attn.o_proj.weight") == "fp8_block"
     assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "bf16"
-    assert [c.chosen for c in choices] == ["widened to bfloat16"]
-    kernels.quantized_experts, choices = kernels.quantized, []
-    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    assert [c.chosen for c in choices] == ["24 of 32 widened to bfloat16"]
+    assert "96 rows" in choices[0].reason
+    choices.clear()
+    held = held_formats(build, stored("nvfp4"), "bfloat16", choices)
     assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "nvfp4" and not choices
 
 

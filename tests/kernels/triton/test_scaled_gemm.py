@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,10 +65,10 @@ def test_linear_layers_equal_reference(
     t: int, format: str, deterministic: bool, device: torch.device
 ) -> None:
     weight = quantized(format, 32, 128, device, 4)
-    x, packed = matrix(t, 128, BF16, device, 1), pack(weight)
+    x, packed = matrix(t, 128, BF16, device, 1), replace(pack(weight), activation="token")
     out = matrix(t, 32, BF16, device, 2).fill_(torch.nan)
     assert quantized_linear(x, packed, deterministic=deterministic, out=out) is out
-    # Tokens are quantised too where there are many and the GPU is Hopper.
+    # Tokens of fp8 are quantised too where there are many.
     bound = 0.05 if format.startswith("fp8") and t > 32 and not deterministic else 0.01
     for found, kind in (
         (out, ""),

@@ -1,0 +1,98 @@
+"""Quantised models on the GPU runner, whose layers compute with codes.
+
+Logits after given prompts are compared with those of the CPU runner, which computes in float32 with
+the values that the codes stand for. The GPU's activations are bfloat16, and e4m3 in steps of more
+than 16 tokens where the scheme says so: the bounds are what that costs. Without a GPU the kernels
+run in Triton's interpreter on the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
+from quant.stored import SCHEMES
+
+from quire.engine.startup import Engine
+from quire.engine.wire import Add
+from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.layers.experts import StackedExperts
+from quire.layers.linear import Linear
+from quire.params import SamplingParams
+from runner.engines import engine, requests, run
+
+ON_GPU = torch.cuda.is_available()
+# Of the root mean square difference, as a share of the logits' spread.
+BFLOAT16, E4M3 = 0.03, 0.12
+# Small enough for the interpreter; 96 rows are no whole blocks of 128.
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 64,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+ROOM = {"max_num_seqs": 1, "max_num_batched_tokens": 18, "max_model_len": 32}
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "head_dim": 32, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "sliding_window": 24, "layer_types": None,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}  # fmt: skip
+
+
+def held(made: Engine) -> set[str]:
+    """The formats of weights that are held as codes."""
+    found: list[Any] = []
+    for weight in made.build.weights:
+        if isinstance(weight, Linear):
+            found += [packed for packed, _ in weight._parts]
+        elif isinstance(weight, StackedExperts):
+            found += [weight.gate_up_EIH, weight.down_EHI]
+    return {each.format for each in found if isinstance(each, PackedQuantized)}
+
+
+def logits(made: Engine, lengths: tuple[int, ...]) -> torch.Tensor:
+    """What follows prompts of these lengths, one after the other: [prompts, V]."""
+    model: Any = made.core.runner.model  # type: ignore[attr-defined]
+    compute, found = model.logits, []
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        computed = compute(hidden)
+        found.append(computed[:1].float().cpu())
+        return computed
+
+    model.logits = recorded
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for n in lengths:
+        run(made, [Add("a", [(7 * j + n) % 61 + 3 for j in range(n)], params, 0)])
+    return torch.cat(found)
+
+
+def check(path: str, lengths: tuple[int, ...], bound: float, **given: Any) -> Engine:
+    given = {"load_format": "auto", "runner": "eager"} | given
+    expected = logits(engine(path, "cpu", kernels="reference", **given), lengths)
+    made = engine(path, "cuda", ON_GPU, dtype="bfloat16", **given)
+    found = logits(made, lengths)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert error < bound, f"{error:.4f}"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bound"),
+    [("ct fp8 channel", E4M3), ("fp8 static", E4M3), ("ct nvfp4", BFLOAT16), ("gptq", BFLOAT16)],
+)
+def test_a_tiny_quantised_llama_equals_the_cpu_runner(
+    scheme: str, bound: float, tmp_path: Path
+) -> None:
+    """A prompt for the kernels of many tokens, one for those of few."""
+    path, _ = of_scheme(tmp_path, scheme, {**LLAMA, **SMALL})
+    made = check(str(path), (18, 2), bound, **ROOM)
+    assert held(made) == {SCHEMES[scheme][2]}
+
+
+def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
+    """Experts in MXFP4 with biases, attention with sinks."""
+    model = write_model(**SMALL, **GPT_OSS)
+    made = check(model, (3,), BFLOAT16, load_format="dummy", **ROOM | {"max_num_batched_tokens": 4})
+    assert held(made) == {"mxfp4"}

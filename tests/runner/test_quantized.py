@@ -96,3 +96,80 @@ def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
     model = write_model(**SMALL, **GPT_OSS)
     made = check(model, (3,), BFLOAT16, load_format="dummy", **ROOM | {"max_num_batched_tokens": 4})
     assert held(made) == {"mxfp4"}
+
+
+LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 128}
+MOE = {**QWEN3_MOE, "moe_intermediate_size": 128, "vocab_size": 320}
+
+
+def bound_of(scheme: str) -> float:
+    return E4M3 if SCHEMES[scheme][2].startswith("fp8") else BFLOAT16
+
+
+def served(scheme: str) -> set[str]:
+    """What of a scheme the kernels hold: not groups of 16."""
+    return {SCHEMES[scheme][2]} - ({"int4"} if scheme == "ct w4a16 zeros" else set())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [n for n, (_, _, format) in SCHEMES.items() if format != "f32"])
+def test_every_scheme_equals_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, scheme)
+    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    assert held(made) == served(scheme)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "modelopt nvfp4", "gptq zeros"])
+def test_experts_of_every_kind_equal_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
+    """Both for few pairs and for many."""
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    assert held(made) == served(scheme)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
+def test_what_is_quantised_while_loading_equals_the_cpu_runner(method: str, tmp_path: Path) -> None:
+    from quant.checkpoints import write
+
+    path, _ = write(tmp_path, MOE, None, None)
+    bound = E4M3 if method == "fp8" else BFLOAT16
+    made = check(str(path), (40, 2), bound, quantization=method, **LARGER)
+    assert held(made) == {method.removesuffix("-experts")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "ct mxfp4", "gptq zeros"])
+def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    given = {"load_format": "auto", "dtype": "bfloat16", "enable_prefix_caching": False, **LARGER}
+    made = engine(str(path), "cuda", **given)
+    with_graphs = run(made, requests(6, 1))
+    made.core.runner.replaying = False  # type: ignore[attr-defined]
+    assert run(made, requests(6, 1)) == with_graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "scheme", ["ct fp8 channel", "fp8 blocks", "ct nvfp4", "ct mxfp4", "gptq zeros", "ct w8a16"]
+)
+def test_deterministic_bits_depend_on_the_request_alone(scheme: str, tmp_path: Path) -> None:
+    """Alone, batched and in other chunks, for which tiles of all widths serve."""
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    given = {
+        "load_format": "auto",
+        "dtype": "bfloat16",
+        "deterministic": True,
+        "max_model_len": 128,
+    }
+    given |= {"runner": "eager", "kv_cache_memory": 2**24}
+    adds = requests(16, 2, prompt_logprobs=0)
+
+    def computed(rows: int, tokens: int) -> Any:
+        room = {"max_num_seqs": rows, "max_num_batched_tokens": tokens}
+        return run(engine(str(path), "cuda", warm=False, **given, **room), adds)
+
+    alone = computed(1, 512)
+    assert computed(16, 512) == alone
+    assert computed(5, 19) == alone

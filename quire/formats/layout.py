@@ -54,13 +54,38 @@ def row_bytes(format: str, columns: int) -> int:
 # Codes with scales (quire/formats/quantized.py): columns that share a scale, 0 where the group size
 # is the checkpoint's choice or a row has one scale.
 QUANT_FORMATS = {"fp8": 0, "fp8_block": 128, "nvfp4": 16, "mxfp4": 32, "int4": 0, "int8": 0}
+INTEGER_FORMATS = ("int4", "int8")
 FP8_BLOCK = QUANT_FORMATS["fp8_block"]  # a block has as many rows as columns
 
 
-def quantized_nbytes(format: str, rows: int, columns: int, group: int = 128) -> int:
-    """Bytes of codes and scales of a QuantTensor; `group` of int4 and int8, with half scales and
-    zero points. ValueError where groups do not divide the columns."""
-    width = QUANT_FORMATS[format] or group
+def grouped(format: str, group: int) -> str:
+    """A format's name in headers and plans: int4 and int8 with their columns per scale, 0 for the
+    whole row, since kernels have some and not others: "int4_g128", "int8_row"."""
+    if format not in INTEGER_FORMATS:
+        return format
+    return f"{format}_g{group}" if group else f"{format}_row"
+
+
+def ungrouped(name: str) -> str:
+    """The format of a name that `grouped` gave; other names are their own."""
+    return name[:4] if name.startswith(INTEGER_FORMATS) else name
+
+
+def group_of(name: str, columns: int) -> int:
+    """Columns that share a scale in rows of `columns` values; without a size in the name, 128."""
+    if name == "fp8" or name.endswith("_row"):
+        return columns
+    return int(name.partition("_g")[2] or QUANT_FORMATS[ungrouped(name)] or 128)
+
+
+def is_quantized(name: str) -> bool:
+    return ungrouped(name) in QUANT_FORMATS
+
+
+def quantized_nbytes(name: str, rows: int, columns: int) -> int:
+    """Bytes of codes and scales of a QuantTensor; int4 and int8 with half scales and zero points.
+    ValueError where groups do not divide the columns."""
+    format, width = ungrouped(name), max(1, group_of(name, columns))
     if format not in ("fp8", "fp8_block") and columns % width:
         raise ValueError(f"groups of {width} do not divide {columns} columns of {format}")
     codes = rows * columns

@@ -24,7 +24,7 @@ import torch
 
 from quire.formats.float4 import decode_e2m1, unpack_nibbles
 from quire.formats.float8 import decode_ue8m0
-from quire.formats.layout import FP8_BLOCK, QUANT_FORMATS
+from quire.formats.layout import FP8_BLOCK, QUANT_FORMATS, grouped
 
 ACTIVATIONS = ("none", "token", "tensor")
 _INTEGER_SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -74,6 +74,12 @@ class QuantTensor:
         if self.format == "fp8":
             return 1, max(1, self.shape[1])
         return 1, self.shape[1] // max(1, self.scales.shape[1])
+
+    @property
+    def layout(self) -> str:
+        """The format's name with the group size of integers (formats.layout.grouped)."""
+        group = self.group[1]
+        return grouped(self.format, 0 if group == self.shape[1] else group)
 
     def to(self, device: torch.device | str) -> QuantTensor:
         def move(part: torch.Tensor | None) -> torch.Tensor | None:

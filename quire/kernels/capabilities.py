@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quire.formats.layout import BLOCK_FORMATS, QUANT_FORMATS
+from quire.formats.layout import (
+    BLOCK_FORMATS,
+    INTEGER_FORMATS,
+    QUANT_FORMATS,
+    group_of,
+    is_quantized,
+    ungrouped,
+)
 
 LAYERS = ("linear", "experts")
 # Kernel sets by the names of plans, with the device that each is for.
@@ -31,12 +38,52 @@ CAPABILITIES = (
     Capability(
         "native", GGUF_FORMATS, LAYERS, "integer products with activations rounded to 16 bits"
     ),
+    Capability(
+        "triton",
+        ("fp8", "fp8_block"),
+        ("linear",),
+        "codes; decoded in registers for bf16 products; many tokens on Hopper: e4m3 products, "
+        "where the scheme quantises activations",
+    ),
+    Capability(
+        "triton",
+        ("nvfp4", "mxfp4", *INTEGER_FORMATS),
+        ("linear",),
+        "codes; decoded in registers for bf16 products",
+    ),
+    Capability(
+        "triton",
+        tuple(QUANT_FORMATS),
+        ("experts",),
+        "codes; decoded in registers for bf16 products, grouped by expert",
+    ),
 )
+# Of integers; whole rows, too.
+GROUPS, GROUPS_OF_MANY = (32, 64), 128
 
 
-def held_as_codes(kernels: str, layer: str) -> frozenset[str]:
-    """The formats of QuantTensor that a kernel set takes as they are."""
-    return frozenset(f for f in QUANT_FORMATS if served_by(kernels, f, layer) != WIDENED)
+def why_widened(kernels: str, layer: str, name: str, columns: int, dtype: str) -> str:
+    """Why a weight is widened while it is loaded; empty where it is held as it is stored.
+
+    `name`: its format as layout.grouped has it; `columns`: of this rank's share; `dtype`: what the
+    kernels compute in, "bfloat16" for instance.
+    """
+    format = ungrouped(name)
+    if not is_quantized(name):
+        return ""
+    if served_by(kernels, format, layer) == WIDENED:
+        return f"there are no {KERNELS[kernels]} kernels for {format}"
+    if dtype != "bfloat16":
+        return f"the kernels for {format} compute in bfloat16, not {dtype}"
+    group = group_of(name, columns)
+    if format in INTEGER_FORMATS and not (
+        group in GROUPS or group % GROUPS_OF_MANY == 0 or group == columns
+    ):
+        return (
+            f"{format} has groups of {group}: the kernels have {', '.join(map(str, GROUPS))}, "
+            f"multiples of {GROUPS_OF_MANY} and whole rows"
+        )
+    return ""
 
 
 def served_by(kernels: str, format: str, layer: str) -> str:

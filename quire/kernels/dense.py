@@ -1,31 +1,47 @@
-"""Weights held dense, in one number format, on one device."""
+"""Weights held on a GPU: dense in one number format, or as codes and scales."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from quire.formats.gguf import dequantize
-from quire.kernels.capabilities import held_as_codes
+from quire.formats.layout import is_quantized
+from quire.formats.quantized import QuantTensor
+from quire.kernels import capabilities
 from quire.kernels.reference.packed import (
     DENSE_TYPES,
     GgufWeight,
     PackedWeight,
     check_format,
 )
+from quire.kernels.reference.quantized.weights import QuantizedWeight
+from quire.kernels.triton.quantized.pack import PackedQuantized, pack, quantized_nbytes
 
 
 class DenseWeights:
-    """Packing for kernels that want every weight [N, K] row-major in `dtype` on `device`."""
+    """Packing for kernels that want weights [N, K] on `device`: dense ones row-major in `dtype`,
+    quantised ones as codes where capabilities.py says so."""
 
     dense = True
-    quantized = held_as_codes("triton", "linear")
-    quantized_experts = held_as_codes("triton", "experts")
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
 
-    def pack(self, weight: torch.Tensor | GgufWeight) -> PackedWeight:
-        """A dense tensor or a block-quantised one, moved to the device and widened or rounded."""
+    def why_widened(self, name: str, columns: int, layer: str = "linear") -> str:
+        """Why `pack` does not take a weight of this format as it is (capabilities.why_widened)."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return capabilities.why_widened("triton", layer, name, columns, dtype)
+
+    def pack(
+        self, weight: torch.Tensor | GgufWeight | QuantTensor
+    ) -> PackedWeight | PackedQuantized:
+        """A dense tensor or a block-quantised one, moved to the device and widened or rounded, or
+        codes reordered for the kernels. Raises ValueError for codes that they do not have."""
+        if isinstance(weight, QuantTensor):
+            return pack_codes(weight.to(self.device))
         if isinstance(weight, torch.Tensor):
             data = weight.to(self.device, self.dtype).contiguous()
             return PackedWeight(data, str(self.dtype), *data.shape)
@@ -36,7 +52,36 @@ class DenseWeights:
             return self.pack(moved.reshape(-1).view(DENSE_TYPES[format]).view(n, k))
         return self.pack(dequantize(format, moved, (n, k)))
 
+    def stack(
+        self, count: int, parts: Iterable[PackedWeight | PackedQuantized]
+    ) -> torch.Tensor | PackedQuantized:
+        """`count` weights that `pack` gave as experts have them, [count, N, K]: each is put in its
+        place before the next is asked for."""
+        stacked: torch.Tensor | PackedQuantized | None = None
+        for place, part in enumerate(parts):
+            if isinstance(part, PackedQuantized):
+                stacked = part.stack(count) if stacked is None else stacked
+                assert isinstance(stacked, PackedQuantized)
+                stacked.put(place, part)
+            else:
+                if stacked is None:
+                    stacked = part.data.new_empty(count, part.n, part.k)
+                assert isinstance(stacked, torch.Tensor)
+                stacked[place] = part.data
+        assert stacked is not None
+        return stacked
+
     def packed_nbytes(self, format: str, n: int, k: int) -> int:
         """Bytes that `pack` will hold. Raises ValueError for a format it does not have."""
+        if is_quantized(format):
+            return quantized_nbytes(format, n, k)
         check_format(format, n, k)
         return n * k * self.dtype.itemsize
+
+
+def pack_codes(weight: QuantTensor) -> PackedQuantized:
+    """Codes for the kernels, and how activations are wanted that are multiplied with them."""
+    packed = pack(
+        QuantizedWeight(weight.format, weight.codes, weight.scales, weight.row_scales, weight.zeros)
+    )
+    return replace(packed, activation=weight.activation, input_scale=weight.input_scale)

@@ -16,14 +16,14 @@ class Kernels(Protocol):
     """The operations layers call: quire.kernels.reference.ops or a faster equal of it.
 
     Signatures and shapes: quire/kernels/reference/ops.py. `dense`: weights are held dense in the
-    model's number format, and the experts of a layer in one tensor (see DenseKernels).
-    `quantized`: the formats whose QuantTensor `pack` takes as it is; others are widened before.
+    model's number format or as codes, the experts of a layer in one (see DenseKernels).
+    `why_widened`: why `pack` does not take a QuantTensor of a format as it is, empty where it does.
     """
 
     dense: bool
-    quantized: frozenset[str]
     pack: Callable[..., Any]
     packed_nbytes: Callable[..., int]
+    why_widened: Callable[..., str]
     linear: Callable[..., torch.Tensor]
     embedding: Callable[..., torch.Tensor]
     rms_norm: Callable[..., torch.Tensor]
@@ -45,12 +45,14 @@ class CpuKernels(Kernels, Protocol):
 
 
 class DenseKernels(Protocol):
-    """What dense kernels have besides: all experts of a layer at once, and products that begin
-    with the addition and norm before them. `quantized_experts`: as `quantized`, of experts."""
+    """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
+    gives for each, products that begin with the addition and norm before them, and gated ones whose
+    results are stored as the next product takes them."""
 
-    quantized_experts: frozenset[str]
+    stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
-    add_norm_linear: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gated_linear: Callable[..., Any]
+    add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]
 
 
 class Weight(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quire.formats.layout import is_quantized
 from quire.layers.build import Build
 from quire.layers.linear import Linear, pack
 from quire.layers.read import read_matrix
@@ -29,8 +30,14 @@ class Embedding:
     def nbytes(self, formats: Callable[[str], str]) -> int:
         return self.kernels.packed_nbytes(formats(self.name), *self.shape)
 
+    def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
+        """The reason where the table is stored as codes: kernels read rows of dense ones."""
+        format = formats(self.name)
+        reason = f"embeddings are read in the model's dtype, not {format}"
+        return {self.name: reason} if is_quantized(format) else {}
+
     def load(self, source: WeightSource) -> None:
-        tensor = read_matrix(self.build, source, self.name)
+        tensor = read_matrix(self.build, source, self.name, layer="")
         if isinstance(tensor, torch.Tensor):
             self.scale = float(torch.tensor(self.scale).to(tensor.dtype))
         self.packed = pack(self.kernels, tensor)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import torch
 
+from quire.formats.layout import FP8_BLOCK, INTEGER_FORMATS, is_quantized
+from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build, DenseKernels
+from quire.layers.linear import merge
 from quire.layers.mlp import GatedMLP
-from quire.layers.read import read_matrix
+from quire.layers.read import read_matrix, read_vector
+from quire.quant.errors import part_mismatch
 from quire.weights.source import TensorInfo, WeightSource
 
 
@@ -73,8 +78,8 @@ class SeparateExperts:
 
 
 class StackedExperts:
-    """All experts in two tensors, [E, 2 I, H] with gate before up, and [E, H, I]; the
-    intermediate size I is shared over ranks."""
+    """All experts in two weights, [E, 2 I, H] with gate before up, and [E, H, I], dense or as
+    codes; the intermediate size I is shared over ranks. `bias`: each projection adds one."""
 
     def __init__(
         self,
@@ -84,54 +89,111 @@ class StackedExperts:
         intermediate: int,
         experts: int,
         activation: str,
+        bias: bool = False,
     ):
-        self.build, self.activation = build, activation
+        self.build, self.activation, self.bias = build, activation, bias
         self.kernels = cast(DenseKernels, build.kernels)
         self.names = [f"{name}.{e}" for e in range(experts)]
         self.hidden, self.intermediate = hidden, intermediate
         self._share = build.group.shard(intermediate, f"intermediate size of {name}")
-        self.gate_up_EIH = self.down_EHI = torch.empty(0)
+        self.gate_up_EIH: Any = None
+        self.down_EHI: Any = None
+        self.gate_up_bias_EI: torch.Tensor | None = None
+        self.down_bias_EH: torch.Tensor | None = None
         build.add_weight(self)
 
     def tensors(self) -> list[TensorInfo]:
         wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-        return [
-            TensorInfo(f"{name}.{part}_proj.weight", narrow if part == "down" else wide, "bf16")
-            for name in self.names
-            for part in ("gate", "up", "down")
-        ]
+        infos = []
+        for name in self.names:
+            for part in ("gate", "up", "down"):
+                shape = narrow if part == "down" else wide
+                infos.append(TensorInfo(f"{name}.{part}_proj.weight", shape, "bf16"))
+                if self.bias:
+                    infos.append(TensorInfo(f"{name}.{part}_proj.bias", shape[:1], "bf16"))
+        return infos
 
     def nbytes(self, formats: Callable[[str], str]) -> int:
         share = self._share.stop - self._share.start
-        return sum(
-            self.build.kernels.packed_nbytes(formats(info.name), share, self.hidden)
-            for info in self.tensors()
-        )
+        total = 4 * (2 * share + self.hidden) * len(self.names) if self.bias else 0
+        for info in self._matrices():
+            down = info.name.endswith("down_proj.weight")
+            shape = (self.hidden, share) if down else (share, self.hidden)
+            total += self.build.kernels.packed_nbytes(formats(info.name), *shape)
+        return total
+
+    def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
+        """All matrices with the reason, where the kernels do not take their codes as they are."""
+        found = {formats(info.name) for info in self._matrices()}
+        share = self._share.stop - self._share.start
+        reason = next(filter(None, (self._why_widened(name, share) for name in sorted(found))), "")
+        if len(found) > 1 and any(map(is_quantized, found)):
+            reason = reason or f"experts of one layer are {' and '.join(sorted(found))}"
+        if not reason:
+            return {}
+        return {i.name: reason for i in self._matrices() if is_quantized(formats(i.name))}
 
     def load(self, source: WeightSource) -> None:
-        experts, share = len(self.names), self._share.stop - self._share.start
-        kept = self.kernels.quantized_experts
-        for e, name in enumerate(self.names):
-            gate, up, down = (
-                read_matrix(self.build, source, f"{name}.{part}_proj.weight", rows, columns, kept)
-                for part, rows, columns in (
-                    ("gate", self._share, None),
-                    ("up", self._share, None),
-                    ("down", None, self._share),
-                )
-            )
-            assert isinstance(gate, torch.Tensor) and isinstance(down, torch.Tensor)
-            assert isinstance(up, torch.Tensor)
-            if e == 0:
-                self.gate_up_EIH = gate.new_empty(experts, 2 * share, self.hidden)
-                self.down_EHI = gate.new_empty(experts, self.hidden, share)
-            self.gate_up_EIH[e, :share] = gate
-            self.gate_up_EIH[e, share:] = up
-            self.down_EHI[e] = down
+        experts = range(len(self.names))
+        layer = "" if self.widened(lambda name: source.info(name).format) else "experts"
+
+        def read(expert: int, part: str) -> Any:
+            rows, columns = (None, self._share) if part == "down" else (self._share, None)
+            name = f"{self.names[expert]}.{part}_proj.weight"
+            tensor = read_matrix(self.build, source, name, rows, columns, layer)
+            return _alike(tensor) if isinstance(tensor, QuantTensor) else tensor
+
+        def gate_up(expert: int) -> Any:
+            merged = merge([read(expert, "gate"), read(expert, "up")])
+            if len(merged) > 1:
+                raise ValueError(f"gate and up of {self.names[expert]} are stored differently")
+            return self.build.kernels.pack(merged[0][0])
+
+        downs = (self.build.kernels.pack(read(e, "down")) for e in experts)
+        try:
+            self.gate_up_EIH = self.kernels.stack(len(experts), map(gate_up, experts))
+            self.down_EHI = self.kernels.stack(len(experts), downs)
+        except ValueError as error:
+            raise part_mismatch(self.names[0], str(error)) from None
+        if self.bias:
+            self._load_biases(source)
 
     def __call__(
         self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> torch.Tensor:
         return self.kernels.experts(
-            x_TH, weights_TK, ids_TK, self.gate_up_EIH, self.down_EHI, self.activation
-        )
+            x_TH, weights_TK, ids_TK, self.gate_up_EIH, self.down_EHI, self.activation,
+            self.gate_up_bias_EI, self.down_bias_EH,
+        )  # fmt: skip
+
+    def _matrices(self) -> list[TensorInfo]:
+        return [info for info in self.tensors() if len(info.shape) == 2]
+
+    def _why_widened(self, format: str, share: int) -> str:
+        """Of the down projection, whose columns are shared, and then of gate and up."""
+        why = self.build.kernels.why_widened
+        reason = why(format, share, "experts") or why(format, self.hidden, "experts")
+        if not reason and format == "fp8_block" and share % FP8_BLOCK:
+            return f"{share} rows of gate and up are not whole blocks of {FP8_BLOCK}"
+        return str(reason)
+
+    def _load_biases(self, source: WeightSource) -> None:
+        def read(part: str, rows: slice | None = None) -> torch.Tensor:
+            names = [f"{name}.{part}_proj.bias" for name in self.names]
+            return torch.stack([read_vector(self.build, source, name, rows) for name in names])
+
+        gate, up = read("gate", self._share), read("up", self._share)
+        self.gate_up_bias_EI = torch.cat([gate, up], dim=1)
+        self.down_bias_EH = read("down")
+        if self.build.group.rank > 0:  # ranks' results are summed
+            self.down_bias_EH.zero_()
+
+
+def _alike(tensor: QuantTensor) -> QuantTensor:
+    """What experts of a layer may differ in is taken out: scales of activations, which are not
+    quantised here, and zero points that some write although they are in the middle."""
+    zeros = tensor.zeros
+    if zeros is None and tensor.format in INTEGER_FORMATS:
+        middle = 8 if tensor.format == "int4" else 128
+        zeros = torch.full(tensor.scales.shape, middle, dtype=torch.uint8, device=tensor.device)
+    return replace(tensor, activation="none", input_scale=None, zeros=zeros)

@@ -78,6 +78,14 @@ class Linear:
             total += 4 * n if self.bias_wanted else 0
         return total
 
+    def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
+        """The weights whose codes the kernels do not take as they are, with the reason."""
+        columns = self._columns or self._whole
+        width = columns.stop - columns.start
+        names = [f"{name}.weight" for name in self.names]
+        reasons = {name: self.kernels.why_widened(formats(name), width) for name in names}
+        return {name: reason for name, reason in reasons.items() if reason}
+
     def load(self, source: WeightSource) -> None:
         tensors = [
             read_matrix(self.build, source, f"{name}.weight", rows, self._columns)
@@ -105,24 +113,44 @@ class Linear:
                 start += n
         return self.group.all_reduce(y_TN) if self.reduce else y_TN
 
-    def after(self, norm: RMSNorm, stream: ResidualStream, activation: str = "") -> torch.Tensor:
-        """The product with the norm of a stream, gated where an `activation` is named."""
-        if self.kernels.dense:
-            [(weight, _)] = self._parts
+    def after(
+        self,
+        norm: RMSNorm,
+        stream: ResidualStream,
+        activation: str = "",
+        then: Linear | None = None,
+    ) -> torch.Tensor:
+        """The product with the norm of a stream, gated where an `activation` is named; what is
+        gated is for the layer `then`, as in `gated`."""
+        if self.kernels.dense and len(self._parts) == 1:
             kernels = cast(DenseKernels, self.kernels)
             y_TN, stream.value = kernels.add_norm_linear(
-                stream.pending, stream.value, norm.weight, norm.eps, weight, self._bias, activation
-            )
+                stream.pending, stream.value, norm.weight, norm.eps, self._parts[0][0], self._bias,
+                activation, None if then is None else then.only,
+            )  # fmt: skip
             stream.pending = None
-            return y_TN
+            return cast(torch.Tensor, y_TN)
         x_TH = norm.read(stream)
-        return self.gated(x_TH, activation) if activation else self(x_TH)
+        return self.gated(x_TH, activation, then) if activation else self(x_TH)
 
-    def gated(self, x_TH: torch.Tensor, activation: str) -> torch.Tensor:
-        """activation(first half of the outputs) * second half."""
-        if len(self._parts) == 1:
-            return self.kernels.gated_linear(x_TH, self._parts[0][0], self._bias, activation)
-        return self.kernels.gated_activation(self(x_TH), activation)
+    def gated(
+        self, x_TH: torch.Tensor, activation: str, then: Linear | None = None
+    ) -> torch.Tensor:
+        """activation(first half of the outputs) * second half. Dense kernels may give it in the
+        form in which the layer `then` takes it fastest, as nothing else can."""
+        if len(self._parts) > 1:
+            return self.kernels.gated_activation(self(x_TH), activation)
+        given = x_TH, self._parts[0][0], self._bias, activation
+        if self.kernels.dense and then is not None:
+            return cast(
+                torch.Tensor, cast(DenseKernels, self.kernels).gated_linear(*given, then.only)
+            )
+        return self.kernels.gated_linear(*given)
+
+    @property
+    def only(self) -> Any:
+        """The packed weight where it is one."""
+        return self._parts[0][0] if len(self._parts) == 1 else None
 
 
 def merge(tensors: list[Matrix]) -> list[tuple[Matrix, int]]:

@@ -10,7 +10,7 @@ from quire.layers.norm import ResidualStream, RMSNorm
 
 
 class GatedMLP:
-    """`activation` is "silu", "gelu_tanh" or "clamped_swiglu". The intermediate size is shared over
+    """`activation` is "silu", "gelu_tanh" or "swiglu_oai". The intermediate size is shared over
     ranks, whose results are summed unless `reduce` is False."""
 
     def __init__(
@@ -45,7 +45,7 @@ class GatedMLP:
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""
-        return self.down(self.gate_up.after(norm, stream, self.activation))
+        return self.down(self.gate_up.after(norm, stream, self.activation, self.down))
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up.gated(x_TH, self.activation))
+        return self.down(self.gate_up.gated(x_TH, self.activation, self.down))

@@ -38,15 +38,14 @@ class MoE:
         self.num_experts = experts
         self.router = Linear(build, [f"{name}.{router}"], hidden, [experts], bias=bias)
         sizes = f"{name}.experts", hidden, intermediate, experts, activation
-        if build.kernels.dense:
-            assert not bias  # the plan refuses it
-            self.experts: Experts = StackedExperts(build, *sizes)
-        else:
-            self.experts = SeparateExperts(build, *sizes, bias)
+        stacked = build.kernels.dense
+        make = StackedExperts if stacked else SeparateExperts
+        self.experts: Experts = make(build, *sizes, bias)
         self._uniform_TE: torch.Tensor | None = None
         # Each slot's result and its product with the weight; router logits, probabilities in two
-        # orders, ids; one expert may get all tokens.
-        build.add_width(2 * experts_per_token * hidden + 5 * experts + 3 * intermediate)
+        # orders, ids; one expert may get all tokens, stacked ones keep inner values of all slots.
+        inner = max(3, experts_per_token if stacked else 0) * intermediate
+        build.add_width(2 * experts_per_token * hidden + 5 * experts + inner)
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""

@@ -42,15 +42,15 @@ def read_matrix(
     name: str,
     rows: slice | None = None,
     columns: slice | None = None,
-    quantized: frozenset[str] | None = None,
+    layer: str = "linear",
 ) -> torch.Tensor | BlockTensor | QuantTensor:
     """A weight or a part of it on the build's device, dense where its kernels want that.
 
-    `quantized`: the formats that stay codes, by default those of the kernels' linear layers.
+    `layer`: whose kernels say which formats stay codes; "" for those that have none.
     """
     tensor = source.read(name, rows=rows, columns=columns).to(build.device)
     if isinstance(tensor, QuantTensor):
-        if tensor.format in (build.kernels.quantized if quantized is None else quantized):
+        if layer and not build.kernels.why_widened(tensor.layout, tensor.shape[1], layer):
             return tensor
         return widen(tensor, build.dtype or build.widened)
     if isinstance(tensor, BlockTensor) and not build.kernels.dense:

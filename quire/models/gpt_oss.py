@@ -69,7 +69,7 @@ class Config(llama.Config):
             qkv_bias=bias,
             out_bias=bias,
             sinks=True,
-            activation="clamped_swiglu",
+            activation="swiglu_oai",
             experts=experts,
             experts_per_token=per_token,
         )

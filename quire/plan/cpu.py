@@ -55,7 +55,7 @@ def place(
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(hf)
     widened = options.model.dtype if dtype is not None else declared_dtype(hf)
-    formats = held_formats(build, formats, widened, "CPU", choices)
+    formats = held_formats(build, formats, widened, choices)
     weights = sum_weights(build, formats)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS

@@ -10,12 +10,14 @@ import torch
 from quire.comm.group import Group
 from quire.config.options import Options
 from quire.errors import PlanError
-from quire.formats.layout import BLOCK_FORMATS
+from quire.formats.layout import BLOCK_FORMATS, is_quantized
 from quire.hardware.machine import Gpu, Machine
 from quire.kernels.dense import DenseWeights
 from quire.kernels.device_state import DeviceState
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.layers.build import Build, Kernels
+from quire.layers.experts import StackedExperts
+from quire.layers.linear import Linear
 from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import memory
 from quire.plan.architectures import describe
@@ -85,14 +87,14 @@ def place(
     """Raises PlanError or ModelError."""
     gpu, engine = machine.gpu, options.engine
     assert gpu is not None
-    dtype = _choose_dtype(options, hf, choices)
-    # A plan asks kernels only how much a weight takes; it must not need Triton.
-    sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
-    _check_experts(read_config(hf))
-    build = Build(sizes, dtype=DTYPES[dtype], group=group)
-    build_model(hf, build)
+    build = _build(hf, "bfloat16", group)
+    quantized = any(is_quantized(formats(name)) for name in matrices(build))
+    dtype = _choose_dtype(options, hf, quantized, choices)
+    if dtype != "bfloat16":
+        build = _build(hf, dtype, group)
     _check_head_sizes(build)
-    formats = held_formats(build, formats, dtype, "GPU", choices)
+    formats = held_formats(build, formats, dtype, choices)
+    _check_experts(read_config(hf), build, formats)
     packed = {f for f in map(formats, matrices(build)) if f in BLOCK_FORMATS and f not in DENSE}
     if packed:
         reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
@@ -100,6 +102,7 @@ def place(
     deterministic = bool(engine.deterministic)
     runner = _choose_runner(options, choices)
     _choose_kernels(deterministic, found, choices)
+    _choose_quantized(build, formats, deterministic, gpu, choices)
     config = read_config(hf)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
@@ -152,6 +155,14 @@ def place(
     )
 
 
+def _build(hf: dict[str, Any], dtype: str, group: Group) -> Build:
+    # A plan asks kernels only how much a weight takes; it must not need Triton.
+    sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
+    build = Build(sizes, dtype=DTYPES[dtype], group=group)
+    build_model(hf, build)
+    return build
+
+
 def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rows of captured decode steps, and tokens of other captured steps; both ascending.
 
@@ -164,12 +175,18 @@ def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int
     return tuple(decode), tuple(n for n in steps if n <= tokens)
 
 
-def _choose_dtype(options: Options, hf: dict[str, Any], choices: list[Choice]) -> str:
+def _choose_dtype(
+    options: Options, hf: dict[str, Any], quantized: bool, choices: list[Choice]
+) -> str:
     asked = options.model.dtype
     if asked != "auto":
         choices.append(Choice("dtype", asked, "asked for with --dtype"))
         return asked
     declared = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if quantized and declared != "bfloat16":
+        reason = f"kernels for quantised weights compute in it; config.json says {declared}"
+        choices.append(Choice("dtype", "bfloat16", reason, downgrade=True))
+        return "bfloat16"
     if declared in DTYPES:
         choices.append(Choice("dtype", declared, "the checkpoint's"))
         return declared
@@ -190,13 +207,18 @@ def _choose_kv_dtype(options: Options, dtype: str) -> str:
     return dtype if asked == "auto" else asked
 
 
-def _check_experts(config: ModelConfig) -> None:
-    if getattr(config, "expert_bias", False):
+def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
+    """Raises PlanError. `formats`: those that weights are held in."""
+    stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
+    held = {formats(i.name) for weight in stacked for i in weight.tensors() if len(i.shape) == 2}
+    dense = sorted(name for name in held if not is_quantized(name))
+    if getattr(config, "expert_bias", False) and dense:
         raise PlanError(
             "unsupported_experts",
-            "the GPU kernels do not have experts with biases and a clamped SwiGLU",
-            why="the model's experts add biases, and their products are computed all at once there",
-            fix="use --device cpu",
+            f"the GPU kernels do not have {dense[0]} experts with biases and a clamped SwiGLU",
+            why="only kernels for quantised experts, which compute in bfloat16, add biases",
+            fix="use --dtype bfloat16 with a quantised checkpoint or --quantization nvfp4-experts, "
+            "or --device cpu",
         )
     experts, chosen = getattr(config, "experts", 0), getattr(config, "experts_per_token", 0)
     if experts > MOST_EXPERTS or chosen > MOST_EXPERTS_PER_TOKEN:
@@ -246,3 +268,33 @@ def _choose_kernels(deterministic: bool, found: KernelFacts, choices: list[Choic
         choices.append(Choice("experts", triton, "products grouped by expert"))
         choices.append(Choice("attention", triton, "split keys for decoding, tiles for prompts"))
     choices.append(Choice("sampling", triton, "on the device, so that the next step can start"))
+
+
+def _choose_quantized(
+    build: Build,
+    formats: Callable[[str], str],
+    deterministic: bool,
+    gpu: Gpu,
+    choices: list[Choice],
+) -> None:
+    """What computes with weights that are held as codes, as quire/kernels/triton/quantized does."""
+    for kind, what in ((Linear, "linear layers"), (StackedExperts, "experts")):
+        weights = [weight for weight in build.weights if isinstance(weight, kind)]
+        names = {formats(i.name) for w in weights for i in w.tensors() if len(i.shape) == 2}
+        for name in sorted(filter(is_quantized, names)):
+            choices.append(Choice(f"{what} in {name}", *_served(kind, name, deterministic, gpu)))
+
+
+def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, str]:
+    """(kernels, why)."""
+    decoded = "held as codes, decoded in registers"
+    if deterministic:
+        return decoded, "one kernel for any number of tokens, which stay bfloat16"
+    if kind is StackedExperts:
+        return f"{decoded}, grouped by expert", "few tokens read each expert's codes by themselves"
+    if not name.startswith("fp8"):
+        return decoded, "bfloat16 products of weights that are read as they are stored"
+    if not gpu.architecture.startswith("sm_90"):
+        return decoded, f"e4m3 products are used on sm_90, not on {gpu.architecture}"
+    many = "e4m3 products of many tokens where the scheme quantises activations"
+    return f"{decoded}; {many}", "few tokens wait for the weight, many for arithmetic"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 from quire.errors import ModelError, PlanError
-from quire.formats.layout import QUANT_FORMATS
-from quire.layers.build import Build, DenseKernels
+from quire.formats.layout import is_quantized
+from quire.layers.build import Build
+from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
+from quire.layers.linear import Linear
 from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -53,26 +55,26 @@ def matrices(build: Build) -> list[str]:
 
 
 def held_formats(
-    build: Build, formats: Callable[[str], str], dtype: str, device: str, choices: list[Choice]
+    build: Build, formats: Callable[[str], str], dtype: str, choices: list[Choice]
 ) -> Callable[[str], str]:
     """The format in which each tensor is held: quantised ones that the kernels do not have are
     widened to `dtype` while loading."""
-    stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
-    experts = {tensor.name for weight in stacked for tensor in weight.tensors()}
-
-    def is_widened(name: str) -> bool:
-        kernels = build.kernels
-        in_experts = name in experts
-        kept = cast(DenseKernels, kernels).quantized_experts if in_experts else kernels.quantized
-        return formats(name) in QUANT_FORMATS and formats(name) not in kept
-
-    widened = sorted({formats(name) for name in matrices(build) if is_widened(name)})
+    widened: dict[str, str] = {}
+    for weight in build.weights:
+        if isinstance(weight, Linear | Embedding | StackedExperts):
+            widened |= weight.widened(formats)
     if widened:
-        reason = f"there are no {device} kernels for {', '.join(widened)}"
-        choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
+        counts = Counter(widened.values())
+        reason = "; ".join(f"{n} weights: {why}" for why, n in counts.items())
+        if len(counts) == 1:
+            reason = next(iter(counts))
+        count = sum(is_quantized(formats(name)) for name in matrices(build))
+        some = "" if count == len(widened) else f"{len(widened)} of {count} "
+        chosen = f"{some}widened to {dtype}"
+        choices.append(Choice("quantised weights", chosen, reason, downgrade=True))
 
     def held(name: str) -> str:
-        return DENSE[dtype] if is_widened(name) else formats(name)
+        return DENSE[dtype] if name in widened else formats(name)
 
     return held
 

@@ -8,6 +8,7 @@ import torch
 
 from quire.formats.float4 import pack_nibbles
 from quire.formats.integer import unpack_awq, unpack_words
+from quire.formats.layout import grouped
 from quire.formats.quantized import QuantTensor
 from quire.quant.errors import bad_values, contradiction, part_mismatch
 from quire.quant.parts import FLOATS, Parts
@@ -34,6 +35,10 @@ class _Integers(Storage):
     @property
     def format(self) -> str:  # type: ignore[override]
         return "f32" if self.ordered else f"int{self.bits}"
+
+    @property
+    def layout(self) -> str:
+        return grouped(self.format, self.group)
 
     def groups_of(self, parts: Parts, columns: int) -> int:
         self.check_width(parts.module, columns)

@@ -81,5 +81,5 @@ class Scheme:
             storage = self.find(module) if last == "weight" else None
             if storage is not None:
                 storage.check_width(module, shape[1])
-                found[name] = storage.format
+                found[name] = storage.layout
         return found

@@ -56,7 +56,7 @@ class QuantizedSource(WeightSource):
                 continue
             hidden |= {f"{parts.module}.{part}" for part in parts.present}
             name, shape = f"{parts.module}.weight", storage.open(parts)
-            info = TensorInfo(name, shape, storage.format, stored=parts.nbytes)
+            info = TensorInfo(name, shape, storage.layout, stored=parts.nbytes)
             self._weights[name] = _Weight(info, storage, parts)
         self._names = sorted({*(name for name in names if name not in hidden), *self._weights})
 

@@ -32,6 +32,11 @@ class Storage(ABC):
     format: str
     group: int = 0
 
+    @property
+    def layout(self) -> str:
+        """The format with what kernels must know of groups (formats.layout.grouped)."""
+        return self.format
+
     def check_width(self, module: str, columns: int) -> None:
         """Raises ModelError where groups do not divide the columns."""
         if self.group and columns % self.group:

@@ -8,7 +8,7 @@ from math import prod
 from quire.formats.layout import (
     BLOCK_FORMATS,
     DENSE_BYTES,
-    QUANT_FORMATS,
+    is_quantized,
     quantized_nbytes,
     row_bytes,
 )
@@ -19,8 +19,8 @@ class TensorInfo:
     """What is known of a tensor without reading it.
 
     `shape` counts values, outermost dimension first; `format` is a key of DENSE_BYTES,
-    BLOCK_FORMATS or QUANT_FORMATS. `stored`: bytes of the tensors that it is made of, where they
-    are several.
+    BLOCK_FORMATS, or of QUANT_FORMATS with the group size of integers (layout.grouped). `stored`:
+    bytes of the tensors that it is made of, where they are several.
     """
 
     name: str
@@ -32,7 +32,7 @@ class TensorInfo:
     def nbytes(self) -> int:
         if self.stored is not None:
             return self.stored
-        if self.format in QUANT_FORMATS:
+        if is_quantized(self.format):
             return quantized_nbytes(self.format, prod(self.shape[:-1]), self.shape[-1])
         if self.format in DENSE_BYTES:
             return prod(self.shape) * DENSE_BYTES[self.format]

@@ -172,8 +172,9 @@ def test_stacked_parts_hold_both_and_count_their_bytes(name: str) -> None:
     expected = torch.cat([first.dequantize(), second.dequantize()])
     assert torch.equal(both.dequantize(), expected)
     assert both.nbytes == sum(t.numel() * t.element_size() for t in both.tensors)
-    if tensor_group := {"int4 zeros": 16}.get(name):
-        assert both.nbytes == quantized_nbytes("int4", *both.shape, tensor_group)
+    if name == "int4 zeros":
+        assert both.layout == "int4_g16"
+        assert both.nbytes == quantized_nbytes("int4_g16", *both.shape)
     elif both.format not in ("int4", "int8"):
         assert both.nbytes == quantized_nbytes(both.format, *both.shape)
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from quire.formats.layout import QUANT_FORMATS
 from quire.kernels import capabilities
-from quire.kernels.capabilities import KERNELS, LAYERS, Capability, held_as_codes, matrix_markdown
+from quire.kernels.capabilities import (
+    KERNELS,
+    LAYERS,
+    WIDENED,
+    Capability,
+    matrix_markdown,
+    served_by,
+)
 from quire.kernels.dense import DenseWeights
 from quire.kernels.reference import ops as reference
 
@@ -26,18 +34,33 @@ def test_the_matrix_of_the_docs_is_the_table() -> None:
 
 
 def test_kernel_sets_take_what_the_table_says() -> None:
-    assert reference.quantized == held_as_codes("reference", "linear")
-    assert DenseWeights.quantized == held_as_codes("triton", "linear")
-    assert DenseWeights.quantized_experts == held_as_codes("triton", "experts")
+    for format in QUANT_FORMATS:
+        for layer in LAYERS:
+            codes = served_by("triton", format, layer) != WIDENED
+            dense = DenseWeights(torch.bfloat16, torch.device("meta"))
+            assert codes == (dense.why_widened(format, 256, layer) == "")
+            assert "no CPU kernels" in reference.why_widened(format, 256, layer)
+
+
+def test_groups_and_dtypes_that_the_kernels_lack_are_named() -> None:
+    dense = DenseWeights(torch.bfloat16, torch.device("meta"))
+    for name in ("int4_g32", "int8_g64", "int4_g128", "int8_g384", "int4_row", "bf16", "q4_0"):
+        assert not dense.why_widened(name, 768)
+    assert "groups of 16" in dense.why_widened("int4_g16", 768)
+    assert "groups of 96" in dense.why_widened("int8_g96", 768)
+    assert not dense.why_widened("int8_g96", 96)  # which is the whole row
+    half = DenseWeights(torch.float16, torch.device("meta"))
+    assert "compute in bfloat16, not float16" in half.why_widened("nvfp4", 768)
 
 
 def test_an_entry_changes_what_serves_its_formats_and_layers_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     entry = Capability("triton", ("fp8", "nvfp4"), ("linear",), "a kernel")
-    monkeypatch.setattr(capabilities, "CAPABILITIES", (*capabilities.CAPABILITIES, entry))
-    assert held_as_codes("triton", "linear") == {"fp8", "nvfp4"}
-    assert not held_as_codes("triton", "experts") and not held_as_codes("native", "linear")
+    monkeypatch.setattr(capabilities, "CAPABILITIES", (entry,))
+    assert served_by("triton", "fp8", "linear") == served_by("triton", "nvfp4", "linear")
+    for args in (("triton", "fp8", "experts"), ("triton", "int4", "linear")):
+        assert served_by(*args) == WIDENED
     rows = [line for line in matrix_markdown().splitlines() if "| triton |" in line]
     assert "| fp8, nvfp4 | linear | GPU | triton | a kernel |" in rows
 

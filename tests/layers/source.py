@@ -23,11 +23,10 @@ class Tensors(WeightSource):
 
     def info(self, name: str) -> TensorInfo:
         tensor = self.tensors[name]
-        kind = (
-            tensor.format
-            if isinstance(tensor, BlockTensor | QuantTensor)
-            else FORMATS[tensor.dtype]
-        )
+        if isinstance(tensor, QuantTensor):
+            kind = tensor.layout
+        else:
+            kind = tensor.format if isinstance(tensor, BlockTensor) else FORMATS[tensor.dtype]
         return TensorInfo(name, tuple(tensor.shape), kind)
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Matrix:

@@ -54,9 +54,15 @@ def test_widened_values_are_the_decoded_ones_rounded_once(
 def test_kernels_get_codes_of_the_formats_that_they_take() -> None:
     tensor = quantize_fp8(matrix(8, 64))
     source = Tensors({"w": tensor})
-    kernels: Any = SimpleNamespace(dense=False, quantized=frozenset({"fp8"}))
+    asked = []
+
+    def why_widened(*given: Any) -> str:
+        asked.append(given)
+        return "" if len(asked) == 1 else "there are none"
+
+    kernels: Any = SimpleNamespace(dense=False, why_widened=why_widened)
     assert isinstance(read_matrix(Build(kernels), source, "w"), QuantTensor)
-    kernels.quantized = frozenset({"nvfp4"})
+    assert asked == [("fp8", 64, "linear")]
     for dtype, expected in ((None, torch.float16), (torch.float32, torch.float32)):
         found = read_matrix(Build(kernels, dtype=dtype, widened=torch.float16), source, "w")
         assert isinstance(found, torch.Tensor) and found.dtype == expected
@@ -72,7 +78,7 @@ def test_codes_of_one_kind_are_merged_and_others_follow_each_other() -> None:
         assert [n for _, n in merge(list(others))] == [int(t.shape[0]) for t in others]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_dense_weights_of_gpu_kernels_hold_the_values(dtype: torch.dtype) -> None:
     kernels: Any = DenseWeights(dtype, torch.device("cpu"))
     build = Build(kernels, dtype=dtype)

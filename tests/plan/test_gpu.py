@@ -12,6 +12,8 @@ from quire.config.parse import build_options
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine
 from quire.kernels.reference import ops
+from quire.layers.build import Build
+from quire.models.registry import build_model
 from quire.plan.facts import KernelFacts, ModelFacts
 from quire.plan.gpu import graph_sizes
 from quire.plan.plan import Plan
@@ -164,3 +166,50 @@ def test_the_plan_says_what_is_known_of_the_architecture() -> None:
 
 def why(found: Plan, what: str) -> str:
     return next(choice.reason for choice in found.choices if choice.what == what)
+
+
+def quantized(hf: dict[str, Any], format: str, **given: Any) -> Plan:
+    """All projections in one format."""
+    build = Build(ops)
+    build_model(hf, build)
+    names = [tensor.name for weight in build.weights for tensor in weight.tensors()]
+    formats = {n: format if "_proj.weight" in n else "bf16" for n in names}
+    return plan(hf, formats=formats, **given)
+
+
+def test_codes_are_planned_and_what_serves_them_is_said() -> None:
+    layer = 4096 * (6144 + 4096 + 3 * 12288)
+    for format, size in (("fp8", 1.0), ("nvfp4", 0.5 + 1 / 16), ("int4_g128", 0.5 + 3 / 128)):
+        found = quantized(QWEN, format)
+        held = 36 * layer * size + 2 * 2 * 151936 * 4096
+        assert found.weight_bytes == pytest.approx(held, rel=2e-3)
+        said = reasons(found)[f"linear layers in {format}"]
+        assert "decoded in registers" in said and ("e4m3" in said) == (format == "fp8")
+        assert not any(choice.downgrade for choice in found.choices)
+    ampere = replace(H200, architecture="sm_80", capability=(8, 0))
+    for given in ({"deterministic": True}, {"gpu": ampere}):
+        assert "e4m3" not in reasons(quantized(QWEN, "fp8", **given))["linear layers in fp8"]
+
+
+def test_a_quantised_checkpoint_in_half_precision_gets_the_dtype_of_the_kernels() -> None:
+    found = quantized({**QWEN, "torch_dtype": "float16"}, "int4_g128")
+    [said] = [choice for choice in found.choices if choice.what == "dtype"]
+    assert found.dtype == said.chosen == "bfloat16" and said.downgrade and "float16" in said.reason
+    wide = quantized(QWEN, "int4_g128", dtype="float32")
+    assert reasons(wide)["quantised weights"] == "widened to float32"
+
+
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "vocab_size": 201088, "hidden_size": 2880,
+    "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072, "sliding_window": 128, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_experts_with_biases_must_be_quantised() -> None:
+    assert "grouped" in reasons(quantized(GPT_OSS, "mxfp4"))["experts in mxfp4"]
+    for given in ({"format": "bf16"}, {"format": "mxfp4", "dtype": "float32"}):
+        with pytest.raises(PlanError, match="biases") as caught:
+            quantized(GPT_OSS, **given)
+        assert caught.value.code == "unsupported_experts"

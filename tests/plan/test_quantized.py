@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from quire.engine.startup import find_model, kernel_facts, make_plan
 from quire.engine.weights import open_weights
 from quire.errors import PlanError, QuireError
 from quire.kernels.dense import DenseWeights
+from quire.kernels.reference.packed import PackedWeight
 from quire.layers.build import Build
-from quire.models.registry import build_model
+from quire.layers.embedding import Embedding
+from quire.layers.experts import StackedExperts
+from quire.layers.linear import Linear
+from quire.models.registry import build_model, load_weights
 from quire.plan.place import held_formats
 from quire.plan.plan import Choice, Plan
 
@@ -48,7 +54,7 @@ def test_the_config_alone_tells_what_the_files_hold(scheme: str, tmp_path: Path)
     alone, dummy = plan_of(path), plan_of(path, load_format="dummy")
     assert alone.weight_bytes == with_files.weight_bytes == dummy.weight_bytes
     count = 14 if SCHEMES[scheme][2] != "f32" else 16  # with embedding and head
-    assert f"{SCHEMES[scheme][2]} x {count}" in alone.weight_formats
+    assert re.search(rf"{SCHEMES[scheme][2]}(_g\d+|_row)? x {count}", alone.weight_formats)
     assert alone.weight_formats == with_files.weight_formats == dummy.weight_formats
 
 
@@ -69,19 +75,57 @@ def test_weights_without_kernels_are_widened_and_the_plan_says_so(tmp_path: Path
 
 
 def test_experts_and_linears_are_widened_each_for_itself() -> None:
-    """As the plan of a GPU whose kernels had nvfp4 in linear layers only."""
+    """fp8_block on a GPU: blocks of gate and up of 96 rows cannot follow each other."""
     kernels: Any = DenseWeights(torch.bfloat16, torch.device("meta"))
-    kernels.quantized = frozenset({"nvfp4"})
-    build, choices = Build(kernels, dtype=torch.bfloat16), []
+    build, choices = Build(kernels, dtype=torch.bfloat16), list[Choice]()
     build_model(QWEN3_MOE, build)
-    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+
+    def stored(format: str) -> Callable[[str], str]:
+        return lambda name: format if "proj" in name else "bf16"
+
+    held = held_formats(build, stored("fp8_block"), "bfloat16", choices)
     layer = "model.layers.0"
-    assert held(f"{layer}.self_attn.o_proj.weight") == "nvfp4"
+    assert held(f"{layer}.self_attn.o_proj.weight") == "fp8_block"
     assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "bf16"
-    assert [c.chosen for c in choices] == ["widened to bfloat16"]
-    kernels.quantized_experts, choices = kernels.quantized, []
-    held = held_formats(build, lambda name: "nvfp4", "bfloat16", "GPU", choices)
+    assert [c.chosen for c in choices] == ["24 of 32 widened to bfloat16"]
+    assert "96 rows" in choices[0].reason
+    choices.clear()
+    held = held_formats(build, stored("nvfp4"), "bfloat16", choices)
     assert held(f"{layer}.mlp.experts.3.down_proj.weight") == "nvfp4" and not choices
+
+
+@pytest.mark.parametrize("config", [BF16, {**QWEN3_MOE, "moe_intermediate_size": 128}])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_holds_the_bytes_that_were_planned(
+    scheme: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """As loaded by the GPU's packing, on the CPU. Integers are planned with zero points."""
+    path, _ = of_scheme(tmp_path, scheme, config)
+    built = build_options({"model": str(path)})
+    files = find_model(built)
+    source = open_weights(built, files)
+    assert source is not None
+    kernels: Any = DenseWeights(torch.bfloat16, torch.device("cpu"))
+    build = Build(kernels, dtype=torch.bfloat16)
+    build_model(config, build)
+    choices: list[Choice] = []
+    held = held_formats(build, lambda name: source.info(name).format, "bfloat16", choices)
+    planned = sum(weight.nbytes(held) for weight in build.weights)
+    load_weights(build, source)
+    found = sum(_held_bytes(weight) for weight in build.weights)
+    integers = SCHEMES[scheme][2].startswith("int")
+    assert found == pytest.approx(planned, rel=0.05 if integers else 0)
+    assert bool(choices) == (scheme == "ct w4a16 zeros")  # which has groups of 16
+
+
+def _held_bytes(weight: Any) -> int:
+    if isinstance(weight, Linear):
+        parts = [packed for packed, _ in weight._parts]
+    elif isinstance(weight, StackedExperts):
+        parts = [weight.gate_up_EIH, weight.down_EHI]
+    else:
+        parts = [weight.packed if isinstance(weight, Embedding) else weight.weight]
+    return sum(p.data.nbytes if isinstance(p, PackedWeight) else p.nbytes for p in parts)
 
 
 def test_a_quantised_kv_cache_is_recognised_and_the_plan_says_what_is_kept(tmp_path: Path) -> None:

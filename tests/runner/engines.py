@@ -16,7 +16,7 @@ import torch
 from quire.config.parse import build_options
 from quire.engine.gates import Gate
 from quire.engine.startup import Engine, assemble, find_model, kernel_facts
-from quire.engine.weights import dummy_source
+from quire.engine.weights import asked_quantization, dummy_source, open_weights
 from quire.engine.wire import Abort, Add
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine
@@ -32,10 +32,12 @@ MACHINE = Machine("a processor", "x86_64", 2, 8 * GIB, 8 * GIB, GPU, "")
 WriteModel = Any
 
 
-def engine(model: str, device: str, **given: Any) -> Engine:
-    """An engine with seeded weights, in float32 unless `given` says otherwise.
+def engine(model: str, device: str, warm: bool = True, **given: Any) -> Engine:
+    """An engine with seeded weights (those of the files with `load_format` auto), in float32 unless
+    `given` says otherwise.
 
-    "cuda" without a GPU computes on the CPU, in Triton's interpreter.
+    "cuda" without a GPU computes on the CPU, in Triton's interpreter. `warm`: all that is to be
+    captured or compiled beforehand is.
     """
     runner = "graph" if device == "cuda" and DEVICE.type == "cuda" else "eager"
     options = build_options(
@@ -47,12 +49,13 @@ def engine(model: str, device: str, **given: Any) -> Engine:
     files = find_model(options)
     found = kernel_facts()
     found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
-    formats = declared_formats(files.config(), checkpoint_scheme(files))
+    online = asked_quantization(options, files)
+    formats = declared_formats(files.config(), checkpoint_scheme(files), online)
     plan = resolve(options, ModelFacts("m", files.config(), formats), MACHINE, found)
     where = DEVICE if device == "cuda" else torch.device("cpu")
-    source = dummy_source(options, files, where)
+    source = open_weights(options, files) or dummy_source(options, files, where)
     made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
-    while made.core.warm():
+    while warm and made.core.warm():
         pass
     return made
 

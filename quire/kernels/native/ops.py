@@ -8,7 +8,7 @@ A wrong shape or type raises ValueError.
 
 import torch
 
-from quire.kernels.capabilities import held_as_codes
+from quire.kernels import capabilities
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
@@ -24,12 +24,11 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "quantized", "record", "rms_norm", "rotary_cache",
-    "route", "set_isa", "set_num_threads", "unpack_rows",
+    "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache",
+    "route", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False
-quantized = held_as_codes("native", "linear")
 
 set_num_threads = _native.set_num_threads
 num_threads = _native.num_threads
@@ -92,6 +91,11 @@ def packed_nbytes(format: str, n: int, k: int) -> int:
     """Bytes that pack will allocate for a weight [n, k]."""
     check_format(format, n, k)
     return _native.packed_nbytes(_FORMATS[format], n, k)
+
+
+def why_widened(name: str, columns: int, layer: str = "linear") -> str:
+    """Why `pack` does not take a weight of this format as it is (capabilities.why_widened)."""
+    return capabilities.why_widened("native", layer, name, columns, "float32")
 
 
 def unpack_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
@@ -279,8 +283,8 @@ def attention(
 
 def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh", or
-    "clamped_swiglu", where both halves are clamped and 1 is added to the second."""
-    if kind == "clamped_swiglu":
+    "swiglu_oai", where both halves are clamped and 1 is added to the second."""
+    if kind == "swiglu_oai":
         return gated_activation(_clamp(x), "silu", out)
     if kind not in _ACTIVATIONS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(_ACTIVATIONS)}")

@@ -9,8 +9,9 @@ import numpy
 import torch
 from torch.nn import functional
 
-from quire.kernels.capabilities import held_as_codes
-from quire.kernels.reference.activation.gated_activation import gated_activation
+from quire.kernels import capabilities
+from quire.kernels.reference.activation import gated_activation as activation
+from quire.kernels.reference.activation.gated_activation import limit_of
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.packed import (
     BLOCK,
@@ -24,12 +25,11 @@ from quire.kernels.reference.packed import (
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "quantized", "rms_norm", "rotary_cache", "route",
-    "set_isa", "set_num_threads", "unpack_rows",
+    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "route", "set_isa",
+    "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False
-quantized = held_as_codes("reference", "linear")
 
 
 def set_num_threads(threads: int) -> None:
@@ -66,6 +66,10 @@ def pack(weight: torch.Tensor | GgufWeight) -> PackedWeight:
 def packed_nbytes(format: str, n: int, k: int) -> int:
     check_format(format, n, k)
     return n * k * DENSE_TYPES.get(format, torch.float32).itemsize
+
+
+def why_widened(name: str, columns: int, layer: str = "linear") -> str:
+    return capabilities.why_widened("reference", layer, name, columns, "float32")
 
 
 def unpack_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
@@ -187,6 +191,10 @@ def attention(
         mixed = torch.einsum("hgts,hsd->thgd", weights, v)
         result[first:last] = mixed.reshape(last - first, -1)
     return _into(out, result)
+
+
+def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    return activation.gated_activation(x, kind, out, limit_of(kind))
 
 
 def gated_linear(

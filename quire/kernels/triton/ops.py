@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.dense import DenseWeights
+from quire.kernels.reference.activation.gated_activation import limit_of
 from quire.kernels.reference.packed import BLOCK, PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
@@ -13,11 +14,20 @@ from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, line
 from quire.kernels.triton.moe.experts import experts
 from quire.kernels.triton.moe.route import route
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
+from quire.kernels.triton.quantized.experts import quantized_experts
+from quire.kernels.triton.quantized.linear import (
+    Tokens,
+    quantized_gated_linear,
+    quantized_linear,
+    quantized_norm_linear,
+)
+from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
 
 class TritonKernels(DenseWeights):
-    """Kernels for one GPU, all in one number format; shapes as in quire/kernels/reference/ops.py.
+    """Kernels for one GPU, activations in one number format; shapes as in the references
+    (quire/kernels/reference/ops.py).
 
     `deterministic`: a row's bits depend on nothing but the row. `scratch` is the attention
     kernels' memory; who allocates caches sets it.
@@ -31,7 +41,6 @@ class TritonKernels(DenseWeights):
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     rotary_cache = staticmethod(rotary_cache)
-    gated_activation = staticmethod(gated_activation)
     route = staticmethod(route)
 
     def cache_shapes(
@@ -46,18 +55,37 @@ class TritonKernels(DenseWeights):
     ) -> torch.Tensor:
         return embedding(ids, weight.data, scale)
 
+    def gated_activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return gated_activation(x, kind, limit=limit_of(kind))
+
     def linear(
         self,
-        x: torch.Tensor,
-        weight: PackedWeight,
+        x: Tokens,
+        weight: PackedWeight | PackedQuantized,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(weight, PackedQuantized):
+            return quantized_linear(x, weight, bias, deterministic=self.deterministic, out=out)
+        assert isinstance(x, torch.Tensor)
         return linear(x, weight.data, bias, deterministic=self.deterministic, out=out)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight | PackedQuantized,
+        bias: torch.Tensor | None,
+        kind: str,
+        then: PackedWeight | PackedQuantized | None = None,
+    ) -> Tokens:
+        """The gated product, stored as `linear` takes it fastest with the weight `then`."""
+        if isinstance(weight, PackedQuantized):
+            return quantized_gated_linear(
+                x, weight, kind, bias, limit=limit_of(kind), deterministic=self.deterministic,
+                then=_quantized(then),
+            )  # fmt: skip
+        if limit_of(kind):
+            return self.gated_activation(self.linear(x, weight, bias), kind)
         return gated_linear(x, weight.data, kind, bias, deterministic=self.deterministic)
 
     def add_norm_linear(
@@ -66,16 +94,24 @@ class TritonKernels(DenseWeights):
         residual: torch.Tensor,
         norm_weight: torch.Tensor,
         eps: float,
-        weight: PackedWeight,
+        weight: PackedWeight | PackedQuantized,
         bias: torch.Tensor | None,
         kind: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(product with the norm of residual + x, that sum), gated where a `kind` is named. The
-        residual given may be overwritten."""
-        return add_norm_linear(
-            x, residual, norm_weight, eps, weight.data, bias, kind,
-            deterministic=self.deterministic,
-        )  # fmt: skip
+        then: PackedWeight | PackedQuantized | None = None,
+    ) -> tuple[Tokens, torch.Tensor]:
+        """(product with the norm of residual + x, that sum), gated where a `kind` is named, then
+        stored as in gated_linear. The residual given may be overwritten."""
+        given = (x, residual, norm_weight, eps)
+        if isinstance(weight, PackedQuantized):
+            return quantized_norm_linear(
+                *given, weight, bias, kind, limit=limit_of(kind),
+                deterministic=self.deterministic, then=_quantized(then),
+            )  # fmt: skip
+        limited = limit_of(kind) > 0
+        y, residual = add_norm_linear(
+            *given, weight.data, bias, "" if limited else kind, deterministic=self.deterministic
+        )
+        return self.gated_activation(y, kind) if limited else y, residual
 
     def attention(
         self,
@@ -104,8 +140,22 @@ class TritonKernels(DenseWeights):
         x: torch.Tensor,
         weights: torch.Tensor,
         ids: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: torch.Tensor | PackedQuantized,
+        down: torch.Tensor | PackedQuantized,
         kind: str,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(gate_up, PackedQuantized):
+            assert isinstance(down, PackedQuantized)
+            return quantized_experts(
+                x, weights, ids, gate_up, down, kind, limit=limit_of(kind),
+                gate_up_bias=gate_up_bias, down_bias=down_bias, deterministic=self.deterministic,
+            )  # fmt: skip
+        assert isinstance(down, torch.Tensor)
+        assert gate_up_bias is None and not limit_of(kind)  # the plan refuses such experts
         return experts(x, weights, ids, gate_up, down, kind, deterministic=self.deterministic)
+
+
+def _quantized(weight: PackedWeight | PackedQuantized | None) -> PackedQuantized | None:
+    return weight if isinstance(weight, PackedQuantized) else None

@@ -32,7 +32,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 class Case:
     """A kernel with the types of its arguments ("*bf16", "i32", "fp32", ...) by name, and values
     of its constexprs (PDL is set by target). Pointers, and the integers in `aligned`, are taken
-    to be multiples of 16. `max_shared`: shared memory it may use, by target name."""
+    to be multiples of 16. `one_instruction`: on sm_90 its products are all wgmma's, whatever the
+    tile, so that tiles of other sizes give the same bits."""
 
     name: str
     kernel: Any
@@ -44,6 +45,7 @@ class Case:
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)
     only_full: bool = False
+    one_instruction: bool = False
 
 
 # Bytes of shared memory that one program can have.
@@ -72,6 +74,9 @@ def compile_case(case: Case, target: str) -> Any:
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     shared = compiled.metadata.shared
     assert shared <= SHARED[target], f"{shared} bytes of shared memory, {SHARED[target]} allowed"
+    if case.one_instruction and target == "sm_90":
+        ptx = compiled.asm["ptx"]
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx, "other matrix instructions"
     return compiled
 
 

@@ -77,6 +77,7 @@ def gemm(tokens: int, format: str, target: str, kind: str = "", limit: float = 0
         tile.stages,
         ALIGNED,
         (target,),
+        one_instruction=True,
     )
 
 
@@ -139,9 +140,12 @@ def scaled(tile: ScaledTile, blockwise: bool, exact: bool, *targets: str) -> Cas
     )
 
 
-def quantizing(kernel: Any, columns: int, group: int, **constants: Any) -> Case:
+def quantizing(
+    kernel: Any, columns: int, group: int, fixed: bool = False, **constants: Any
+) -> Case:
     types = dict.fromkeys(("x", "residual", "normed"), "*bf16") | {"codes": "*fp8e4nv"}
-    types |= {"scales": "*fp32", "weight": "*fp32", "rows": "i32", "eps": "fp32"}
+    types |= {"scales": "*fp32", "weight": "*fp32", "rows": "i32", "eps": "fp32", "fixed": "*fp32"}
+    constants = {"fixed": None} | constants if not fixed else constants
     sizes = block_sizes(columns) if kernel is norm_quantize_kernel else _sizes(columns)
     warps = sizes.pop("num_warps")
     constants |= {"X_STRIDE": columns, "GROUP": group, "POWER_OF_TWO": group > 0, **sizes}
@@ -172,6 +176,7 @@ CASES = [
     scaled(ScaledTile(128, 128, 8, 3, 2), True, True, "sm_90"),
     scaled(ScaledTile(64, 128, 4, 4, 2), True, True, "sm_90"),
     quantizing(quantize_kernel, 4096, 0),
+    quantizing(quantize_kernel, 4096, 0, True),
     quantizing(quantize_kernel, 12288, 128),
     quantizing(activation_quantize_kernel, 12288, 0, KIND="silu", LIMIT=0.0),
     quantizing(norm_quantize_kernel, 4096, 0, RESIDUAL_STRIDE=4096, normed=None),
@@ -181,6 +186,8 @@ CASES = [
     skinny(64, 6144, "int8", "sm_90"),
     skinny(16, 6144, "fp8_block", "sm_90"),
     gemm(8, "nvfp4", "sm_90", "silu", 10.0),
+    gemm(8, "mxfp4", "sm_90"),
+    gemm(32, "nvfp4", "sm_90"),
     gemm(64, "mxfp4", "sm_90"),
     gemm(2048, "fp8", "sm_90", "silu"),
     gemm(2048, "int4", "sm_90"),

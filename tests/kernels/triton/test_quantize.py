@@ -41,6 +41,26 @@ def test_codes_and_scales_equal_reference(
     same(found, reference.quantize(x, group, power_of_two=power_of_two))
 
 
+@pytest.mark.parametrize(("t", "k"), SHAPES)
+def test_a_fixed_scale_is_every_rows_and_cuts_what_is_beyond_it(
+    t: int, k: int, device: torch.device
+) -> None:
+    x, gated = matrix(t, k, BF16, device, 1), matrix(t, 2 * k, BF16, device, 2)
+    fixed = torch.tensor(2.0**-9, device=device)  # 448 of them are 0.875
+    found = quantize(x, fixed=fixed)
+    assert found[1].tolist() == [2.0**-9] * t
+    wanted = (x.float() * 512).clamp(-448, 448).to(torch.float8_e4m3fn)
+    same(found, (wanted, found[1]))
+    if x.numel() > 100:
+        assert found[0].float().abs().max() == 448
+    same(gated_activation_quantize(gated, "silu", fixed=fixed),
+         quantize(gated_activation(gated, "silu"), fixed=fixed))  # fmt: skip
+    residual, weight = matrix(t, k, BF16, device, 3), vector(k, device, 4)
+    normed = add_rms_norm(x, residual.clone(), weight, 1e-5)
+    same(add_rms_norm_quantize(x, residual, weight, 1e-5, fixed=fixed),
+         quantize(normed, fixed=fixed))  # fmt: skip
+
+
 def test_rounding_is_to_nearest_and_ties_go_to_even(device: torch.device) -> None:
     # With 448 in the row the scale is 1. Codes by the table of e4m3: 1.0625 lies between 1 and
     # 1.125, 1.1875 between 1.125 and 1.25, 2^-10 between 0 and the smallest, 2^-9.

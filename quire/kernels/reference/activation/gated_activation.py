@@ -9,13 +9,15 @@ from torch.nn import functional
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
+def limit_of(kind: str) -> float:
+    """What a layer's activation of this kind clamps its inputs at, 0 where it does not."""
+    return SWIGLU_LIMIT if kind == "swiglu_oai" else 0.0
+
+
 def gated_activation(
     x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
 ) -> torch.Tensor:
-    """ "clamped_swiglu" is "swiglu_oai" with gpt-oss's limit."""
     gate, up = x.float().chunk(2, dim=-1)
-    if kind == "clamped_swiglu":
-        kind, limit = "swiglu_oai", SWIGLU_LIMIT
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if kind == "swiglu_oai":

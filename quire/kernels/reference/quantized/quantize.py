@@ -11,10 +11,17 @@ LARGEST = 448.0
 
 
 def quantize(
-    x: torch.Tensor, group: int = 0, *, power_of_two: bool = False
+    x: torch.Tensor,
+    group: int = 0,
+    *,
+    power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes float8_e4m3fn [T, K] and scales float32 [T], or [ceil(K / group), T]."""
     rows, columns = x.shape
+    if fixed is not None:
+        codes = (x.float() / fixed).clamp(-LARGEST, LARGEST)
+        return codes.to(torch.float8_e4m3fn), fixed.expand(rows).contiguous()
     width = group or max(1, columns)
     padded = torch.nn.functional.pad(x.float(), (0, -columns % width))
     padded = padded.view(rows, -(-columns // width), width)
@@ -28,9 +35,16 @@ def quantize(
 
 
 def gated_activation_quantize(
-    x: torch.Tensor, kind: str, group: int = 0, *, limit: float = 0.0, power_of_two: bool = False
+    x: torch.Tensor,
+    kind: str,
+    group: int = 0,
+    *,
+    limit: float = 0.0,
+    power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize(gated_activation(x, kind, limit=limit), group, power_of_two=power_of_two)
+    y = gated_activation(x, kind, limit=limit)
+    return quantize(y, group, power_of_two=power_of_two, fixed=fixed)
 
 
 def add_rms_norm_quantize(
@@ -41,13 +55,14 @@ def add_rms_norm_quantize(
     group: int = 0,
     *,
     power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     given = (residual, weight, eps)
     y = rms_norm(*given) if x is None else add_rms_norm(x, *given)
     if normed is not None:
         normed.copy_(y)
-    return quantize(y, group, power_of_two=power_of_two)
+    return quantize(y, group, power_of_two=power_of_two, fixed=fixed)
 
 
 def dequantize_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

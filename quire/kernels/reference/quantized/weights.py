@@ -8,7 +8,7 @@ A weight has N outputs (rows) and K inputs; experts have a dimension E before bo
 | fp8_block | float8_e4m3fn [N, K]            | float32 [N / 128, K / 128]     |                 |
 | nvfp4     | uint8 [N, K / 2], e2m1          | float8_e4m3fn [N, K / 16]      | row_scales      |
 | mxfp4     | uint8 [N, K / 2], e2m1          | uint8 ue8m0 [N, K / 32]        |                 |
-| int4      | uint8 [N, K / 2], 0 to 15       | float16, bfloat16 [N, K / g]   | zeros           |
+| int4      | uint8 [N, K / 2], 0 to 15       | half or float32 [N, K / g]     | zeros           |
 | int8      | uint8 [N, K]                    | as int4                        | zeros           |
 
 `row_scales` float32 [N]; `zeros` uint8 [N, K / g], or none. An even column is in a byte's low
@@ -26,6 +26,7 @@ FORMATS = ("fp8", "fp8_block", "nvfp4", "mxfp4", "int4", "int8")
 FOUR_BITS = ("nvfp4", "mxfp4", "int4")
 # Values of e2m1 without the sign (OCP Microscaling Formats 1.0, section 5.3.3).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+HALF_OR_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 128  # rows and columns of an fp8_block
 
 
@@ -82,7 +83,7 @@ class QuantizedWeight:
             "fp8_block": ((torch.float32,), (-(-n // BLOCK), -(-k // BLOCK))),
             "nvfp4": ((torch.float8_e4m3fn,), (n, k // 16)),
             "mxfp4": ((torch.uint8,), (n, k // 32)),
-        }.get(self.format, ((torch.float16, torch.bfloat16), (n, k // max(1, self.group))))
+        }.get(self.format, (HALF_OR_FLOAT, (n, k // max(1, self.group))))
         wanted = {
             "codes": (self.codes, (eight,), lead + tuple(self.codes.shape[-2:])),
             "scales": (self.scales, dtypes, lead + shape),

@@ -1,11 +1,11 @@
 """Products of quantised weights with any number of tokens, each row with the same bits in all.
 
 y^T = W x^T: a tile of the weight is decoded in the registers from which the matrix instruction
-takes it, and the tokens are its other operand. An element of y is one sum over K in ascending
-order, group by group where the format has scales that are multiplied into sums (products.py), on
-one instruction whose depth is 16; the tile's width in tokens decides which other elements the
-same instructions compute, and no sum. K is never split, and rows of the weight are always 64 a
-warp group. So deterministic mode uses it for every number of tokens.
+takes it, and the tokens are its other operand. An element of y is one sum over K, block by block in
+an order that is the format's, group by group where the format has scales that are multiplied into
+sums (products.py), on one instruction whose depth is 16; the tile's width in tokens decides which
+other elements the same instructions compute, and no sum. K is never split, and rows of the weight
+are always 64 a warp group. So deterministic mode uses it for every number of tokens.
 """
 
 from __future__ import annotations
@@ -90,8 +90,13 @@ def quantized_gemm_kernel(
     )  # fmt: skip
 
 
-def quantized_tile(tokens: int, n: int, format: str, group: int, shared: int) -> QuantizedTile:
+def quantized_tile(
+    tokens: int, n: int, format: str, group: int, shared: int, deterministic: bool = True
+) -> QuantizedTile:
     """The tile for a weight of n rows. `shared`: bytes of shared memory a program may have.
+
+    `deterministic`: one block of K in a step whatever the width, since the columns of two blocks
+    take turns in their sum (products.py).
 
     Wide tiles of tokens, since a tile of the weight is decoded again for each. Formats whose
     scales are multiplied into sums hold a second sum while they do, and have half the width.
@@ -101,7 +106,8 @@ def quantized_tile(tokens: int, n: int, format: str, group: int, shared: int) ->
     eight = format in ("fp8", "fp8_block", "int8")
     width = next((w for w in (16, 32, 64) if tokens <= w), 64 if summed else 128)
     rows = 64 if tokens <= 64 else 128
-    blocks = 2 if format in ("nvfp4", "mxfp4") and width == 16 else 1
+    two = format in ("nvfp4", "mxfp4") and width == 16 and not deterministic
+    blocks = 2 if two else 1
     # Two programs on a multiprocessor, where there is memory for two stages of each.
     for room in (min(shared, 114688), shared):
         stage = int(blocks * 128 * (width * 2 + rows * (1 if eight else 0.625)))
@@ -119,19 +125,21 @@ def quantized_gemm(
     *,
     kind: str = "",
     limit: float = 0.0,
+    deterministic: bool = True,
     tile: QuantizedTile | None = None,
 ) -> torch.Tensor:
     """x W^T + bias, [T, N] bfloat16, or with a `kind` the activation of gate and up, [T, N / 2].
 
-    Operands as in `skinny`, with any number of tokens. A row's bits depend on nothing but the row
-    and the weight. `tile`: another than quantized_tile's.
+    Operands as in `skinny`, with any number of tokens. `deterministic`: a row's bits depend on
+    nothing but the row and the weight; otherwise few tokens may be faster. `tile`: another than
+    quantized_tile's.
     """
     out = check_linear(x_TK, weight, bias, out, kind)
     (tokens, n), device = out.shape, x_TK.device
     if tokens == 0 or n == 0:
         return out
     tile = tile or quantized_tile(
-        tokens, weight.n, weight.format, weight.group, shared_memory(device)
+        tokens, weight.n, weight.format, weight.group, shared_memory(device), deterministic
     )
     width = tile.rows // (1 if kind == "" else 2)
     few = tokens <= tile.tokens and triton.cdiv(n, width) <= 8 * num_sms(device)

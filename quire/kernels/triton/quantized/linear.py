@@ -1,12 +1,19 @@
 """Linear layers with quantised weights by whichever kernel is fastest for the number of tokens, or
-by the one that gives the same bits for all of them."""
+by the one that gives the same bits for all of them.
+
+Where a scheme has activations in e4m3, tokens of large batches are quantised too on Hopper, by the
+kernel that makes them where one does: after the norm, or after the gated activation.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.gemm.shared import is_hopper
+from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized import quantize
 from quire.kernels.triton.quantized.gemm import quantized_gemm
 from quire.kernels.triton.quantized.operands import check_linear
@@ -14,17 +21,39 @@ from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.scaled_gemm import library_scaled, scaled_gemm
 from quire.kernels.triton.quantized.skinny import skinny
 
+# Rows from which a four-bit weight gives quantized_gemm work for all multiprocessors.
+TALL = 16384
+# Hopper's faster sums of e4m3 products (scaled_gemm.py): up to a tenth less time, and torch's
+# default in other engines. Sums then have about 14 bits, the tokens themselves have 4.
+EXACT = False
 
-def skinny_crossing(format: str) -> int:
+
+@dataclass(frozen=True)
+class QuantizedTokens:
+    """Tokens as quantize gives them: codes float8_e4m3fn [T, K], and scales."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+Tokens = torch.Tensor | QuantizedTokens
+
+
+def skinny_crossing(weight: PackedQuantized) -> int:
     """Most tokens for which `skinny` serves a weight; quantized_gemm and e4m3 products above.
-    Estimates until measured with benchmarks/gpu/quantized.py."""
-    return 32
+
+    Measured on an H200 with benchmarks/gpu/quantized.py, for fp8 and nvfp4. Of four bits, decoding
+    is what takes time: larger tiles decode less often.
+    """
+    if weight.format in ("nvfp4", "mxfp4", "int4"):
+        return 0 if weight.n >= TALL else 8
+    return 32 if weight.activation == "none" else 16
 
 
-def library_crossing(n: int, k: int) -> int:
-    """Tokens from which torch's own e4m3 product serves a weight [n, k]. An estimate until measured
-    with benchmarks/gpu/quantized.py."""
-    return 512
+def library_serves(tokens: int, weight: PackedQuantized) -> bool:
+    """Whether torch's own e4m3 product serves so many tokens. Measured as skinny_crossing."""
+    fits = weight.format == "fp8" and weight.n % 16 == 0 and weight.k % 16 == 0
+    return fits and weight.codes.is_cuda and (tokens > 64 or weight.n >= TALL)
 
 
 def takes_quantized_tokens(weight: PackedQuantized, tokens: int, device: torch.device) -> bool:
@@ -32,65 +61,118 @@ def takes_quantized_tokens(weight: PackedQuantized, tokens: int, device: torch.d
     as it stores them. Not in deterministic mode, where every number of tokens takes one kernel."""
     return (
         weight.format in ("fp8", "fp8_block")
-        and is_hopper(device)
-        and tokens > skinny_crossing(weight.format)
+        and weight.activation != "none"
+        and (is_hopper(device) or device.type == "cpu")  # the interpreter has all instructions
+        and tokens > skinny_crossing(weight)
     )
 
 
+def _group(weight: PackedQuantized) -> int:
+    return 0 if weight.format == "fp8" else quantize.GROUP
+
+
 def scaled_linear(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    weight: PackedQuantized,
-    bias: torch.Tensor | None = None,
+    tokens: QuantizedTokens, weight: PackedQuantized, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x W^T + bias, [T, N] bfloat16, of tokens that quantize gave codes and scales."""
-    if weight.format == "fp8" and codes.shape[0] >= library_crossing(weight.n, weight.k):
-        return library_scaled(codes, scales, weight, bias)
-    return scaled_gemm(codes, scales, weight, bias)
+    codes, scales = tokens.codes, tokens.scales
+    if library_serves(codes.shape[0], weight):
+        return library_scaled(codes, scales, weight, bias, exact=EXACT)
+    return scaled_gemm(codes, scales, weight, bias, exact=EXACT)
 
 
 def quantized_linear(
-    x_TK: torch.Tensor,
+    x_TK: Tokens,
     weight: PackedQuantized,
     bias: torch.Tensor | None = None,
     *,
     deterministic: bool,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias, [T, N] bfloat16; operands as in `skinny`, any number of tokens.
+    """x W^T + bias, [T, N] bfloat16; operands as in `skinny`, any number of tokens, which may be
+    quantised already where takes_quantized_tokens says so.
 
-    Many tokens of an fp8 or fp8_block weight are quantised too on Hopper, each by itself.
-    `deterministic`: they never are, and a row's bits depend on nothing but the row and the weight.
-    Raises ValueError for operands that do not go together.
+    `deterministic`: tokens are never quantised, and a row's bits depend on nothing but the row and
+    the weight. Raises ValueError for operands that do not go together.
     """
-    if deterministic:
-        return quantized_gemm(x_TK, weight, bias, out)
-    if x_TK.shape[0] <= skinny_crossing(weight.format):
-        return skinny(x_TK, weight, bias, out)
-    if not takes_quantized_tokens(weight, x_TK.shape[0], x_TK.device):
-        return quantized_gemm(x_TK, weight, bias, out)
-    out_given = check_linear(x_TK, weight, bias, out, "") if out is not None else None
-    codes, scales = quantize.quantize(x_TK, 0 if weight.format == "fp8" else quantize.GROUP)
-    y = scaled_linear(codes, scales, weight, bias)
-    return y if out_given is None else out_given.copy_(y)
+    if isinstance(x_TK, torch.Tensor):
+        tokens, device = x_TK.shape[0], x_TK.device
+        if deterministic:
+            return quantized_gemm(x_TK, weight, bias, out)
+        if tokens <= skinny_crossing(weight):
+            return skinny(x_TK, weight, bias, out)
+        if not takes_quantized_tokens(weight, tokens, device):
+            return quantized_gemm(x_TK, weight, bias, out, deterministic=False)
+        if out is not None:
+            check_linear(x_TK, weight, bias, out, "")
+        fixed = weight.input_scale
+        x_TK = QuantizedTokens(*quantize.quantize(x_TK, _group(weight), fixed=fixed))
+    y = scaled_linear(x_TK, weight, bias)
+    return y if out is None else out.copy_(y)
 
 
 def quantized_gated_linear(
-    x_TK: torch.Tensor,
+    x_TK: Tokens,
     weight: PackedQuantized,
     kind: str,
     bias: torch.Tensor | None = None,
     *,
     limit: float = 0.0,
     deterministic: bool,
-) -> torch.Tensor:
+    then: PackedQuantized | None = None,
+) -> Tokens:
     """act(gate) * up, [T, N / 2] bfloat16, of the product with a weight whose first half of rows is
-    the gate's. Where tokens are quantised, gate and up are rounded to bfloat16 in between."""
-    few = x_TK.shape[0] <= skinny_crossing(weight.format)
-    if not deterministic and few:
-        return skinny(x_TK, weight, bias, kind=kind, limit=limit)
-    if deterministic or not takes_quantized_tokens(weight, x_TK.shape[0], x_TK.device):
-        return quantized_gemm(x_TK, weight, bias, kind=kind, limit=limit)
-    check_linear(x_TK, weight, bias, None, kind)
+    the gate's. Where tokens are quantised, gate and up are rounded to bfloat16 in between, and the
+    result is quantised too if the weight `then` takes it so."""
+    if isinstance(x_TK, torch.Tensor):
+        tokens, device = x_TK.shape[0], x_TK.device
+        if not deterministic and tokens <= skinny_crossing(weight):
+            return skinny(x_TK, weight, bias, kind=kind, limit=limit)
+        if deterministic or not takes_quantized_tokens(weight, tokens, device):
+            return quantized_gemm(
+                x_TK, weight, bias, kind=kind, limit=limit, deterministic=deterministic
+            )
+        check_linear(x_TK, weight, bias, None, kind)
     y = quantized_linear(x_TK, weight, bias, deterministic=False)
-    return gated_activation(y, kind, limit=limit)
+    if then is None or not takes_quantized_tokens(then, y.shape[0], y.device):
+        return gated_activation(y, kind, limit=limit)
+    return QuantizedTokens(
+        *quantize.gated_activation_quantize(
+            y, kind, _group(then), limit=limit, fixed=then.input_scale
+        )
+    )
+
+
+def quantized_norm_linear(
+    x_TK: torch.Tensor | None,
+    residual_TK: torch.Tensor,
+    norm_weight_K: torch.Tensor,
+    eps: float,
+    weight: PackedQuantized,
+    bias: torch.Tensor | None = None,
+    kind: str = "",
+    *,
+    limit: float = 0.0,
+    deterministic: bool,
+    then: PackedQuantized | None = None,
+) -> tuple[Tokens, torch.Tensor]:
+    """Residual addition, RMS norm and linear layer, gated with a `kind`: (y, new residual), as
+    gemm.linear.add_norm_linear. Tokens that are quantised are so by the norm's kernel."""
+    normed: Tokens
+    tokens, device = residual_TK.shape[0], residual_TK.device
+    if not deterministic and takes_quantized_tokens(weight, tokens, device):
+        normed = QuantizedTokens(
+            *quantize.add_rms_norm_quantize(
+                x_TK, residual_TK, norm_weight_K, eps, _group(weight), fixed=weight.input_scale
+            )
+        )
+    elif x_TK is None:
+        normed = rms_norm(residual_TK, norm_weight_K, eps)
+    else:
+        normed = add_rms_norm(x_TK, residual_TK, norm_weight_K, eps)
+    if kind == "":
+        return quantized_linear(normed, weight, bias, deterministic=deterministic), residual_TK
+    y = quantized_gated_linear(
+        normed, weight, kind, bias, limit=limit, deterministic=deterministic, then=then
+    )
+    return y, residual_TK

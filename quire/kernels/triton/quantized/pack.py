@@ -12,11 +12,18 @@ more than e4m3 and none for the sign: then it is a bfloat16's bits, shifted, wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from quire.kernels.reference.quantized.weights import FOUR_BITS, QuantizedWeight, unpack_codes
+from quire.formats.layout import group_of, ungrouped
+from quire.kernels.reference.quantized.weights import (
+    BLOCK,
+    FOUR_BITS,
+    QuantizedWeight,
+    unpack_codes,
+)
 
 COLUMNS = 128
 # Codes that are reordered at a time: their temporaries are four bytes each.
@@ -35,10 +42,12 @@ class PackedQuantized:
 
     codes       4 bits: int32 [.., N, blocks * 16]; 8 bits: uint8 [.., N, blocks * 128]
     scales      nvfp4: int64 [.., blocks, N]; mxfp4: int32 [.., blocks, N]; fp8_block: float32
-                [.., K / 128, N / 128]; int4, int8: float16 or bfloat16 [.., K / group, N];
-                fp8: None
+                [.., K / 128, N / 128]; int4, int8: as stored [.., K / group, N]; fp8: None
     row_scales  float32 [.., N], multiplied in at the end, or None
     zeros       uint8 like the scales of int4 and int8, or None for 8 and 128
+
+    `activation`, of fp8 and fp8_block: whether tokens of large batches may become e4m3 too, "token"
+    with a scale for each, "tensor" with `input_scale` (float32, of no dimension), "none".
     """
 
     format: str
@@ -49,6 +58,8 @@ class PackedQuantized:
     n: int
     k: int
     group: int
+    activation: str = "none"
+    input_scale: torch.Tensor | None = None
 
     @property
     def experts(self) -> int | None:
@@ -60,8 +71,49 @@ class PackedQuantized:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.scales, self.row_scales, self.zeros)
-        return sum(p.nbytes for p in parts if p is not None)
+        return sum(part.nbytes for part in self._parts.values() if part is not None)
+
+    def stack(self, count: int) -> PackedQuantized:
+        """Room for `count` weights like this one, as experts have them. How activations are wanted
+        does not come with it: those of experts are not quantised."""
+        room: dict[str, Any] = {
+            name: None if part is None else part.new_empty((count, *part.shape))
+            for name, part in self._parts.items()
+        }
+        return replace(self, **room, activation="none", input_scale=None)
+
+    def put(self, place: int, one: PackedQuantized) -> None:
+        """Write one weight into a stack. ValueError where it is not like the others."""
+        for name, part in one._parts.items():
+            into = self._parts[name]
+            if (part is None) != (into is None):
+                raise ValueError(f"{name}: some experts have them, others do not")
+            if part is not None and into is not None:
+                if part.dtype != into.dtype or part.shape != into.shape[1:]:
+                    raise ValueError(f"{name}: other shapes or dtypes than other experts'")
+                into[place] = part
+
+    @property
+    def _parts(self) -> dict[str, torch.Tensor | None]:
+        names = ("codes", "scales", "row_scales", "zeros")
+        return {name: getattr(self, name) for name in names}
+
+
+def quantized_nbytes(name: str, n: int, k: int) -> int:
+    """Bytes of a packed weight [n, k] by its format's name (layout.grouped): integers with half
+    scales and zero points. Raises ValueError where groups do not divide k."""
+    format, group, blocks = ungrouped(name), group_of(name, k), -(-k // COLUMNS)
+    codes = n * blocks * (COLUMNS // 2 if format in FOUR_BITS else COLUMNS)
+    if format == "fp8":
+        return codes + 4 * n
+    if format == "fp8_block":
+        return codes + 4 * blocks * -(-n // BLOCK)
+    if k % group:
+        raise ValueError(f"groups of {group} do not divide {k} columns of {format}")
+    if format in ("nvfp4", "mxfp4"):
+        return codes + n * (blocks * (8 if format == "nvfp4" else 4) + 4)
+    groups = 1 if group == k else blocks * COLUMNS // group if group < COLUMNS else k // group
+    return codes + 3 * n * groups
 
 
 def _place_float(code: torch.Tensor, d: int) -> torch.Tensor:

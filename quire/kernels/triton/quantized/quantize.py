@@ -47,13 +47,19 @@ def _scale(largest, POWER_OF_TWO: tl.constexpr):
 @triton.jit
 def _store_quantized(
     y, codes, scales, row, column, inside, rows, columns,
-    GROUP: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    fixed, GROUP: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """Quantise y [R, C] (zero outside) and store codes [rows, columns] and scales, [rows] or
-    [groups, rows]; `row` [R, 1] int64, `column` [R, C] or [1, C]."""
+    [groups, rows]; `row` [R, 1] int64, `column` [R, C] or [1, C]. `fixed`: where the one scale of
+    all rows is, if they do not have their own."""
     R: tl.constexpr = y.shape[0]
     C: tl.constexpr = y.shape[1]
-    if GROUP == 0:
+    if fixed is not None:
+        scale = tl.load(fixed)
+        tl.store(scales + row, tl.zeros([R, 1], tl.float32) + scale, mask=row < rows)
+        value = y / scale
+        value = tl.where(value > 448.0, 448.0, tl.where(value < -448.0, -448.0, value))
+    elif GROUP == 0:
         scale = _scale(tl.max(tl.abs(y), axis=1, keep_dims=True), POWER_OF_TWO)
         value = y / scale
         tl.store(scales + row, scale, mask=row < rows)
@@ -69,7 +75,8 @@ def _store_quantized(
 
 @triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
-    x, codes, scales, rows, X_STRIDE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, scales, fixed, rows,
+    X_STRIDE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, POWER_OF_TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
@@ -78,12 +85,15 @@ def quantize_kernel(
     inside = (row < rows) & (column < COLUMNS)
     wait_for_inputs(PDL)
     y = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
-    _store_quantized(y, codes, scales, row, column, inside, rows, COLUMNS, GROUP, POWER_OF_TWO)
+    _store_quantized(
+        y, codes, scales, row, column, inside, rows, COLUMNS, fixed, GROUP, POWER_OF_TWO
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
 def activation_quantize_kernel(
-    x, codes, scales, rows, X_STRIDE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, scales, fixed, rows,
+    X_STRIDE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -95,12 +105,14 @@ def activation_quantize_kernel(
     gate = tl.load(x + row * X_STRIDE + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * X_STRIDE + COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
     y = activate(gate, up, KIND, LIMIT).to(x.dtype.element_ty).to(tl.float32)
-    _store_quantized(y, codes, scales, row, column, inside, rows, COLUMNS, GROUP, POWER_OF_TWO)
+    _store_quantized(
+        y, codes, scales, row, column, inside, rows, COLUMNS, fixed, GROUP, POWER_OF_TWO
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_quantize_kernel(
-    x, residual, weight, codes, scales, normed, rows, eps,
+    x, residual, weight, codes, scales, fixed, normed, rows, eps,
     X_STRIDE: tl.constexpr, RESIDUAL_STRIDE: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr, POWER_OF_TWO: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +133,7 @@ def norm_quantize_kernel(
     if normed is not None:
         tl.store(normed + row * H + column, y, mask=inside)
     _store_quantized(
-        y.to(tl.float32), codes, scales, row, column, inside, rows, H, GROUP, POWER_OF_TWO
+        y.to(tl.float32), codes, scales, row, column, inside, rows, H, fixed, GROUP, POWER_OF_TWO
     )
 
 
@@ -143,14 +155,19 @@ def _sizes(columns: int) -> dict[str, int]:
 
 
 def quantize(
-    x: torch.Tensor, group: int = 0, *, power_of_two: bool = False
+    x: torch.Tensor,
+    group: int = 0,
+    *,
+    power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes float8_e4m3fn [T, K] and scales float32 of bfloat16 rows x [T, K]: x is nearly code *
     scale.
 
     `group` 0: scales [T], the largest magnitude of a row over 448; 128: [ceil(K / 128), T], one
-    for each 128 columns. `power_of_two`: rounded up to one (DeepSeek's ue8m0). Rows of x are
-    contiguous and as far apart as one likes. Raises ValueError for another group or layout.
+    for each 128 columns. `power_of_two`: rounded up to one (DeepSeek's ue8m0). `fixed` float32 of
+    no dimension, with group 0: the scale of all rows, beyond whose range values are cut. Rows of x
+    are contiguous and as far apart as one likes. Raises ValueError for another group or layout.
     """
     rows, columns = x.shape
     codes, scales = _outputs(rows, columns, group, x.device)
@@ -162,6 +179,7 @@ def quantize(
         x,
         codes,
         scales,
+        fixed,
         rows,
         X_STRIDE=row_stride(x, "x"),
         COLUMNS=columns,
@@ -173,7 +191,13 @@ def quantize(
 
 
 def gated_activation_quantize(
-    x: torch.Tensor, kind: str, group: int = 0, *, limit: float = 0.0, power_of_two: bool = False
+    x: torch.Tensor,
+    kind: str,
+    group: int = 0,
+    *,
+    limit: float = 0.0,
+    power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """quantize(gated_activation(x, kind, limit)) of x [T, 2 I] in one kernel: codes [T, I]."""
     if kind == "" or kind not in ACTIVATIONS:
@@ -190,6 +214,7 @@ def gated_activation_quantize(
         x,
         codes,
         scales,
+        fixed,
         rows,
         X_STRIDE=row_stride(x, "x"),
         COLUMNS=columns,
@@ -210,6 +235,7 @@ def add_rms_norm_quantize(
     group: int = 0,
     *,
     power_of_two: bool = False,
+    fixed: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """residual += x in place (not without an x); codes and scales of its RMS norm times `weight`.
@@ -233,6 +259,7 @@ def add_rms_norm_quantize(
         weight,
         codes,
         scales,
+        fixed,
         normed,
         rows,
         eps,

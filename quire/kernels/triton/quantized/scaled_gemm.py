@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quire.kernels.triton.gemm.gemm_tiles import size_class
 from quire.kernels.triton.gemm.shared import is_hopper, shared_memory
 from quire.kernels.triton.launch import (
     INTERPRETED,
@@ -114,8 +115,10 @@ def scaled_gemm_kernel(
 def scaled_tile(
     tokens: int, n: int, blockwise: bool, exact: bool, sms: int, shared: int
 ) -> ScaledTile:
-    """The tile that leaves least work undone in the last wave; estimates until measured with
+    """The tile that leaves least work undone in the last wave, alike for all numbers of tokens of a
+    class (gemm_tiles.py); estimates until measured with
     benchmarks/gpu/quantized.py. `shared`: bytes of shared memory a program may have."""
+    tokens = size_class(tokens)
     if shared < 131072:
         return ScaledTile(64, 64, 4, 2)
     if tokens <= 64:

@@ -1,0 +1,177 @@
+"""Quantised models on the GPU runner, whose layers compute with codes.
+
+Logits after given prompts are compared with those of the CPU runner, which computes in float32 with
+the values that the codes stand for. The GPU's activations are bfloat16, and e4m3 in steps of more
+than 16 tokens where the scheme says so: the bounds are what that costs. Without a GPU the kernels
+run in Triton's interpreter on the CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
+from quant.stored import SCHEMES
+
+from quire.engine.startup import Engine
+from quire.engine.wire import Add
+from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.layers.experts import StackedExperts
+from quire.layers.linear import Linear
+from quire.params import SamplingParams
+from runner.engines import engine, requests, run
+
+ON_GPU = torch.cuda.is_available()
+# Of the root mean square difference, as a share of the logits' spread.
+BFLOAT16, E4M3 = 0.03, 0.12
+# Small enough for the interpreter; 96 rows are no whole blocks of 128.
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 64,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+ROOM = {"max_num_seqs": 1, "max_num_batched_tokens": 18, "max_model_len": 32}
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "head_dim": 32, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "sliding_window": 24, "layer_types": None,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}  # fmt: skip
+
+
+def held(made: Engine) -> set[str]:
+    """The formats of weights that are held as codes."""
+    found: list[Any] = []
+    for weight in made.build.weights:
+        if isinstance(weight, Linear):
+            found += [packed for packed, _ in weight._parts]
+        elif isinstance(weight, StackedExperts):
+            found += [weight.gate_up_EIH, weight.down_EHI]
+    return {each.format for each in found if isinstance(each, PackedQuantized)}
+
+
+def logits(made: Engine, lengths: tuple[int, ...]) -> torch.Tensor:
+    """What follows prompts of these lengths, one after the other: [prompts, V]."""
+    model: Any = made.core.runner.model  # type: ignore[attr-defined]
+    compute, found = model.logits, []
+
+    def recorded(hidden: torch.Tensor) -> torch.Tensor:
+        computed = compute(hidden)
+        found.append(computed[:1].float().cpu())
+        return computed
+
+    model.logits = recorded
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for n in lengths:
+        run(made, [Add("a", [(7 * j + n) % 61 + 3 for j in range(n)], params, 0)])
+    return torch.cat(found)
+
+
+def check(path: str, lengths: tuple[int, ...], bound: float, **given: Any) -> Engine:
+    given = {"load_format": "auto", "runner": "eager"} | given
+    expected = logits(engine(path, "cpu", kernels="reference", **given), lengths)
+    made = engine(path, "cuda", ON_GPU, dtype="bfloat16", **given)
+    found = logits(made, lengths)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert error < bound, f"{error:.4f}"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bound"),
+    [("ct fp8 channel", E4M3), ("fp8 static", E4M3), ("ct nvfp4", BFLOAT16), ("gptq", BFLOAT16)],
+)
+def test_a_tiny_quantised_llama_equals_the_cpu_runner(
+    scheme: str, bound: float, tmp_path: Path
+) -> None:
+    """A prompt for the kernels of many tokens, one for those of few."""
+    path, _ = of_scheme(tmp_path, scheme, {**LLAMA, **SMALL})
+    made = check(str(path), (18, 2), bound, **ROOM)
+    assert held(made) == {SCHEMES[scheme][2]}
+
+
+def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
+    """Experts in MXFP4 with biases, attention with sinks."""
+    model = write_model(**SMALL, **GPT_OSS)
+    made = check(model, (3,), BFLOAT16, load_format="dummy", **ROOM | {"max_num_batched_tokens": 4})
+    assert held(made) == {"mxfp4"}
+
+
+# In two layers, and where a token changes experts that are nearly equal to it.
+DEEPER_BFLOAT16, DEEPER_E4M3 = 0.06, 0.3
+LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 128}
+MOE = {**QWEN3_MOE, "moe_intermediate_size": 128, "vocab_size": 320}
+
+
+def bound_of(scheme: str) -> float:
+    return DEEPER_E4M3 if SCHEMES[scheme][2].startswith("fp8") else DEEPER_BFLOAT16
+
+
+def served(scheme: str) -> set[str]:
+    """What of a scheme the kernels hold: not groups of 16."""
+    return {SCHEMES[scheme][2]} - ({"int4"} if scheme == "ct w4a16 zeros" else set())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [n for n, (_, _, format) in SCHEMES.items() if format != "f32"])
+def test_every_scheme_equals_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, scheme)
+    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    assert held(made) == served(scheme)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "modelopt nvfp4", "gptq zeros"])
+def test_experts_of_every_kind_equal_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
+    """Both for few pairs and for many."""
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    assert held(made) == served(scheme)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
+def test_what_is_quantised_while_loading_equals_the_cpu_runner(method: str, tmp_path: Path) -> None:
+    from quant.checkpoints import write
+
+    path, _ = write(tmp_path, MOE, None, None)
+    bound = DEEPER_E4M3 if method == "fp8" else DEEPER_BFLOAT16
+    made = check(str(path), (40, 2), bound, quantization=method, **LARGER)
+    assert held(made) == {method.removesuffix("-experts")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "ct mxfp4", "gptq zeros"])
+def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    given = {"load_format": "auto", "dtype": "bfloat16", "enable_prefix_caching": False, **LARGER}
+    made = engine(str(path), "cuda", **given)
+    with_graphs = run(made, requests(6, 1))
+    made.core.runner.replaying = False  # type: ignore[attr-defined]
+    assert run(made, requests(6, 1)) == with_graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "scheme", ["ct fp8 channel", "fp8 blocks", "ct nvfp4", "ct mxfp4", "gptq zeros", "ct w8a16"]
+)
+def test_deterministic_bits_depend_on_the_request_alone(scheme: str, tmp_path: Path) -> None:
+    """Alone, batched and in other chunks, for which tiles of all widths serve."""
+    path, _ = of_scheme(tmp_path, scheme, MOE)
+    given = {
+        "load_format": "auto",
+        "dtype": "bfloat16",
+        "deterministic": True,
+        "max_model_len": 128,
+    }
+    given |= {"runner": "eager", "kv_cache_memory": 2**24}
+    adds = requests(16, 2, prompt_logprobs=0)
+
+    def computed(rows: int, tokens: int) -> Any:
+        room = {"max_num_seqs": rows, "max_num_batched_tokens": tokens}
+        return run(engine(str(path), "cuda", warm=False, **given, **room), adds)
+
+    alone = computed(1, 512)
+    assert computed(16, 512) == alone
+    assert computed(5, 19) == alone

@@ -1,0 +1,72 @@
+"""Which dialect a model speaks: by its architecture, its chat template, or the options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quire.dialects.deepseek_v4 import ARCHITECTURE as DEEPSEEK_V4
+from quire.dialects.parser import OutputParser
+from quire.dialects.reasoning import CLOSE, OPEN
+
+# What templates have that write calls between the same markers in another way.
+_NOT_HERMES = ("<function=", "<arg_key>", "<parameter=")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How answers of a model are read. `tools`, `reasoning`: names of parsers, or "none";
+    `tools_reason`, `reasoning_reason`: why these."""
+
+    tools: str = "none"
+    reasoning: str = "none"
+    tools_reason: str = ""
+    reasoning_reason: str = ""
+
+    def parser(self, prompt: str, tools: bool, resumed: str | None = None) -> OutputParser:
+        """A parser for one choice. `prompt`: the text that is answered. `tools`: whether calls
+        are looked for. `resumed`: the content of the message that the answer continues."""
+        if resumed is not None:
+            prompt = OPEN if resumed.rfind(OPEN) > resumed.rfind(CLOSE) else CLOSE
+        return OutputParser(self.tools if tools else "none", self.reasoning, prompt)
+
+    def lines(self) -> list[str]:
+        """For people: each choice with its reason."""
+        return [
+            f"tool calls {self.tools} ({self.tools_reason})",
+            f"reasoning {self.reasoning} ({self.reasoning_reason})",
+        ]
+
+
+def resolve_dialect(
+    tool_call_parser: str,
+    reasoning_parser: str,
+    architectures: Sequence[str] = (),
+    template: str | None = None,
+) -> Dialect:
+    """The dialect of a model. The parsers are names that options allow; "auto" is decided here."""
+    tools, tools_reason = tool_call_parser, "--tool-call-parser"
+    if tools == "auto":
+        tools, tools_reason = _tools_of(architectures, template or "")
+    reasoning, reasoning_reason = reasoning_parser, "--reasoning-parser"
+    if reasoning == "auto":
+        reasoning, reasoning_reason = _reasoning_of(architectures, template or "")
+    return Dialect(tools, reasoning, tools_reason, reasoning_reason)
+
+
+def _tools_of(architectures: Sequence[str], template: str) -> tuple[str, str]:
+    if DEEPSEEK_V4 in architectures:
+        return "deepseek_v4", DEEPSEEK_V4
+    if "<tool_call>" in template:
+        if "arguments" in template and not any(sign in template for sign in _NOT_HERMES):
+            return "hermes", "the chat template writes <tool_call> with JSON"
+        return "none", "the chat template's tool calls are of a kind that is not known here"
+    return "none", "the chat template shows no tool calls that are known here"
+
+
+def _reasoning_of(architectures: Sequence[str], template: str) -> tuple[str, str]:
+    if DEEPSEEK_V4 in architectures:
+        return "deepseek_v4", DEEPSEEK_V4
+    if CLOSE in template:
+        return "qwen3", "the chat template has </think>"
+    return "none", "the chat template has no </think>"

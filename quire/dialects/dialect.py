@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quire.dialects.deepseek_v4 import ARCHITECTURE as DEEPSEEK_V4
+from quire.dialects.dsml import TOKEN
+from quire.dialects.hermes import CLOSE as END_CALL
+from quire.dialects.hermes import OPEN as BEGIN_CALL
 from quire.dialects.parser import OutputParser
 from quire.dialects.reasoning import CLOSE, OPEN
 
-# What templates have that write calls between the same markers in another way.
+if TYPE_CHECKING:
+    from quire.tokenization.tokenizer import Tokenizer
+
+# What may be a token of its own.
+_MARKERS = {"hermes": (BEGIN_CALL, END_CALL), "deepseek_v4": (TOKEN,)}
+# What templates have that write calls between Hermes' markers in another way.
 _NOT_HERMES = ("<function=", "<arg_key>", "<parameter=")
 
 
@@ -27,15 +36,14 @@ class Dialect:
         """A parser for one choice. `prompt`: the text that is answered. `tools`: whether calls
         are looked for. `resumed`: the content of the message that the answer continues."""
         if resumed is not None:
-            prompt = OPEN if resumed.rfind(OPEN) > resumed.rfind(CLOSE) else CLOSE
+            prompt = OPEN + "\n" if resumed.rfind(OPEN) > resumed.rfind(CLOSE) else CLOSE
         return OutputParser(self.tools if tools else "none", self.reasoning, prompt)
 
-    def lines(self) -> list[str]:
-        """For people: each choice with its reason."""
-        return [
-            f"tool calls {self.tools} ({self.tools_reason})",
-            f"reasoning {self.reasoning} ({self.reasoning_reason})",
-        ]
+    def hidden_by(self, tokenizer: Tokenizer) -> bool:
+        """Whether markers are special tokens of the tokenizer, which a text leaves out unless it
+        is asked for them."""
+        used = _MARKERS.get(self.tools, ()) + ((OPEN, CLOSE) if self.reasoning != "none" else ())
+        return any(tokenizer.token_id(marker) in tokenizer.special_ids for marker in used)
 
 
 def resolve_dialect(

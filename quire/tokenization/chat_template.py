@@ -33,8 +33,8 @@ class TemplateRenderer:
 
     `special_tokens` are visible to the template by their names (bos_token and so on).
     `tool_template` renders calls that have tools, where a model has one of its own for them. The
-    worker process starts with the first `render` and lives until `close` or the end of this process; one
-    that missed its deadline is killed, and the next call starts another.
+    worker process starts with the first `render` and lives until `close` or the end of this
+    process; one that missed its deadline is killed, and the next call starts another.
     """
 
     def __init__(

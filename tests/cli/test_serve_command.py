@@ -120,7 +120,10 @@ def test_keys_stay_out_of_the_engine_process(ids_model: str) -> None:
 
 
 def test_the_ready_block_tells_the_key_state() -> None:
+    chat = {"tool_calls": {"parser": "hermes", "reason": "why"}}
     facts = {"url": "u", "model": "m", "device": "d", "plan": {"weights": "1 B"}, "curl": "curl"}
+    facts["chat"] = chat
+    assert "  tools   hermes: why" in ready_lines(facts | {"api_key": False}, 1.0)
     assert any("not set" in line for line in ready_lines(facts | {"api_key": False}, 1.0))
     assert any("needed" in line for line in ready_lines(facts | {"api_key": True}, 1.0))
 

@@ -85,7 +85,7 @@ def test_what_is_a_call(text: str, arguments: str) -> None:
         '<tool_call>{"name": "%s", "arguments": {}}</tool_call>' % ("f" * 300),
         '<tool_call>{"arguments": {"a": %s}, "name": "f"}</tool_call>' % ("9" * hermes.MAX_HELD),
         '<tool_call>{"arguments": %s' % ("[" * 5000),
-        '<tool_call>{"arguments": %s%s, "name": "f"}</tool_call>' % ("[" * 9000, "]" * 9000),
+        '<tool_call>{"arguments": ' + "[" * 9000 + "]" * 9000 + ', "name": "f"}</tool_call>',
         "<tool_call><function=f></function></tool_call>",
         "a <tool_call>" * 50,
     ],

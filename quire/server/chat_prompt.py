@@ -57,7 +57,6 @@ async def render_chat(state: ServerState, fields: dict[str, Any]) -> Rendered:
     renderer = _renderer(state)
     given: list[ChatMessage] = fields["messages"]
     plain = [_plain(index, message) for index, message in enumerate(given)]
-    messages = normalize_messages(plain, renderer.template)
     kwargs = _variables(fields, renderer)
     resume = bool(fields.get("continue_final_message"))
     generate = fields.get("add_generation_prompt")
@@ -66,12 +65,20 @@ async def render_chat(state: ServerState, fields: dict[str, Any]) -> Rendered:
             "continue_final_message", "given with add_generation_prompt", "only one of the two"
         )
     kwargs["add_generation_prompt"] = not resume if generate is None else generate
-    resumed: str | None = messages[-1]["content"] if resume else None
+    return await state.rendering.run(lambda: _render(renderer, plain, kwargs, resume))
+
+
+def _render(
+    renderer: ChatRenderer, plain: list[dict[str, Any]], kwargs: dict[str, Any], resume: bool
+) -> Rendered:
+    """On a thread: arguments of earlier calls are parsed, and the template runs."""
+    messages = normalize_messages(plain, renderer.template)
+    if not resume:
+        return Rendered(renderer.render(messages, **kwargs))
+    resumed: str = messages[-1]["content"]
     marker = secrets.token_hex(16)  # of which no message can have a part by accident
-    if resume:
-        messages[-1]["content"] += marker
-    text = await state.rendering.run(lambda: renderer.render(messages, **kwargs))
-    return Rendered(_cut_at(text, marker), resumed) if resume else Rendered(text)
+    messages[-1]["content"] += marker
+    return Rendered(_cut_at(renderer.render(messages, **kwargs), marker), resumed)
 
 
 def _variables(fields: dict[str, Any], renderer: ChatRenderer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS_BYTES = 16384
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_TOOLS = 128
+MAX_ARGUMENTS = 2**18  # characters of one earlier call: parsing them holds the interpreter
 MAX_TOOLS_BYTES = 256 * 1024
 MAX_TOOLS_DEPTH = 64
 
@@ -135,7 +136,7 @@ class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
     """Which function a call is of, and its arguments: JSON text."""
 
     name: str
-    arguments: str = ""
+    arguments: Annotated[str, msgspec.Meta(max_length=MAX_ARGUMENTS)] = ""
 
 
 class ToolCall(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -172,7 +173,8 @@ _MESSAGES = Field(
     list[ChatMessage],
     f"a list of 1 to {MAX_MESSAGES} messages with role and content (a string or text parts)",
     max_bytes=None,
-    most=(b'"role"', 2 * MAX_MESSAGES),  # a content may be "role" too
+    # A content may be "role" too; calls of tools have names.
+    most=((b'"role"', 2 * MAX_MESSAGES), (b'"name"', 4 * MAX_MESSAGES)),
     check=lambda value: 0 < len(value) <= MAX_MESSAGES,
 )
 _TOOLS = Field(

@@ -72,9 +72,12 @@ def run(invocation: Invocation) -> int:
 
 async def start_service(options: Options, progress: Callable[[str, float], None]) -> Service:
     """Launch the engine, and load the tokenizer meanwhile. Raises QuireError."""
+    from quire.dialects.dialect import check_choice
     from quire.engine.client import EngineClient
     from quire.server.state import Service
 
+    if options.model.skip_tokenizer_init:
+        check_choice(options.server.tool_call_parser, options.server.reasoning_parser, None)
     progress("starting the engine", 0.0)
     files = await asyncio.to_thread(find_files, options)
     launch = asyncio.create_task(EngineClient.launch(engine_options(options, files), progress))
@@ -107,7 +110,7 @@ def load_chat(
 ) -> tuple[Tokenizer, ChatRenderer | None, Dialect]:
     """The model's tokenizer, what renders its prompts, and how its answers are read; to be called
     on a thread of its own. Raises QuireError."""
-    from quire.dialects.dialect import resolve_dialect
+    from quire.dialects.dialect import check_choice, resolve_dialect
     from quire.dialects.renderer import architectures_of, chat_renderer
     from quire.tokenization.tokenizer import Tokenizer
 
@@ -119,6 +122,7 @@ def load_chat(
         tokenizer.special_tokens,
         deadline=asked.template_timeout,
     )
+    check_choice(asked.tool_call_parser, asked.reasoning_parser, renderer)
     sources = " ".join(tokenizer.chat_templates.values())
     dialect = resolve_dialect(
         asked.tool_call_parser, asked.reasoning_parser, architectures, sources

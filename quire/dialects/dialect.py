@@ -12,8 +12,10 @@ from quire.dialects.hermes import CLOSE as END_CALL
 from quire.dialects.hermes import OPEN as BEGIN_CALL
 from quire.dialects.parser import OutputParser
 from quire.dialects.reasoning import CLOSE, OPEN
+from quire.errors import UsageError
 
 if TYPE_CHECKING:
+    from quire.dialects.renderer import ChatRenderer
     from quire.tokenization.tokenizer import Tokenizer
 
 # What may be a token of its own.
@@ -60,6 +62,28 @@ def resolve_dialect(
     if reasoning == "auto":
         reasoning, reasoning_reason = _reasoning_of(architectures, template or "")
     return Dialect(tools, reasoning, tools_reason, reasoning_reason)
+
+
+def check_choice(
+    tool_call_parser: str, reasoning_parser: str, renderer: ChatRenderer | None
+) -> None:
+    """Raise UsageError where a parser that was asked for would never have anything to parse."""
+    asked = {"tool_call_parser": tool_call_parser, "reasoning_parser": reasoning_parser}
+    for name, parser in asked.items():
+        if parser in ("auto", "none"):
+            continue
+        why = "" if renderer is not None else "the model has no chat template, or no tokenizer"
+        if name == "tool_call_parser" and renderer is not None and not renderer.knows("tools"):
+            why = "the model's chat template does not show tools to it"
+        if why:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                "invalid_option",
+                f"{flag} {parser} would have nothing to parse",
+                why=why,
+                fix=f"leave {flag} out",
+                field=name,
+            )
 
 
 def _tools_of(architectures: Sequence[str], template: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from quire.config.options import ServerOptions, all_options
-from quire.dialects.dialect import Dialect, resolve_dialect
+from quire.dialects.dialect import Dialect, check_choice, resolve_dialect
 from quire.dialects.parser import REASONING_PARSERS, TOOL_PARSERS
 from quire.dialects.renderer import DeepSeekV4Renderer, chat_renderer, check_tools
 from quire.errors import UsageError
@@ -81,3 +81,26 @@ def test_tools_that_a_template_does_not_show_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         check_tools(renderer)
     assert caught.value.code == "not_supported"
+
+
+@pytest.mark.parametrize(
+    ("tools", "reasoning", "template", "field"),
+    [
+        ("hermes", "auto", "{{ messages }}", "tool_call_parser"),
+        ("hermes", "auto", None, "tool_call_parser"),
+        ("auto", "qwen3", None, "reasoning_parser"),
+        ("none", "qwen3", "{{ messages }}", None),
+        ("hermes", "none", "{{ tools }}", None),
+        ("auto", "auto", None, None),
+    ],
+)
+def test_a_parser_that_would_do_nothing_is_refused_at_start(
+    tools: str, reasoning: str, template: str | None, field: str | None
+) -> None:
+    renderer = chat_renderer([], {"default": template} if template else {}, {})
+    if field is None:
+        check_choice(tools, reasoning, renderer)
+        return
+    with pytest.raises(UsageError) as caught:
+        check_choice(tools, reasoning, renderer)
+    assert (caught.value.code, caught.value.field) == ("invalid_option", field)

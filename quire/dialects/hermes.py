@@ -65,10 +65,12 @@ class HermesParser:
         elif self._state == self._head:
             if not self._take_whole(text, events):
                 events.append(Content(self._marker + text))
-        elif (text.strip() and self._state != self._tail) or (
-            text and self._state == self._content
-        ):
-            events.append(Content(text))
+        else:
+            dropped = self._state == self._tail or (
+                self._state == self._between and not text.strip()
+            )
+            if text and not dropped:
+                events.append(Content(text))
         return events
 
     # States: each takes what is settled out of the buffer, and says whether to go on.

@@ -52,9 +52,10 @@ class ReasoningParser:
         self._state = self._first_state(prompt)
 
     def _first_state(self, prompt: str) -> str:
-        end = prompt[-64:].rstrip("\n")
+        end = prompt[-64:]
+        written = len(end) - len(end.rstrip("\n"))
+        end = end.rstrip("\n")
         if end.endswith(OPEN):
-            written = len(prompt) - len(prompt.rstrip("\n"))
             self._line_ends = max(0, self._form.inner - written)
             return "opened"
         if end.endswith(CLOSE) or self._form.beginning == "answer":

@@ -88,8 +88,15 @@ def _variables(fields: dict[str, Any], renderer: ChatRenderer) -> dict[str, Any]
         add_effort(effort, kwargs, renderer)
     if tools := shown_tools(fields):
         check_tools(renderer)
-        kwargs["tools"] = msgspec.to_builtins(tools)
+        kwargs["tools"] = msgspec.to_builtins([_as_shown(tool) for tool in tools])
     return kwargs
+
+
+def _as_shown(tool: Tool) -> Tool:
+    """Without `strict`, which says something to a server, not to a model."""
+    return msgspec.structs.replace(
+        tool, function=msgspec.structs.replace(tool.function, strict=None)
+    )
 
 
 def shown_tools(fields: dict[str, Any]) -> list[Tool]:

@@ -58,12 +58,15 @@ def running(
     renderer: Any = None,
     tokenizer: Any = None,
     dialect: Dialect | None = None,
+    shows_markup: bool = False,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
 ) -> Iterator[RunningServer]:
     """A server on a thread of its own, ended afterwards."""
     engine, ready, urls = FakeEngine(), threading.Event(), []
     renderer = renderer or FakeRenderer()
-    service = Service(engine, tokenizer or FakeTokenizer(), renderer, dialect or Dialect())
+    service = Service(
+        engine, tokenizer or FakeTokenizer(), renderer, dialect or Dialect(), shows_markup
+    )
     tasks: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def factory(progress: Progress) -> Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 # What may be a token of its own.
 _MARKERS = {"hermes": (BEGIN_CALL, END_CALL), "deepseek_v4": (TOKEN,)}
-# What templates have that write calls between Hermes' markers in another way.
-_NOT_HERMES = ("<function=", "<arg_key>", "<parameter=")
+# Hermes' calls as templates write them, line ends perhaps as \\n and quotes escaped; others have
+# the same marker with something else behind it.
+_HERMES = re.compile(r'<tool_call>(?:\\n|\s)*\{\s*\\?"(?:name|arguments)\b')
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _tools_of(architectures: Sequence[str], template: str) -> tuple[str, str]:
     if DEEPSEEK_V4 in architectures:
         return "deepseek_v4", DEEPSEEK_V4
     if "<tool_call>" in template:
-        if "arguments" in template and not any(sign in template for sign in _NOT_HERMES):
+        if _HERMES.search(template):
             return "hermes", "the chat template writes <tool_call> with JSON"
         return "none", "the chat template's tool calls are of a kind that is not known here"
     return "none", "the chat template shows no tool calls that are known here"

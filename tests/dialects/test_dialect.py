@@ -22,6 +22,13 @@ THINKS = "{% if enable_thinking %}<think>\n\n</think>{% endif %}"
         ("Qwen2ForCausalLM", HERMES, "hermes", "none"),
         ("Qwen3ForCausalLM", HERMES + THINKS, "hermes", "qwen3"),
         ("Qwen2ForCausalLM", THINKS, "none", "qwen3"),
+        (
+            "Qwen2ForCausalLM",
+            r"'<tool_call>\n{\"arguments\": <args>, \"name\": <f>}'",
+            "hermes",
+            "none",
+        ),
+        ("MiniMaxForCausalLM", "'<tool_call>' arguments <invoke name=", "none", "none"),
         ("Qwen3MoeForCausalLM", "<tool_call>\n<function=f> arguments", "none", "none"),
         ("Glm4MoeForCausalLM", "<tool_call>f<arg_key> arguments", "none", "none"),
         ("LlamaForCausalLM", "{{ messages }}", "none", "none"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What may be a token of its own.
 _MARKERS = {"hermes": (BEGIN_CALL, END_CALL), "deepseek_v4": (TOKEN,)}
-# Hermes' calls as templates write them, line ends perhaps as \\n and quotes escaped; others have
+# Hermes' calls as templates write them, line ends perhaps as \n and quotes escaped; others have
 # the same marker with something else behind it.
 _HERMES = re.compile(r'<tool_call>(?:\\n|\s)*\{\s*\\?"(?:name|arguments)\b')
 

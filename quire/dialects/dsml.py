@@ -117,9 +117,9 @@ class DsmlParser:
         if parameter is not None:
             self._take_tag()
             self._begin_value(parameter[1], parameter[2] == "true", events)
-        elif tag == END_INVOKE:
+        elif tag in (END_INVOKE, CLOSE):
             self._take_tag()
-            self._end_call(events, self._block)
+            self._end_call(events, self._block if tag == END_INVOKE else self._content)
         else:
             self._end_call(events, self._content)
         return True

@@ -91,6 +91,11 @@ def test_a_parameter_without_an_end_ends_with_its_call() -> None:
     assert found.calls == [["f", '{"p": "x"}'], ["f", "{}"]] and found.content == ""
 
 
+def test_a_call_without_an_end_ends_with_its_block() -> None:
+    found = parse(f"{OPEN}{INVOKE}{parameter('x')}{CLOSE}", "deepseek_v4")
+    assert found.calls == [["f", '{"p": "x"}']] and found.content == "" and found.complete == [0]
+
+
 def test_a_value_of_nothing_is_null() -> None:
     found = parse(f"{OPEN}{INVOKE}{parameter('', text=False)}{END_INVOKE}", "deepseek_v4")
     assert found.calls == [["f", '{"p": null}']]

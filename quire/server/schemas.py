@@ -100,7 +100,7 @@ class TextPart(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fiel
     text: str
 
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_./:-]{1,128}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_./:-]{1,128}\Z")]
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

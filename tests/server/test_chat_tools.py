@@ -235,6 +235,7 @@ def tool(**function: Any) -> dict[str, Any]:
         ("tools", [tool(parameters=[])], "invalid_value"),
         ("tools", [tool(description="x" * 300_000)], "invalid_value"),
         ("tools", [tool(name='a"><b')], "invalid_value"),
+        ("tools", [tool(name="f\n")], "invalid_value"),
         ("tools", [tool(strict=True)], "not_supported"),
         ("tools", [tool(extra=1)], "invalid_value"),
         ("tools", [{"type": "retrieval"}], "invalid_value"),

@@ -17,8 +17,8 @@ from quire.settings import settings
 from quire.tokenization.rules import TextRules, text_rules
 
 if TYPE_CHECKING:
+    from quire.dialects.renderer import ChatRenderer
     from quire.plan.plan import Plan
-    from quire.tokenization.chat_template import TemplateRenderer
 
 Prompt = str | dict[str, Any]
 
@@ -88,39 +88,50 @@ class LLM:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them, through the model's chat template."""
+        """Answer one conversation or a list of them, through the model's chat template.
+
+        `tools`: functions as OpenAI's API has them, for the template to show to the model. What
+        comes back is the model's own text, with thoughts and tool calls as it writes them.
+        """
         renderer = self._renderer(chat_template)
-        template = chat_template or renderer.template
+        variables = {**(chat_template_kwargs or {}), "add_generation_prompt": add_generation_prompt}
+        if tools:
+            from quire.dialects.renderer import check_tools
+
+            check_tools(renderer)
+            variables["tools"] = tools
         from quire.tokenization.messages import normalize_messages
 
         listed = messages if messages and isinstance(messages[0], list) else [messages]
         prompts: list[Prompt] = []
         for conversation in listed:
             text = renderer.render_inline(
-                normalize_messages(conversation, template),
-                chat_template,
-                **{**(chat_template_kwargs or {}), "add_generation_prompt": add_generation_prompt},
+                normalize_messages(conversation, renderer.template), **variables
             )
             ids = self.get_tokenizer().encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _renderer(self, chat_template: str | None) -> TemplateRenderer:
-        from quire.tokenization.chat_template import TemplateRenderer
+    def _renderer(self, chat_template: str | None) -> ChatRenderer:
+        from quire.dialects.renderer import architectures_of, chat_renderer
 
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise UsageError("no_tokenizer", "chat needs a tokenizer", field="messages")
-        template = chat_template or tokenizer.chat_template
-        if template is None:
+        architectures = architectures_of(self._engine.files.config())
+        renderer = chat_renderer(
+            architectures, tokenizer.chat_templates, tokenizer.special_tokens, chat_template
+        )
+        if renderer is None:
             raise UsageError(
                 "no_chat_template",
                 "the model has no chat template",
                 fix="pass chat_template=..., or use generate with a text prompt",
                 field="messages",
             )
-        return TemplateRenderer(template, tokenizer.special_tokens)
+        return renderer
 
     def _params_for(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int

@@ -68,6 +68,17 @@ def test_stop_strings_cut_the_text(smollm: LLM) -> None:
     assert output.outputs[0].stop_reason == "capital"
 
 
+def test_tools_are_shown_to_the_model_by_a_template_that_can(smollm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    template = "{{ tools[0].function.name }}: {{ messages[0].content }}"
+    [output] = smollm.chat(messages, GREEDY, tools=tools, chat_template=template, use_tqdm=False)
+    assert output.prompt == "find: Hi"
+    with pytest.raises(UsageError) as caught:
+        smollm.chat(messages, GREEDY, tools=tools, use_tqdm=False)
+    assert caught.value.code == "not_supported" and caught.value.field == "tools"
+
+
 def test_a_seed_repeats_and_choices_differ(smollm: LLM) -> None:
     params = SamplingParams(temperature=1.0, seed=11, n=3, max_tokens=12, ignore_eos=True)
     runs = [smollm.generate("It was", params, use_tqdm=False)[0] for _ in range(2)]

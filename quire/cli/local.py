@@ -13,11 +13,11 @@ from quire.config.options import Options
 from quire.errors import UsageError
 
 if TYPE_CHECKING:
+    from quire.dialects.renderer import ChatRenderer
     from quire.engine.api import EngineInfo, GenerateRequest
     from quire.engine.startup import Engine
     from quire.outputs import RequestDelta
     from quire.params import SamplingParams
-    from quire.tokenization.chat_template import TemplateRenderer
     from quire.tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
@@ -34,13 +34,19 @@ class LocalEngine:
 
         self.engine: Engine = start_engine(options, progress)
         self.tokenizer: Tokenizer | None = None
-        self._renderer: TemplateRenderer | None = None
+        self._renderer: ChatRenderer | None = None
         self._requests = 0
         if not options.model.skip_tokenizer_init:
+            from quire.dialects.renderer import architectures_of, chat_renderer
             from quire.tokenization.tokenizer import Tokenizer
 
             progress("loading the tokenizer", 0.0)
             self.tokenizer = Tokenizer.from_files(self.engine.files)
+            self._renderer = chat_renderer(
+                architectures_of(self.engine.files.config()),
+                self.tokenizer.chat_templates,
+                self.tokenizer.special_tokens,
+            )
 
     @property
     def info(self) -> EngineInfo:
@@ -48,8 +54,8 @@ class LocalEngine:
 
     @property
     def chats(self) -> bool:
-        """Whether the model has a chat template."""
-        return self.tokenizer is not None and self.tokenizer.chat_template is not None
+        """Whether the model has a chat template, or an encoder instead."""
+        return self._renderer is not None
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt for the next answer: through the chat template, else the texts in a row.
@@ -58,15 +64,11 @@ class LocalEngine:
         """
         if self.tokenizer is None:
             return _ids(messages[-1]["content"])
-        template = self.tokenizer.chat_template
-        if template is None:
+        if self._renderer is None:
             return self.tokenizer.encode("\n".join(m["content"] for m in messages))
-        from quire.tokenization.chat_template import TemplateRenderer
         from quire.tokenization.messages import normalize_messages
 
-        if self._renderer is None:
-            self._renderer = TemplateRenderer(template, self.tokenizer.special_tokens)
-        plain = normalize_messages(messages, template)
+        plain = normalize_messages(messages, self._renderer.template)
         text = self._renderer.render_inline(plain, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from quire.config.options import Options
+    from quire.dialects.dialect import Dialect
+    from quire.dialects.renderer import ChatRenderer
     from quire.engine.api import EngineInfo
     from quire.server.state import Service
+    from quire.tokenization.tokenizer import Tokenizer
     from quire.weights.hub import ModelFiles
 
 
@@ -69,28 +72,29 @@ def run(invocation: Invocation) -> int:
 
 async def start_service(options: Options, progress: Callable[[str, float], None]) -> Service:
     """Launch the engine, and load the tokenizer meanwhile. Raises QuireError."""
+    from quire.dialects.dialect import check_choice
     from quire.engine.client import EngineClient
     from quire.server.state import Service
-    from quire.tokenization.chat_template import TemplateRenderer
 
+    if options.model.skip_tokenizer_init:
+        check_choice(options.server.tool_call_parser, options.server.reasoning_parser, None)
     progress("starting the engine", 0.0)
     files = await asyncio.to_thread(find_files, options)
     launch = asyncio.create_task(EngineClient.launch(engine_options(options, files), progress))
     try:
-        tokenizer = None
+        chat = None
         if not options.model.skip_tokenizer_init:
-            tokenizer = await asyncio.to_thread(load_tokenizer, files)
+            chat = await asyncio.to_thread(load_chat, options, files)
         engine = await launch
     except BaseException:
         launch.cancel()
         await asyncio.gather(launch, return_exceptions=True)
         raise
+    if chat is None:
+        return Service(engine, None, None)
+    tokenizer, renderer, dialect = chat
     engine.tokenizer = tokenizer
-    renderer = None
-    if tokenizer is not None and tokenizer.chat_template is not None:
-        deadline = options.server.template_timeout
-        renderer = TemplateRenderer(tokenizer.chat_template, tokenizer.special_tokens, deadline)
-    return Service(engine, tokenizer, renderer)
+    return Service(engine, tokenizer, renderer, dialect, dialect.hidden_by(tokenizer))
 
 
 def find_files(options: Options) -> ModelFiles:
@@ -101,11 +105,29 @@ def find_files(options: Options) -> ModelFiles:
     return resolve(asked.model, asked.revision, asked.offline, weights=False)
 
 
-def load_tokenizer(files: ModelFiles) -> Any:
-    """The model's tokenizer, on a thread of its own."""
+def load_chat(
+    options: Options, files: ModelFiles
+) -> tuple[Tokenizer, ChatRenderer | None, Dialect]:
+    """The model's tokenizer, what renders its prompts, and how its answers are read; to be called
+    on a thread of its own. Raises QuireError."""
+    from quire.dialects.dialect import check_choice, resolve_dialect
+    from quire.dialects.renderer import architectures_of, chat_renderer
     from quire.tokenization.tokenizer import Tokenizer
 
-    return Tokenizer.from_files(files)
+    tokenizer, asked = Tokenizer.from_files(files), options.server
+    architectures = architectures_of(files.config())
+    renderer = chat_renderer(
+        architectures,
+        tokenizer.chat_templates,
+        tokenizer.special_tokens,
+        deadline=asked.template_timeout,
+    )
+    check_choice(asked.tool_call_parser, asked.reasoning_parser, renderer)
+    sources = " ".join(tokenizer.chat_templates.values())
+    dialect = resolve_dialect(
+        asked.tool_call_parser, asked.reasoning_parser, architectures, sources
+    )
+    return tokenizer, renderer, dialect
 
 
 def engine_options(options: Options, files: ModelFiles) -> dict[str, Any]:
@@ -134,7 +156,19 @@ def ready_facts(options: Options, service: Service, url: str) -> dict[str, Any]:
         f"{plan['kernels']} kernels ({plan['isa']})",
         "api_key": needs_key,
         "plan": five_numbers(plan),
+        "chat": chat_facts(service),
         "curl": curl_line(url, info, service, needs_key),
+    }
+
+
+def chat_facts(service: Service) -> dict[str, dict[str, str]]:
+    """Which parsers read answers, and why these; empty where the model has no chat."""
+    if service.renderer is None:
+        return {}
+    dialect = service.dialect
+    return {
+        "tool_calls": {"parser": dialect.tools, "reason": dialect.tools_reason},
+        "reasoning": {"parser": dialect.reasoning, "reason": dialect.reasoning_reason},
     }
 
 
@@ -158,6 +192,10 @@ def ready_lines(facts: dict[str, Any], took: float) -> list[str]:
     """The ready block, for people."""
     keys = "needed (clients send Authorization: Bearer KEY)" if facts["api_key"] else "not set"
     numbers = ", ".join(f"{name} {value}" for name, value in facts["plan"].items())
+    chat = [
+        f"  {name:<7} {found['parser']}: {found['reason']}"
+        for name, found in zip(("tools", "think"), facts["chat"].values(), strict=False)
+    ]
     return [
         f"Quire {quire.__version__} is ready in {took:.1f} s",
         f"  url     {facts['url']}",
@@ -165,6 +203,7 @@ def ready_lines(facts: dict[str, Any], took: float) -> list[str]:
         f"  device  {facts['device']}",
         f"  api key {keys}",
         f"  plan    {numbers}",
+        *chat,
         "",
         facts["curl"],
     ]

@@ -159,6 +159,17 @@ class ServerOptions:
     template_timeout: float = option(
         2.0, "seconds that rendering a chat template may take", low=0.1
     )
+    tool_call_parser: str = option(
+        "auto",
+        "how tool calls are read out of answers; auto takes what the model's family and chat "
+        "template tell; see docs/chat.md",
+        choices=("auto", "none", "hermes", "deepseek_v4"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how a model's thoughts are told from its answer; auto as above",
+        choices=("auto", "none", "qwen3", "deepseek_r1", "deepseek_v4"),
+    )
     log_level: str = option("info", "what to log", choices=("debug", "info", "warning", "error"))
 
 

@@ -54,6 +54,7 @@ def convert(name: str, item: Field[Any], value: Any, where: str = "") -> Any:
             code="invalid_option",
             what=f"--{name.replace('_', '-')}: {shown} is not allowed" + (where and f" ({where})"),
             why=f"it must be {error}",
+            fix=suggest(str(value), list(item.metadata["choices"] or ())),
             field=name,
         ) from None
 

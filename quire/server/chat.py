@@ -13,7 +13,8 @@ from quire.errors import UsageError
 from quire.outputs import ChoiceDelta, CompletionOutput
 from quire.server.body import read_body
 from quire.server.calls import Call, build_call, sampling_params
-from quire.server.chat_prompt import render_chat
+from quire.server.chat_answer import ChoiceReader, Reading
+from quire.server.chat_prompt import render_chat, shown_tools
 from quire.server.fields import invalid
 from quire.server.generation import (
     Collected,
@@ -26,23 +27,23 @@ from quire.server.generation import (
 )
 from quire.server.logprobs import chat_logprobs, prompt_logprobs
 from quire.server.prompts import Prompt, check_ids, encode_text
-from quire.server.schemas import CHAT
+from quire.server.schemas import CHAT, NamedTool
 from quire.server.sse import EventStream, FrameWriter, encode
 from quire.server.state import ServerState
 
 
 async def chat_completions(state: ServerState, request: Request) -> Response:
     """Answer a conversation. Raises QuireError."""
-    call = await _read_call(state, request)
+    call, reading = await _read_call(state, request)
     deltas = run_call(state.accepting_service().engine, state.metrics, call)
     if call.stream:
-        return EventStream(_frames(call, deltas), call.id)
+        return EventStream(_frames(call, reading, deltas), call.id)
     result = await until_disconnect(request.receive, collect(deltas, call))
-    body = await state.encode(call.large, lambda: encode(_whole(call, result)))
+    body = await state.encode(call.large, lambda: encode(_whole(call, reading, result)))
     return Response(body, media_type="application/json", headers={"x-request-id": call.id})
 
 
-async def _read_call(state: ServerState, request: Request) -> Call:
+async def _read_call(state: ServerState, request: Request) -> tuple[Call, Reading]:
     options = state.options.server
     state.accepting_service()
     with state.bodies.hold() as hold:
@@ -51,19 +52,50 @@ async def _read_call(state: ServerState, request: Request) -> Call:
         state.check_model(fields.get("model"))
         if "messages" not in fields:
             raise UsageError("missing_field", "messages is missing", field="messages")
-        params = sampling_params(state, fields, None, _overrides(fields))
-        text = await render_chat(state, fields)
+        tools = _reads_tools(state, fields)
+        params = sampling_params(state, fields, None, _overrides(state, fields, tools))
+        rendered = await render_chat(state, fields)
         special = bool(fields.get("add_special_tokens"))  # the template writes its own
-        ids = await encode_text(state, text, special, "messages")
+        ids = await encode_text(state, rendered.text, special, "messages")
         check_ids(state, ids, "messages")
-        prompt = [Prompt(ids, text)]
+        prompt = [Prompt(ids, rendered.text)]
         tenant = request.scope["quire.tenant"]
-        return await build_call(state, fields, prompt, params, "chatcmpl-", tenant)
+        call = await build_call(state, fields, prompt, params, "chatcmpl-", tenant)
+        parallel = fields.get("parallel_tool_calls") is not False
+        return call, Reading(state.ready_service().dialect, rendered, tools, parallel)
 
 
-def _overrides(fields: dict[str, Any]) -> dict[str, Any]:
+def _reads_tools(state: ServerState, fields: dict[str, Any]) -> bool:
+    """Whether tool calls are looked for in the answer. Raises UsageError for what cannot be."""
+    choice = fields.get("tool_choice")
+    if choice == "required" or isinstance(choice, NamedTool):
+        raise UsageError(
+            "not_supported",
+            "tool_choice can only be auto or none yet",
+            why="nothing here makes a model call a tool, so this cannot be promised",
+            fix='leave tool_choice out, or send "auto" or "none"',
+            field="tool_choice",
+        )
+    if choice == "auto" and not fields.get("tools"):
+        raise invalid("tool_choice", "auto without tools", "none or absent unless tools are given")
+    dialect = state.ready_service().dialect
+    if shown_tools(fields) and dialect.tools == "none":
+        raise UsageError(
+            "not_supported",
+            "tools are not supported: this server does not read tool calls",
+            why=dialect.tools_reason,
+            fix="start it with a --tool-call-parser that fits the model, or leave tools out",
+            field="tools",
+        )
+    return bool(shown_tools(fields))
+
+
+def _overrides(state: ServerState, fields: dict[str, Any], tools: bool) -> dict[str, Any]:
     """Sampling parameters under the names chat has for them. Raises UsageError."""
     result: dict[str, Any] = {}
+    service = state.ready_service()
+    if service.shows_markup and (tools or service.dialect.reasoning != "none"):
+        result["skip_special_tokens"] = False
     limits = {fields.get(name) for name in ("max_tokens", "max_completion_tokens")} - {None}
     if len(limits) > 1:
         raise invalid(
@@ -87,15 +119,17 @@ def _logprobs(call: Call, choice: CompletionOutput | ChoiceDelta) -> dict[str, A
     return chat_logprobs(choice.token_ids, choice.logprobs or [], call.logprobs)
 
 
-def _whole(call: Call, result: Collected) -> dict[str, Any]:
+def _whole(call: Call, reading: Reading, result: Collected) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     choices = []
     for choice in result.choices[0]:
+        reader = reading.choice()
+        message = reader.read(choice.text, end=True).message()
         entry = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": _logprobs(call, choice),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reader.finish_reason(choice.finish_reason),
             "stop_reason": choice.stop_reason,
         }
         if call.return_token_ids:
@@ -118,27 +152,33 @@ def _whole(call: Call, result: Collected) -> dict[str, Any]:
     return body
 
 
-async def _frames(call: Call, deltas: Deltas) -> AsyncGenerator[bytes, None]:
+async def _frames(call: Call, reading: Reading, deltas: Deltas) -> AsyncGenerator[bytes, None]:
     """First the role of each choice, then one frame per choice that has news."""
     writer, usage = FrameWriter(call, "chat.completion.chunk"), Usage()
+    readers = [reading.choice() for _ in range(call.n)]
     role = b'"delta":{"role":"assistant","content":""},"logprobs":null,'
     yield b"".join(writer.choice(index, role, None) for index in range(call.n))
     async with aclosing(deltas):
         async for index, delta in deltas:
             usage.update(index, delta)
-            frames = [_frame(writer, call, c) for c in delta.choices if has_news(c)]
+            frames = [
+                _frame(writer, call, c, readers[c.index]) for c in delta.choices if has_news(c)
+            ]
             if frames:
                 yield b"".join(frames)
     if call.include_usage:
         yield writer.usage(usage.to_dict())
 
 
-def _frame(writer: FrameWriter, call: Call, choice: ChoiceDelta) -> bytes:
-    text = b'{"content":%b}' % encode(choice.text) if choice.text else b"{}"
-    content = b'"delta":%b,"logprobs":%b,' % (text, encode(_logprobs(call, choice)))
+def _frame(writer: FrameWriter, call: Call, choice: ChoiceDelta, reader: ChoiceReader) -> bytes:
+    piece = reader.read(choice.text, end=choice.finish_reason is not None)
+    content = b'"delta":%b,"logprobs":%b,' % (
+        encode(piece.delta()),
+        encode(_logprobs(call, choice)),
+    )
     end = b""
     if choice.finish_reason is not None:
         end += b',"stop_reason":' + encode(choice.stop_reason)
     if call.return_token_ids:
         end += b',"token_ids":' + encode(choice.token_ids)
-    return writer.choice(choice.index, content, choice.finish_reason, end)
+    return writer.choice(choice.index, content, reader.finish_reason(choice.finish_reason), end)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from quire.dialects.renderer import ChatRenderer, add_effort, check_tools
 from quire.errors import UsageError
 from quire.server.fields import invalid
-from quire.server.schemas import ChatMessage
-from quire.server.state import MessageRenderer, ServerState
+from quire.server.schemas import ChatMessage, Tool
+from quire.server.state import ServerState
 from quire.tokenization.messages import normalize_messages
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -39,13 +43,21 @@ RESERVED_KWARGS = frozenset(
 )
 
 
-async def render_chat(state: ServerState, fields: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as prompt text. `resumed`: the content of the message that the answer
+    continues, None where it begins a turn."""
+
+    text: str
+    resumed: str | None = None
+
+
+async def render_chat(state: ServerState, fields: dict[str, Any]) -> Rendered:
     """The prompt text of `messages` and the template fields. Raises UsageError."""
-    renderer, template = _renderer(state)
+    renderer = _renderer(state)
     given: list[ChatMessage] = fields["messages"]
     plain = [_plain(index, message) for index, message in enumerate(given)]
-    messages = normalize_messages(plain, template)
-    kwargs = _checked_kwargs(fields.get("chat_template_kwargs") or {})
+    kwargs = _variables(fields, renderer)
     resume = bool(fields.get("continue_final_message"))
     generate = fields.get("add_generation_prompt")
     if resume and generate:
@@ -53,24 +65,66 @@ async def render_chat(state: ServerState, fields: dict[str, Any]) -> str:
             "continue_final_message", "given with add_generation_prompt", "only one of the two"
         )
     kwargs["add_generation_prompt"] = not resume if generate is None else generate
+    return await state.rendering.run(lambda: _render(renderer, plain, kwargs, resume))
+
+
+def _render(
+    renderer: ChatRenderer, plain: list[dict[str, Any]], kwargs: dict[str, Any], resume: bool
+) -> Rendered:
+    """On a thread: arguments of earlier calls are parsed, and the template runs."""
+    messages = normalize_messages(plain, renderer.template)
+    if not resume:
+        return Rendered(renderer.render(messages, **kwargs))
+    resumed: str = messages[-1]["content"]
     marker = secrets.token_hex(16)  # of which no message can have a part by accident
-    if resume:
-        messages[-1]["content"] += marker
-    text = await state.rendering.run(lambda: renderer.render(messages, **kwargs))
-    return _cut_at(text, marker) if resume else text
+    messages[-1]["content"] += marker
+    return Rendered(_cut_at(renderer.render(messages, **kwargs), marker), resumed)
 
 
-def _renderer(state: ServerState) -> tuple[MessageRenderer, str]:
-    """The renderer and the template's source."""
+def _variables(fields: dict[str, Any], renderer: ChatRenderer) -> dict[str, Any]:
+    """What the template gets beside messages. Raises UsageError."""
+    kwargs = _checked_kwargs(fields.get("chat_template_kwargs") or {})
+    if effort := fields.get("reasoning_effort"):
+        add_effort(effort, kwargs, renderer)
+    if tools := shown_tools(fields):
+        check_tools(renderer)
+        kwargs["tools"] = msgspec.to_builtins([_as_shown(tool) for tool in tools])
+    return kwargs
+
+
+def _as_shown(tool: Tool) -> Tool:
+    """Without `strict`, which says something to a server, not to a model."""
+    return msgspec.structs.replace(
+        tool, function=msgspec.structs.replace(tool.function, strict=None)
+    )
+
+
+def shown_tools(fields: dict[str, Any]) -> list[Tool]:
+    """The tools that the model is told of: none with tool_choice "none". Raises UsageError for
+    what needs a grammar."""
+    tools: list[Tool] = fields.get("tools") or []
+    for index, tool in enumerate(tools):
+        if tool.function.strict:
+            raise UsageError(
+                "not_supported",
+                f"tools[{index}].function.strict is not supported yet",
+                why="nothing here makes a model keep to a schema, so this cannot be promised",
+                fix="leave strict out, and check arguments when they come",
+                field="tools",
+            )
+    return [] if fields.get("tool_choice") == "none" else tools
+
+
+def _renderer(state: ServerState) -> ChatRenderer:
+    state.tokenizer()
     renderer = state.ready_service().renderer
-    template = state.tokenizer().chat_template
-    if renderer is None or template is None:
+    if renderer is None:
         raise UsageError(
             "no_chat_template",
             "this model has no chat template",
             fix="use /v1/completions with a prompt in the model's own format",
         )
-    return renderer, template
+    return renderer
 
 
 def _plain(index: int, message: ChatMessage) -> dict[str, Any]:
@@ -78,13 +132,8 @@ def _plain(index: int, message: ChatMessage) -> dict[str, Any]:
     if message.role not in ROLES:
         detail = f"unknown role {message.role[:40]!r}"
         raise invalid("messages", detail, f"in roles {', '.join(ROLES)}", f"[{index}].role")
-    if message.tool_calls:
-        raise UsageError(
-            "not_supported",
-            f"messages[{index}].tool_calls is not supported yet",
-            why="it would change the answer, so it is refused rather than ignored",
-            field="messages",
-        )
+    if message.tool_calls and message.role != "assistant":
+        raise invalid("messages", "tool_calls", "without them but of the assistant", f"[{index}]")
     content = message.content
     if content is None and message.role != "assistant":
         raise invalid("messages", "no content", "given content", f"[{index}].content")
@@ -94,6 +143,8 @@ def _plain(index: int, message: ChatMessage) -> dict[str, Any]:
         value = getattr(message, name)
         if value is not None:
             plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
     if message.reasoning is not None:
         plain.setdefault("reasoning_content", message.reasoning)
     return plain

@@ -25,15 +25,15 @@ class Field:
     """One field of a request.
 
     `type` is what msgspec decodes, `allowed` says it in words, `check` is a further condition on
-    the decoded value. `max_bytes` and `most` (bytes that every element contains, and how often
-    they may be there) bound the JSON text before it is decoded: what is far too long costs the
-    event loop nothing.
+    the decoded value. `max_bytes` and `most` (pairs: bytes that every element contains, and how
+    often they may be there) bound the JSON text before it is decoded: what is far too long costs
+    the event loop nothing.
     """
 
     type: Any
     allowed: str
     max_bytes: int | None = 4096
-    most: tuple[bytes, int] | None = None
+    most: tuple[tuple[bytes, int], ...] = ()
     check: Callable[[Any], bool] | None = None
     limit: Limit | None = None
 
@@ -69,9 +69,9 @@ def limit_field(limit: Limit) -> Field:
         one = limit.characters * _BYTES_PER_CHARACTER + 4
         return Field(str | list[str] | None, allowed, 1024 + limit.items * one, limit=limit)
     if limit.kind == "ids":
-        return Field(list[int] | None, allowed, None, (b",", limit.items), limit=limit)
+        return Field(list[int] | None, allowed, None, ((b",", limit.items),), limit=limit)
     if limit.kind == "bias":
-        return Field(dict[int, float] | None, allowed, None, (b",", limit.items), limit=limit)
+        return Field(dict[int, float] | None, allowed, None, ((b",", limit.items),), limit=limit)
     types: dict[str, Any] = {"int": int | None, "float": float | None, "bool": bool | None}
     return Field(types[limit.kind], allowed, limit=limit)
 
@@ -85,7 +85,7 @@ def decode_field(name: str, raw: msgspec.Raw, field: Field) -> Any:
     if field.max_bytes is not None and len(text) > field.max_bytes:
         detail = f"{len(text)} bytes of JSON, more than any allowed value has"
         raise invalid(name, detail, field.allowed)
-    if field.most is not None and text.count(field.most[0]) > field.most[1]:
+    if any(text.count(part) > most for part, most in field.most):
         raise invalid(name, "too many elements", field.allowed)
     try:
         value = msgspec.json.decode(raw, type=field.type)

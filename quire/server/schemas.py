@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,12 +22,16 @@ MAX_PROMPTS = 256
 MAX_CHOICES = 256  # prompts x n of one request
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_KWARGS_BYTES = 16384
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+MAX_TOOLS = 128
+MAX_ARGUMENTS = 2**18  # characters of one earlier call: parsing them holds the interpreter
+MAX_TOOLS_BYTES = 256 * 1024
+MAX_TOOLS_DEPTH = 64
 
 # Cannot change the answer: accepted and not used.
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -77,10 +81,7 @@ _NOT_BUILT_CHAT: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "reasoning_effort": (),
     "thinking_token_budget": (),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -99,6 +100,54 @@ class TextPart(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fiel
     text: str
 
 
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_./:-]{1,128}\Z")]
+
+
+class Function(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a tool is: in this order its fields go to the template."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """The function of a `tool_choice`."""
+
+    name: Name
+
+
+class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A `tool_choice` that names a function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """Which function a call is of, and its arguments: JSON text."""
+
+    name: str
+    arguments: Annotated[str, msgspec.Meta(max_length=MAX_ARGUMENTS)] = ""
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A call of an earlier assistant's message. `index` is there where a client kept a stream's."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     """One message. Fields an assistant's message comes back with may be there as null or empty."""
 
@@ -106,7 +155,7 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
+    tool_calls: Annotated[list[ToolCall], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
     function_call: None = None
     refusal: str | None = None
     annotations: list[msgspec.Raw] | None = None
@@ -124,8 +173,16 @@ _MESSAGES = Field(
     list[ChatMessage],
     f"a list of 1 to {MAX_MESSAGES} messages with role and content (a string or text parts)",
     max_bytes=None,
-    most=(b'"role"', 2 * MAX_MESSAGES),  # a content may be "role" too
+    # A content may be "role" too; calls of tools have names.
+    most=((b'"role"', 2 * MAX_MESSAGES), (b'"name"', 4 * MAX_MESSAGES)),
     check=lambda value: 0 < len(value) <= MAX_MESSAGES,
+)
+_TOOLS = Field(
+    list[Tool] | None,
+    f"a list of at most {MAX_TOOLS} functions in {MAX_TOOLS_BYTES} bytes, nested at most "
+    f"{MAX_TOOLS_DEPTH} deep, each with a name (letters, digits, and _ - . / :)",
+    MAX_TOOLS_BYTES,
+    check=lambda tools: len(tools) <= MAX_TOOLS and not _deeper(tools, MAX_TOOLS_DEPTH),
 )
 _COMMON = {
     **SAMPLING_FIELDS,
@@ -146,7 +203,27 @@ _CHAT_TEMPLATE = {
         f"an object of at most {MAX_TEMPLATE_KWARGS_BYTES} bytes",
         MAX_TEMPLATE_KWARGS_BYTES,
     ),
+    "tools": _TOOLS,
+    "reasoning_effort": Field(
+        Literal[EFFORTS] | None,
+        f"one of {', '.join(EFFORTS)}",
+    ),
 }
+
+
+def _deeper(tools: list[Tool], depth: int) -> bool:
+    """Whether a tool's parameters are nested deeper than that."""
+    level: list[Any] = [tool.function.parameters for tool in tools]
+    for _ in range(depth):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        level = inner
+    return bool(level)
+
 
 COMPLETION = RequestSchema(
     fields={
@@ -163,6 +240,11 @@ CHAT = RequestSchema(
         **_COMMON,
         **_CHAT_TEMPLATE,
         "max_completion_tokens": SAMPLING_FIELDS["max_tokens"],
+        "tool_choice": Field(
+            Literal["none", "auto", "required"] | NamedTool | None,
+            "none, auto, required or an object that names a function",
+        ),
+        "parallel_tool_calls": bool_field(),
         "logprobs": bool_field(),
         "top_logprobs": SAMPLING_FIELDS["logprobs"],
     },

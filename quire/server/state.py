@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from quire.config.options import Options
+from quire.dialects.dialect import Dialect
+from quire.dialects.renderer import ChatRenderer
 from quire.engine.api import AsyncEngine
 from quire.errors import UsageError
 from quire.server.auth import KeyRing
@@ -24,24 +26,17 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: list[int], /, skip_special_tokens: bool = True) -> str: ...
 
-    @property
-    def chat_template(self) -> str | None: ...
-
-
-class MessageRenderer(Protocol):
-    """What the server needs of quire.tokenization.chat_template.TemplateRenderer. Thread-safe."""
-
-    def render(self, messages: list[dict[str, Any]], /, **kwargs: Any) -> str: ...
-
-    def close(self) -> None: ...
-
 
 class Service(NamedTuple):
-    """A ready engine, and the tokenizer and renderer of its model (None where it has none)."""
+    """A ready engine, the tokenizer and renderer of its model (None where it has none), and how
+    its answers are read. `shows_markup`: the dialect's markers are special tokens, so that these
+    must not be skipped."""
 
     engine: AsyncEngine
     tokenizer: TextTokenizer | None
-    renderer: MessageRenderer | None
+    renderer: ChatRenderer | None
+    dialect: Dialect = Dialect()
+    shows_markup: bool = False
 
 
 PREPARED = 256  # requests that may be prepared beside the queue, where --max-num-seqs is not given

@@ -32,7 +32,7 @@ async def tokenize(state: ServerState, request: Request) -> Response:
             special = fields.get("add_special_tokens") is not False
             ids = await encode_text(state, fields["prompt"], special, "prompt")
         else:
-            text = await render_chat(state, fields)
+            text = (await render_chat(state, fields)).text
             special = bool(fields.get("add_special_tokens"))
             ids = await encode_text(state, text, special, "messages")
     result = {

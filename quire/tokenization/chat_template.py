@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -30,9 +31,10 @@ MEMORY_BYTES = 1 << 30
 class TemplateRenderer:
     """Renders a model's template; safe to call from several threads, which take turns.
 
-    `special_tokens` are visible to the template by their names (bos_token and so on). The worker
-    process starts with the first `render` and lives until `close` or the end of this process; one
-    that missed its deadline is killed, and the next call starts another.
+    `special_tokens` are visible to the template by their names (bos_token and so on).
+    `tool_template` renders calls that have tools, where a model has one of its own for them. The
+    worker process starts with the first `render` and lives until `close` or the end of this
+    process; one that missed its deadline is killed, and the next call starts another.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class TemplateRenderer:
         deadline: float = DEADLINE_SECONDS,
         max_characters: int = MAX_CHARACTERS,
         memory_bytes: int = MEMORY_BYTES,
+        tool_template: str | None = None,
     ):
         self.template = template
+        self._tool_template = tool_template
         self._special_tokens = dict(special_tokens or {})
         self._deadline = deadline
         self._max_characters = max_characters
@@ -67,7 +71,7 @@ class TemplateRenderer:
         as JSON.
         """
         request = {
-            "template": self.template if template is None else template,
+            "template": self._choose(template, kwargs),
             "context": self._context(messages, kwargs),
             "max_characters": self._max_characters,
             "seconds": self._deadline,
@@ -95,16 +99,28 @@ class TemplateRenderer:
         """
         from quire.tokenization.template_environment import describe, render
 
-        template = self.template if template is None else template
+        template = self._choose(template, kwargs)
         try:
             return render(template, self._context(messages, kwargs), self._max_characters)
         except Exception as error:
             raise _failure(describe(error)) from error
 
+    def knows(self, name: str) -> bool:
+        """Whether the template has a variable of this name."""
+        sources = self.template + " " + (self._tool_template or "")
+        return re.search(rf"\b{re.escape(name)}\b", sources) is not None
+
     def close(self) -> None:
         """Ends the worker process; a later `render` starts another."""
         with self._lock:
             self._drop_worker()
+
+    def _choose(self, template: str | None, kwargs: Mapping[str, Any]) -> str:
+        if template is not None:
+            return template
+        if self._tool_template is not None and kwargs.get("tools"):
+            return self._tool_template
+        return self.template
 
     def _context(
         self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]

@@ -11,10 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from quire.cli.serve import engine_options, find_files, ready_lines
+from quire.cli.serve import engine_options, find_files, load_chat, ready_lines
 from quire.config.parse import build_options
+from quire.dialects.renderer import DeepSeekV4Renderer
+from quire.errors import UsageError
 
-from .tools import DUMMY, IDS, Quire, environment, spawn
+from .tools import DUMMY, IDS, TEMPLATE, Quire, environment, spawn, write_model
 
 
 def test_the_server_process_imports_no_torch() -> None:
@@ -119,8 +121,30 @@ def test_keys_stay_out_of_the_engine_process(ids_model: str) -> None:
     assert build_options(flat).engine == options.engine
 
 
+def test_parsers_follow_from_the_models_files_and_the_options(tmp_path: Path) -> None:
+    calls = '{% if tools %}<tool_call>\n{"name": "f", "arguments": {}}</tool_call>{% endif %}'
+    model = write_model(tmp_path / "m", text=True, template=TEMPLATE + calls + "</think>")
+    options = build_options({"model": model})
+    _, renderer, dialect = load_chat(options, find_files(options))
+    assert renderer is not None and renderer.knows("tools")
+    assert (dialect.tools, dialect.reasoning) == ("hermes", "qwen3")
+    options = build_options({"model": model, "tool_call_parser": "none"})
+    assert load_chat(options, find_files(options))[2].tools == "none"
+    plain = write_model(tmp_path / "p", text=True, template=TEMPLATE)
+    options = build_options({"model": plain, "tool_call_parser": "hermes"})
+    with pytest.raises(UsageError, match="nothing to parse"):
+        load_chat(options, find_files(options))
+    encoder = write_model(tmp_path / "e", text=True, architectures=["DeepseekV4ForCausalLM"])
+    options = build_options({"model": encoder})
+    _, renderer, dialect = load_chat(options, find_files(options))
+    assert isinstance(renderer, DeepSeekV4Renderer) and dialect.tools == "deepseek_v4"
+
+
 def test_the_ready_block_tells_the_key_state() -> None:
+    chat = {"tool_calls": {"parser": "hermes", "reason": "why"}}
     facts = {"url": "u", "model": "m", "device": "d", "plan": {"weights": "1 B"}, "curl": "curl"}
+    facts["chat"] = chat
+    assert "  tools   hermes: why" in ready_lines(facts | {"api_key": False}, 1.0)
     assert any("not set" in line for line in ready_lines(facts | {"api_key": False}, 1.0))
     assert any("needed" in line for line in ready_lines(facts | {"api_key": True}, 1.0))
 

@@ -57,6 +57,11 @@ def test_unknown_name_suggests_the_known_one(name: str) -> None:
     assert "max_model_len" in error.fix
 
 
+def test_a_choice_that_is_not_one_suggests_the_nearest() -> None:
+    error = refused({"tool_call_parser": "hermess"})
+    assert error.code == "invalid_option" and "'hermes'" in error.fix
+
+
 def test_unknown_environment_and_file_names_say_where_they_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="environment"):
         build_options({}, {"prot": "1"})

@@ -1,6 +1,7 @@
 """An engine in memory for the server's tests: it echoes the prompt's tokens, over and over.
 
-Choice c of a request starts at token c of the prompt. Delays and failures are attributes, to be
+Choice c of a request starts at token c of the prompt. With an `answer` it says that instead, and
+ends by itself. Delays and failures are attributes, to be
 changed while it runs. A token is one byte of UTF-8.
 """
 
@@ -34,8 +35,6 @@ INFO = EngineInfo(
 
 
 class FakeTokenizer:
-    chat_template = "{{ messages }}"
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -44,11 +43,18 @@ class FakeTokenizer:
 
 
 class FakeRenderer:
-    def __init__(self) -> None:
+    template = "{{ messages }}"
+
+    def __init__(self, *variables: str) -> None:
+        self.variables = variables
+        self.messages: list[dict[str, Any]] = []
         self.kwargs: dict[str, Any] = {}
 
+    def knows(self, name: str) -> bool:
+        return name in self.variables
+
     def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        self.kwargs = kwargs
+        self.messages, self.kwargs = messages, kwargs
         text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         return text + ("<assistant>" if kwargs["add_generation_prompt"] else "")
 
@@ -63,6 +69,7 @@ class FakeEngine:
     fail_after: int | None = None  # tokens, then QuireError
     overloaded: bool = False
     room: int = 2**31  # choices it takes at once
+    answer: str | None = None
     dead: bool = False
     step_age: float = 0.0
     silence: float = 0.0
@@ -99,6 +106,11 @@ class FakeEngine:
         """Tokens that fell due while the consumer was busy come as one delta."""
         params, prompt = request.params, request.prompt_token_ids
         total = min(params.max_tokens or CONTEXT, CONTEXT - len(prompt))
+        said, last = prompt, "length"
+        if self.answer is not None:
+            said = list(self.answer.encode())
+            last = "stop" if len(said) <= total else "length"
+            total = min(total, len(said))
         decoders = [codecs.getincrementaldecoder("utf-8")("ignore") for _ in range(params.n)]
         start, sent = time.perf_counter(), 0
         while sent < total:
@@ -109,10 +121,11 @@ class FakeEngine:
             elapsed = time.perf_counter() - start
             late = request.timeout is not None and elapsed > request.timeout
             due = min(total, int(elapsed / self.delay) + 1) if self.delay else sent + 1
-            reason = "abort" if late else "length" if due == total else None
+            reason = "abort" if late else last if due == total else None
             choices = []
             for c in range(params.n):
-                ids = [prompt[(i + c) % len(prompt)] for i in range(sent, due)]
+                shift = c if self.answer is None else 0
+                ids = [said[(i + shift) % len(said)] for i in range(sent, due)]
                 text = decoders[c].decode(bytes(ids))
                 logprobs = None
                 if params.logprobs is not None:

@@ -20,6 +20,7 @@ import uvloop
 from fake_engine import FakeEngine, FakeRenderer, FakeTokenizer
 
 from quire.config.options import EngineOptions, Options, ServerOptions
+from quire.dialects.dialect import Dialect
 from quire.server.serve import Progress, serve
 from quire.server.state import Service
 from quire.settings import child_environment
@@ -56,12 +57,16 @@ def running(
     opts: Options | None = None,
     renderer: Any = None,
     tokenizer: Any = None,
+    dialect: Dialect | None = None,
+    shows_markup: bool = False,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
 ) -> Iterator[RunningServer]:
     """A server on a thread of its own, ended afterwards."""
     engine, ready, urls = FakeEngine(), threading.Event(), []
     renderer = renderer or FakeRenderer()
-    service = Service(engine, tokenizer or FakeTokenizer(), renderer)
+    service = Service(
+        engine, tokenizer or FakeTokenizer(), renderer, dialect or Dialect(), shows_markup
+    )
     tasks: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def factory(progress: Progress) -> Service:

@@ -172,6 +172,9 @@ def test_a_reader_that_stands_still_is_cut_off_after_the_request_timeout() -> No
 
 
 MESSAGE = b'{"role":"user","content":"a"}'
+CALL = b'{"id":"","function":{"name":"f","arguments":"%b"}}'
+LISTS = b'{\\"a\\":[' + b"[]," * 80_000 + b"[]]}"
+CALLS = b'{"messages": [{"role":"assistant","tool_calls":[%b]}]}'
 
 
 @pytest.mark.parametrize(
@@ -181,8 +184,11 @@ MESSAGE = b'{"role":"user","content":"a"}'
         b'{"messages": [' + (MESSAGE + b",") * 250_000 + MESSAGE + b"]}",
         b'{"prompt": "a", "allowed_token_ids": [' + b"5," * 4_000_000 + b"5]}",
         b"{" + b",".join(b'"%06d":1' % i for i in range(700_000)) + b"}",
+        CALLS % b",".join([CALL % b"{}"] * 150_000),
+        CALLS % b",".join([CALL % LISTS] * 30 + [CALL % b"[]"]),
+        b'{"messages": [%b], "tools": [' % MESSAGE + b"[" * 8_000_000,
     ],
-    ids=["prompt", "messages", "ids", "names"],
+    ids=["prompt", "messages", "ids", "names", "calls", "arguments", "tools"],
 )
 def test_large_hostile_bodies_hold_the_loop_only_for_a_moment(body: bytes) -> None:
     with running() as server, health_latency(server) as seconds, server.client() as http:

@@ -232,8 +232,10 @@ def test_fields_without_effect_are_accepted(client: openai.OpenAI) -> None:
     ("field", "value", "code"),
     [
         ("response_format", {"type": "json_object"}, "not_supported"),
-        ("tools", [{"type": "function"}], "not_supported"),
-        ("tool_choice", "auto", "not_supported"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "not_supported"),
+        ("tools", [{"type": "function"}], "invalid_value"),
+        ("tool_choice", "auto", "invalid_value"),
+        ("tool_choice", "required", "not_supported"),
         ("guided_json", {}, "not_supported"),
         ("use_beam_search", True, "not_supported"),
         ("best_of", 2, "not_supported"),

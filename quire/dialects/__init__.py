@@ -1,0 +1,1 @@
+"""How model families speak: chat encoders where there is no template, and parsers of answers."""

@@ -1,7 +1,7 @@
 """`quire bench quality` of one model in every format, each against its float32 values.
 
-    python -m benchmarks.quality MODEL --text FILE --group 64 -- [options of quire bench quality]
-    python -m benchmarks.quality MODEL --sample 12 --group 32 -- [options]
+    python -m benchmarks.quality MODEL --text FILE [--formats NAMES] -- [options of bench quality]
+    python -m benchmarks.quality MODEL --sample 12 [--formats NAMES] -- [options]
 
 --text is encoded with MODEL's tokenizer; --sample N makes N texts of MODEL's own at temperature 1,
 seeds 0 to N - 1, from the beginning-of-sequence token, on the CPU. Files go to --directory.
@@ -21,6 +21,7 @@ from quire.cli.main import main as quire
 from quire.tokenization.tokenizer import Tokenizer
 from quire.weights.hub import resolve
 
+FORMATS = "fp8,fp8_block,int8-g128,int4-g128,nvfp4,mxfp4"
 ONLINE = ("fp8", "nvfp4")  # the others are written as checkpoints
 
 
@@ -105,10 +106,7 @@ def main() -> None:
         texts = sample(arguments.model, arguments.sample)
     ids = directory / "ids.txt"
     ids.write_text("".join(" ".join(map(str, text)) + "\n" for text in texts))
-    group = arguments.group
-    formats = ["fp8", "fp8_block", "int8-g{}", "int4-g{}", "nvfp4", "mxfp4"]
-    formats = [format.format(group) for format in formats]
-    records = measure(directory, formats, ids, options)
+    records = measure(directory, arguments.formats.split(","), ids, options)
     print(table(records))
     if arguments.output:
         arguments.output.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -70,8 +70,8 @@ def run(invocation: Invocation) -> int:
         _count("--prompts", flags.prompts, 1, 4096) or 1,
     )
     candidate = invocation.options(invocation.words[0] if invocation.words else None)
-    baseline = baseline_options(invocation, candidate)
     text = read_text(flags.text)
+    baseline = baseline_options(invocation, candidate)
     from quire.cli.main import set_up_logging
 
     set_up_logging(candidate.server.log_level)

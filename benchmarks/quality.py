@@ -87,9 +87,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sample", type=int, metavar="N")
-    parser.add_argument(
-        "--group", type=int, default=128, help="columns of a group of int4 and int8"
-    )
+    parser.add_argument("--formats", default=FORMATS, metavar="NAMES", help=f"[{FORMATS}]")
     parser.add_argument("--directory", type=Path, default=Path("quality"))
     parser.add_argument("--output", type=Path)
     own = sys.argv[1:]

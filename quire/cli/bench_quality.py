@@ -81,10 +81,10 @@ def run(invocation: Invocation) -> int:
 
     work, vocab_size = prepare(candidate, baseline, text, sizes)
     quality_run.check_room(work, vocab_size)
-    given, kept = set(invocation.given()), quality_run.Kept()
-    first = quality_run.measure(baseline, given, work, kept.take, phases, "baseline")
+    kept = quality_run.Kept()
+    first = quality_run.measure(baseline, work, kept.take, phases, "baseline")
     compared = quality_run.Compared(kept)
-    second = quality_run.measure(candidate, given, work, compared.take, phases, "candidate")
+    second = quality_run.measure(candidate, work, compared.take, phases, "candidate")
     assert compared.done(), "a position of the baseline had no counterpart"
     phases.finish()
     from quire.cli.divergence import greedy_agreement
@@ -184,38 +184,47 @@ def make_record(
         "baseline": {"model": baseline.model, "plan": plan_facts(baseline.plan)},
         "candidate": {"model": candidate.model, "plan": plan_facts(candidate.plan)},
         "text": {"file": invocation.flags.text, **work.to_dict()},
-        "results": {
-            name: float(f"{value:.6g}") if math.isfinite(value) else None
-            for name, value in figures.items()
-        },
+        "results": {name: _plain(value) for name, value in figures.items()},
     }
+
+
+def _plain(value: float) -> float | None:
+    """Six digits; None where it is not finite."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def lines(record: dict[str, Any]) -> list[str]:
     """A table for people."""
     found, text = record["results"], record["text"]
+
+    def show(name: str, form: str) -> str:
+        return "infinite" if found[name] is None else format(found[name], form)
+
+    output = text["output_tokens"]
     rows = [
-        ("perplexity, baseline", f"{found['baseline_perplexity']:.5g}", ""),
-        ("perplexity, candidate", f"{found['candidate_perplexity']:.5g}", ""),
-        ("KL divergence, mean", f"{found['kl_mean']:.3g}", "nats, KL(baseline || candidate)"),
-        ("KL divergence, worst", f"{found['kl_worst']:.3g}", "nats"),
-        ("top-1 agreement", f"{found['top_1_agreement']:.1%}", "of positions"),
+        ("perplexity, baseline", show("baseline_perplexity", ".5g"), ""),
+        ("perplexity, candidate", show("candidate_perplexity", ".5g"), ""),
+        ("KL divergence, mean", show("kl_mean", ".3g"), "nats, KL(baseline || candidate)"),
+        ("KL divergence, worst", show("kl_worst", ".3g"), "nats"),
+        ("top-1 agreement", show("top_1_agreement", ".1%"), "of positions"),
         (
             "greedy agreement",
-            f"{found['greedy_agreement']:.1%}",
-            f"of {text['prompts']} prompts, equal for {text['output_tokens']} tokens",
+            show("greedy_agreement", ".1%"),
+            f"of {text['prompts']} prompts, equal for {output} tokens",
         ),
         (
             "first difference",
-            f"{found['mean_first_difference']:.1f}",
-            f"tokens in the mean, {text['output_tokens']} where there is none",
+            show("mean_first_difference", ".1f"),
+            f"tokens in the mean, {output} where there is none",
         ),
     ]
     heads = [_head(name, record[name]) for name in ("baseline", "candidate")]
     about = f"text: {text['file']}, {text['tokens']} tokens in {text['pieces']} pieces, "
     return [
         *heads,
-        about + f"{found['positions']:g} positions",
+        about + f"{found['positions']} positions",
         "",
         *(f"{name:24}{value:>10}  {unit}".rstrip() for name, value, unit in rows),
     ]

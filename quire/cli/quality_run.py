@@ -79,15 +79,13 @@ def check_room(work: Work, vocab_size: int) -> None:
         )
 
 
-def measure(options: Options, given: set[str], work: Work, watch: WatchLogits, say: Progress,
+def measure(options: Options, work: Work, watch: WatchLogits, say: Progress,
             name: str) -> Measured:  # fmt: skip
     """Load a model, show `watch` its logits of all pieces, continue the prompts, and let it go.
 
     Raises QuireError.
     """
-    engine = LocalEngine(
-        sized(options, given, work), lambda phase, done: say(f"{name}: {phase}", done)
-    )
+    engine = LocalEngine(sized(options, work), lambda phase, done: say(f"{name}: {phase}", done))
     runner = cast(Any, engine.engine.core.runner)
     runner.watch = watch
     of_prompt = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -104,10 +102,10 @@ def measure(options: Options, given: set[str], work: Work, watch: WatchLogits, s
     return measured
 
 
-def sized(options: Options, given: set[str], work: Work) -> Options:
+def sized(options: Options, work: Work) -> Options:
     """Options with rows and KV cache for this work alone, where they were not given."""
     engine = options.engine
-    if "max_num_seqs" not in given:
+    if engine.max_num_seqs is None:
         engine = replace(engine, max_num_seqs=len(work.prompts))
     options = replace(
         options, engine=engine, model=replace(options.model, skip_tokenizer_init=True)

@@ -1,5 +1,6 @@
 """`quire bench quality`: its arithmetic, its text, the command from end to end, and errors."""
 
+import argparse
 import json
 import math
 import weakref
@@ -15,6 +16,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quire.cli import quality_run
+from quire.cli.bench_quality import lines, make_record
+from quire.cli.bench_record import _KEPT
 from quire.cli.divergence import (
     Divergence,
     first_difference,
@@ -22,9 +25,9 @@ from quire.cli.divergence import (
     kl_divergence,
     perplexity,
 )
-from quire.cli.flags import CommandLineError
+from quire.cli.flags import CommandLineError, Invocation
 from quire.cli.local import LocalEngine
-from quire.cli.quality_text import Sizes, choose_prompts, encode, make_work
+from quire.cli.quality_text import Sizes, Work, choose_prompts, encode, make_work
 from quire.errors import UsageError
 from quire.formats.scaled import quantize_fp8
 from quire.quant.names import usually_dense
@@ -212,6 +215,21 @@ def test_a_text_for_people_and_the_same_figures_twice(
     records = [json.loads(quire("bench", "quality", *argv, "--json").out) for _ in range(2)]
     assert records[0]["results"] == records[1]["results"]
     assert records[0]["results"]["kl_mean"] > 0
+
+
+def test_figures_that_are_not_finite_are_null_and_told() -> None:
+    figures = {
+        "positions": 3, "kl_mean": 0.5, "kl_worst": 1.0, "baseline_perplexity": 2.0,
+        "candidate_perplexity": math.inf, "top_1_agreement": 0.5, "greedy_agreement": 1.0,
+        "mean_first_difference": 8.0,
+    }  # fmt: skip
+    plan = dict.fromkeys(_KEPT.split(), "x")
+    invocation = Invocation("quire bench quality", argparse.Namespace(text="t"), [])
+    sides = quality_run.Measured("a", plan, []), quality_run.Measured("b", plan, [])
+    record = make_record(invocation, sides, Work([[0, 1]], [[0]], 8, 2, ""), figures)
+    assert record["results"]["candidate_perplexity"] is None
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert any("candidate" in line and "infinite" in line for line in lines(record))
 
 
 def test_a_baseline_with_options_of_its_own(quire: Quire, ids_model: str, tmp_path: Path) -> None:

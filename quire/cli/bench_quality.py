@@ -81,6 +81,8 @@ def run(invocation: Invocation) -> int:
 
     work, vocab_size = prepare(candidate, baseline, text, sizes)
     quality_run.check_room(work, vocab_size)
+    # Both are planned before either is loaded, so that what cannot be is said at once.
+    baseline, candidate = (quality_run.sized(each, work) for each in (baseline, candidate))
     kept = quality_run.Kept()
     first = quality_run.measure(baseline, work, kept.take, phases, "baseline")
     compared = quality_run.Compared(kept)

@@ -79,13 +79,12 @@ def check_room(work: Work, vocab_size: int) -> None:
         )
 
 
-def measure(options: Options, work: Work, watch: WatchLogits, say: Progress,
-            name: str) -> Measured:  # fmt: skip
-    """Load a model, show `watch` its logits of all pieces, continue the prompts, and let it go.
+def measure(options: Options, work: Work, watch: WatchLogits, say: Progress, name: str) -> Measured:
+    """Load a `sized` model, show `watch` the logits of all pieces, continue the prompts, let it go.
 
     Raises QuireError.
     """
-    engine = LocalEngine(sized(options, work), lambda phase, done: say(f"{name}: {phase}", done))
+    engine = LocalEngine(options, lambda phase, done: say(f"{name}: {phase}", done))
     runner = cast(Any, engine.engine.core.runner)
     runner.watch = watch
     of_prompt = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -103,7 +102,10 @@ def measure(options: Options, work: Work, watch: WatchLogits, say: Progress,
 
 
 def sized(options: Options, work: Work) -> Options:
-    """Options with rows and KV cache for this work alone, where they were not given."""
+    """Options with rows and KV cache for this work alone, where they were not given.
+
+    Raises QuireError where the model cannot be planned with them.
+    """
     engine = options.engine
     if engine.max_num_seqs is None:
         engine = replace(engine, max_num_seqs=len(work.prompts))

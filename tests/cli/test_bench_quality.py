@@ -313,6 +313,16 @@ def test_one_model_is_in_memory_at_a_time(
     assert len(made) == 2
 
 
+def test_a_candidate_that_cannot_be_is_refused_before_the_baseline_is_loaded(
+    quire: Quire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_run, "LocalEngine", None)
+    model = write_model(tmp_path / "model", quantization_config={"quant_method": "fp8"})
+    argv = [model, *IDS, "--text", numbers(tmp_path), "--json", *SMALL]
+    ran = quire("bench", "quality", *argv, "--quantization", "fp8")
+    assert json.loads(ran.err)["error"]["code"] == "already_quantized"
+
+
 def test_more_logits_than_there_is_room_for_are_refused(
     quire: Quire, ids_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from quire.cli.workload import Scenario
 
 BANDWIDTH_BYTES = 256 * 2**20
-# What of the plan a record keeps.
 _KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
 max_num_seqs max_num_batched_tokens context_tokens deterministic fingerprint"""
 
@@ -30,7 +29,7 @@ class Record:
     def __init__(self, command: str, model: str, plan: dict[str, Any], facts: dict[str, float]):
         self.command = command
         self.model = model
-        self.plan = {name: plan[name] for name in _KEPT.split()}
+        self.plan = plan_facts(plan)
         self.facts = dict(facts)
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, dict[str, Any]] = {}
@@ -103,6 +102,11 @@ class Record:
         print(json.dumps(self.to_dict()) if as_json else "\n".join(self.lines()))
         if output:
             write_json(output, self.to_dict())
+
+
+def plan_facts(plan: dict[str, Any]) -> dict[str, Any]:
+    """What of a plan a record keeps."""
+    return {name: plan[name] for name in _KEPT.split()}
 
 
 def _rounded(values: Mapping[str, float | str]) -> dict[str, float | str]:

@@ -37,6 +37,12 @@ COMMANDS = [
     Command("serve", ("MODEL",), "serve an OpenAI-compatible API", "quire.cli.serve"),
     Command("plan", ("MODEL",), "show what would run where, and why, unloaded", "quire.cli.plan"),
     Command("bench offline", ("MODEL",), "measure the engine", "quire.cli.bench_offline"),
+    Command(
+        "bench quality",
+        ("MODEL",),
+        "compare a model's probabilities with a baseline's",
+        "quire.cli.bench_quality",
+    ),
     Command("bench serve", (), "measure a running server", "quire.cli.bench_serve"),
     Command("version", (), "show versions", "quire.cli.version"),
 ]

@@ -38,6 +38,7 @@ from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
 from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
+from quire.runner.watch import WatchLogits
 from quire.step import Batch, Row, TokenLogprobs
 
 # Of the attention kernels at most, beside small amounts that the number of rows decides; part of
@@ -101,6 +102,7 @@ class DeviceRunner:
         self._ring = [HostOutputs(self._outputs, self._spoiled) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
+        self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
@@ -328,7 +330,10 @@ class DeviceRunner:
             some = targets[start : start + self._logit_rows]
             hidden_RH = self._hidden[begin + start : begin + start + len(some)]
             wanted = torch.tensor(some, device=self.device)
-            got = logprobs_of(self.model.logits(hidden_RH), wanted, count, self._sampling_scratch)
+            logits_RV = self.model.logits(hidden_RH)
+            if self.watch is not None:
+                self.watch(logits_RV, some)
+            got = logprobs_of(logits_RV, wanted, count, self._sampling_scratch)
             values = zip(some, *(tensor.tolist() for tensor in got), strict=True)
             for token, logprob, rank, top_ids, top in values:
                 found.append(token_logprobs(token, logprob, rank, top_ids, top))

@@ -18,6 +18,7 @@ from quire.plan.memory import LOGIT_ROWS
 from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import NAN_ERROR, Sampler
 from quire.runner.slots import Flat, Slots, flatten
+from quire.runner.watch import WatchLogits
 from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
 
 
@@ -80,6 +81,7 @@ class EagerRunner:
         self.model = model
         self.sampler = Sampler(kernels)
         self.replaying = True  # False: the model's code runs in every step
+        self.watch: WatchLogits | None = None  # set by who wants to measure
         max_blocks = -(-max_model_len // BLOCK_SIZE) + 1
         self.slots = Slots(num_slots, max_blocks, num_groups)
         record = getattr(kernels, "record", None)  # only the native kernels can be recorded
@@ -189,6 +191,8 @@ class EagerRunner:
         for start in range(0, len(targets), LOGIT_ROWS):
             logits_BV = self.model.logits(hidden_TH[start : start + LOGIT_ROWS])
             some = targets[start : start + LOGIT_ROWS]
+            if self.watch is not None:
+                self.watch(logits_BV, some)
             found += self.sampler.logprobs(logits_BV, some, count)
         return found
 

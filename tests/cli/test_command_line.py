@@ -74,8 +74,8 @@ def test_every_option_is_a_flag_of_serve_and_every_sampling_flag_a_parameter(
     [
         (["srve"], "'serve'"),
         (["--helpp"], "help"),
-        (["bench"], "bench offline or bench serve"),
-        (["bench", "onlne"], "bench offline or bench serve"),
+        (["bench"], "bench offline or bench quality or bench serve"),
+        (["bench", "onlne"], "bench offline or bench quality or bench serve"),
         (["run", "m", "--temprature", "1"], "'--temperature'"),
         (["serve", "--max_model_len", "1"], "'--max-model-len'"),
         (["serve", "--prot=1"], "'--port'"),

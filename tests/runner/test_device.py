@@ -185,6 +185,35 @@ def test_every_sampling_parameter_gives_the_cpu_runners_tokens(
         assert found[name].tokens == want.tokens, adds[int(name)].params
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_who_watches_sees_the_logits_of_a_prompt_in_their_order(
+    write_model: WriteModel, device: str
+) -> None:
+    """Beside a request that wants none; their log-softmax is what the request is told."""
+    model = write_model(**TINY)
+    given = SMALL | ({"kernels": "reference"} if device == "cpu" else {})
+    core = engine(model, device, **given).core
+    seen: list[tuple[torch.Tensor, list[int]]] = []
+    core.runner.watch = lambda logits, tokens: seen.append(  # type: ignore[attr-defined]
+        (logits.clone(), tokens)
+    )
+    prompt = list(range(3, 40))
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0)
+    adds = [
+        Add("a", prompt, params, seed=0),
+        Add("b", [7, 9, 5], SamplingParams(temperature=0.0, max_tokens=2), seed=0),
+    ]
+    told = run(engine(model, device, **given), adds)["a"].prompt
+    for add in adds:
+        core.add(add)
+    while not core.idle:
+        core.step()
+    assert [token for _, tokens in seen for token in tokens] == prompt[1:]
+    logprobs = torch.log_softmax(torch.cat([logits for logits, _ in seen]).float(), 1).cpu()
+    found = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    assert found == pytest.approx(told, abs=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_close_to_float32(write_model: WriteModel, family: str) -> None:

@@ -35,6 +35,11 @@ class _Integers(Storage):
     def format(self) -> str:  # type: ignore[override]
         return "f32" if self.ordered else f"int{self.bits}"
 
+    def check_width(self, module: str, columns: int) -> None:
+        super().check_width(module, columns)
+        if self.bits == 4 and columns % 2:
+            raise part_mismatch(module, f"{columns} columns of 4 bits are no pairs")
+
     def groups_of(self, parts: Parts, columns: int) -> int:
         self.check_width(parts.module, columns)
         return self.groups(columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.formats.blocks import BlockTensor
-from quire.formats.layout import FP8_BLOCK
+from quire.formats.layout import FP8_BLOCK, ORDERED_FORMATS
 from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build
 from quire.quant.errors import bad_values
@@ -37,10 +37,15 @@ def widen(tensor: QuantTensor, dtype: torch.dtype, name: str = "") -> torch.Tens
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         values[part] = tensor.rows(part).dequantize()
-        if not values[part].isfinite().all():
-            kind = str(dtype).removeprefix("torch.")
-            why = f"some are NaN or infinite when they are widened to {kind}"
-            raise bad_values(name.removesuffix(".weight"), why)
+        _finite(values[part], name)
+    return values
+
+
+def _finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    if not values.isfinite().all():
+        kind = str(values.dtype).removeprefix("torch.")
+        why = f"some are NaN or infinite when they are widened to {kind}"
+        raise bad_values(name.removesuffix(".weight"), why)
     return values
 
 
@@ -61,6 +66,8 @@ def read_matrix(
         if tensor.format in (build.kernels.quantized if quantized is None else quantized):
             return tensor
         return widen(tensor, build.dtype or build.widened, name)
+    if source.info(name).format in ORDERED_FORMATS:
+        return _finite(to_dense(tensor, build.dtype or build.widened), name)
     if isinstance(tensor, BlockTensor) and not build.kernels.dense:
         return tensor
     return to_dense(tensor, build.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from quire.errors import ModelError, PlanError
-from quire.formats.layout import QUANT_FORMATS
+from quire.formats.layout import ORDERED_FORMATS, QUANT_FORMATS
 from quire.layers.build import Build, DenseKernels
 from quire.layers.experts import StackedExperts
 from quire.plan.plan import Choice, format_bytes
@@ -64,11 +64,17 @@ def held_formats(
         kernels = build.kernels
         in_experts = name in experts
         kept = cast(DenseKernels, kernels).quantized_experts if in_experts else kernels.quantized
-        return formats(name) in QUANT_FORMATS and formats(name) not in kept
+        known = formats(name) in QUANT_FORMATS or formats(name) in ORDERED_FORMATS
+        return known and formats(name) not in kept
 
-    widened = sorted({formats(name) for name in matrices(build) if is_widened(name)})
-    if widened:
-        reason = f"there are no {device} kernels for {', '.join(widened)}"
+    widened = {formats(name) for name in matrices(build) if is_widened(name)}
+    ordered = widened.intersection(ORDERED_FORMATS)
+    reasons = []
+    if widened - ordered:
+        reasons.append(f"there are no {device} kernels for {', '.join(sorted(widened - ordered))}")
+    if ordered:
+        reasons.append(f"columns are ordered (desc_act): no kernels have {', '.join(sorted(ordered))}")
+    for reason in reasons:
         choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
 
     def held(name: str) -> str:

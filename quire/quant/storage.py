@@ -25,8 +25,9 @@ INPUT_SCALES = ("input_scale", "activation_scale")
 class Storage(ABC):
     """How one weight lies in the files.
 
-    `format`: that of the QuantTensor that `read` gives, or "f32" where it gives values. `group`:
-    columns that share a scale and must divide the width, 0 where any width will do.
+    `format`: that of the QuantTensor that `read` gives, or one of ORDERED_FORMATS, where it gives
+    values in float32. `group`: columns that share a scale and must divide the width, 0 where any
+    width will do.
     """
 
     format: str

@@ -70,10 +70,10 @@ def held_formats(
     widened = {formats(name) for name in matrices(build) if is_widened(name)}
     ordered = widened.intersection(ORDERED_FORMATS)
     reasons = []
-    if widened - ordered:
-        reasons.append(f"there are no {device} kernels for {', '.join(sorted(widened - ordered))}")
+    if plain := ", ".join(sorted(widened - ordered)):
+        reasons.append(f"there are no {device} kernels for {plain}")
     if ordered:
-        reasons.append(f"columns are ordered (desc_act): no kernels have {', '.join(sorted(ordered))}")
+        reasons.append(f"columns are ordered (desc_act) in {', '.join(sorted(ordered))}")
     for reason in reasons:
         choices.append(Choice("quantised weights", f"widened to {dtype}", reason, downgrade=True))
 

@@ -148,9 +148,9 @@ class Nvfp4(Storage):
         if not 0 < float(value) < torch.inf:
             raise bad_values(parts.module, f"its {factor} is {float(value)}")
         if factor == "weight_global_scale":
-            divisor, value = value, 1 / value
-            if not 0 < float(value) < torch.inf:
-                raise bad_values(parts.module, f"one over its {factor} {float(divisor)} is infinite")
+            value = 1 / value
+            if not value.isfinite():
+                raise bad_values(parts.module, f"one over its {factor} is infinite")
         codes, scales = parts.read(weight, rows), parts.read("weight_scale", rows)
         _check_scales(parts.module, scales)
         return QuantTensor(

@@ -62,7 +62,7 @@ def test_values_that_widen_to_infinity_are_refused_by_the_tensors_name() -> None
     fp8 = quantize_fp8(matrix(8, 64))
     for tensor in (mxfp4, replace(fp8, scales=torch.full((8,), 1e37))):
         for dtype in (torch.float32, torch.bfloat16):
-            with pytest.raises(ModelError, match="m.up_proj") as caught:
+            with pytest.raises(ModelError, match=r"m\.up_proj") as caught:
                 widen(tensor, dtype, "m.up_proj.weight")
             assert caught.value.code == "quantized_values"
     large = replace(fp8, scales=torch.full((8,), 1e5 / 448))

@@ -55,6 +55,9 @@ def row_bytes(format: str, columns: int) -> int:
 # is the checkpoint's choice or a row has one scale.
 QUANT_FORMATS = {"fp8": 0, "fp8_block": 128, "nvfp4": 16, "mxfp4": 32, "int4": 0, "int8": 0}
 INTEGER_FORMATS = ("int4", "int8")
+# Integers whose columns belong to groups in an order of their own (GPTQ's desc_act): QuantTensor
+# has no place for the order, so that they are read as values.
+ORDERED_FORMATS = ("int4_ordered", "int8_ordered")
 FP8_BLOCK = QUANT_FORMATS["fp8_block"]  # a block has as many rows as columns
 
 

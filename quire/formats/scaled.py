@@ -1,8 +1,11 @@
 """Encoders from float matrices to codes with scales: what a quantising tool does, in plain torch.
 
-Scales are chosen so that the largest magnitude of a group lands on the format's largest value and
-nothing saturates; codes round to nearest, ties to even. Groups of zeros get a scale that decodes to
-zeros. ValueError for values that are not finite, or where groups do not divide the columns.
+Scales are chosen so that the largest magnitude of a group lands on the format's largest value, and
+codes round to nearest, ties to even. Only NVFP4 saturates: its scales are rounded to e4m3, to
+nearest, so that a group's largest magnitude can lie up to a sixteenth (more, where the scale is
+subnormal) above 6 steps, and is cut to 6. Rounding them up instead makes the mean squared error of
+random matrices a tenth to a fifth larger. Groups of zeros get a scale that decodes to zeros.
+ValueError for values that are not finite, or where groups do not divide the columns.
 """
 
 from __future__ import annotations

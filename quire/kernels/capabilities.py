@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from quire.formats.layout import (
     BLOCK_FORMATS,
     INTEGER_FORMATS,
+    ORDERED_FORMATS,
     QUANT_FORMATS,
     group_of,
     is_quantized,
@@ -71,6 +72,8 @@ def why_widened(kernels: str, layer: str, name: str, columns: int, dtype: str) -
     format = ungrouped(name)
     if not is_quantized(name):
         return ""
+    if name in ORDERED_FORMATS:
+        return f"columns are ordered (desc_act) in {name}"
     if served_by(kernels, format, layer) == WIDENED:
         return f"there are no {KERNELS[kernels]} kernels for {format}"
     if dtype != "bfloat16":

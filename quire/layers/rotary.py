@@ -7,6 +7,7 @@ logits agree.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from quire.errors import ModelError
 from quire.layers.build import Build
 
 ORIGINAL = "original_max_position_embeddings"
+MOST = sys.float_info.max
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 def _value(parameters: dict[str, Any], key: str) -> float:
     """A positive number among rope parameters."""
     value = parameters.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST:
         raise ModelError(
             "bad_config",
             f"config.json: {key} of the rope parameters is {value!r}",
@@ -88,19 +90,27 @@ def _yarn(inverse: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
     parameters = {"beta_fast": 32.0, "beta_slow": 1.0, **parameters}
     theta, original = _value(parameters, "rope_theta"), _value(parameters, ORIGINAL)
     pairs = len(inverse)
+    if theta <= 1:
+        raise _bad_yarn(f"rope_theta is {theta}, and must be more than 1")
 
-    def pair_of(turns: float) -> float:
+    def pair_of(name: str) -> float:
         """The pair (a fraction of one) that turns this often within the original context."""
-        return pairs * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+        ratio = original / (_value(parameters, name) * 2 * math.pi)
+        if not 0 < ratio < math.inf:
+            raise _bad_yarn(f"{name} {parameters[name]} is too far from {ORIGINAL} {original}")
+        return pairs * math.log(ratio) / math.log(theta)
 
-    low = pair_of(_value(parameters, "beta_fast"))
-    high = pair_of(_value(parameters, "beta_slow"))
+    low, high = pair_of("beta_fast"), pair_of("beta_slow")
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     ramp = (torch.arange(pairs).float() - low) / (high - low if high != low else 0.001)
     ramp = ramp.clamp(0, 1)
     return inverse / _value(parameters, "factor") * ramp + inverse * (1 - ramp)
+
+
+def _bad_yarn(why: str) -> ModelError:
+    return ModelError("bad_config", "config.json: its YaRN rope parameters cannot be used", why=why)
 
 
 def attention_factor(parameters: dict[str, Any]) -> float:
@@ -128,7 +138,8 @@ class RotaryTable:
 
     def __init__(self, build: Build, head_size: int, parameters: dict[str, Any]):
         self.build = build
-        rotary_dim = int(head_size * _value(parameters, "partial_rotary_factor"))
+        part = min(_value(parameters, "partial_rotary_factor"), 2.0)
+        rotary_dim = int(head_size * part)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_size:
             raise ModelError(
                 "bad_config", f"config.json: {rotary_dim} of {head_size} values of a head rotate"

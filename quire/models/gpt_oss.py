@@ -75,9 +75,11 @@ class Config(llama.Config):
         )
 
 
-def adapt(source: WeightSource) -> WeightSource:
-    """The checkpoint with experts one by one."""
-    return FusedExperts(source)
+def adapt(hf: dict[str, Any], source: WeightSource) -> WeightSource:
+    """The checkpoint with experts one by one. Raises ModelError for a bad config."""
+    config = Config.from_hf(hf)
+    modules = {f"model.layers.{layer}.mlp.experts" for layer in range(config.layers)}
+    return FusedExperts(source, modules, config.experts)
 
 
 class Layer(llama.Layer):

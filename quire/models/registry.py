@@ -93,7 +93,7 @@ def config_digest(hf: dict[str, Any]) -> str:
 def adapt_source(hf: dict[str, Any], source: WeightSource) -> WeightSource:
     """A checkpoint's tensors under the names of the family's layers."""
     adapt = getattr(_module(hf), "adapt", None)
-    adapted: WeightSource = source if adapt is None else adapt(source)
+    adapted: WeightSource = source if adapt is None else adapt(hf, source)
     return adapted
 
 

@@ -50,6 +50,8 @@ def _storage(group: dict[str, Any], form: str) -> Storage | None:
     if not weights:
         return None
     kind, bits = weights.get("type"), weights.get("num_bits")
+    if type(bits) is not int:
+        raise bad_quantization(f"num_bits is {bits!r}, not a whole number")
     if kind == "float" and bits == 8 and form in FLOATS:
         return _float8(group, weights)
     if kind == "float" and bits == 4 and form == "nvfp4-pack-quantized":

@@ -34,7 +34,12 @@ class _Integers(Storage):
 
     @property
     def format(self) -> str:  # type: ignore[override]
-        return "f32" if self.ordered else f"int{self.bits}"
+        return f"int{self.bits}_ordered" if self.ordered else f"int{self.bits}"
+
+    def check_width(self, module: str, columns: int) -> None:
+        super().check_width(module, columns)
+        if self.bits == 4 and columns % 2:
+            raise part_mismatch(module, f"{columns} columns of 4 bits are no pairs")
 
     @property
     def layout(self) -> str:

@@ -6,11 +6,11 @@ import fnmatch
 import re
 from collections.abc import Sequence
 
-from quire.quant.errors import bad_quantization
+from quire.quant.expressions import Expression
 
 # Parts that tools leave as they are without saying so: tables of tokens and what chooses experts.
 USUALLY_DENSE = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
-MAX_PATTERN, MAX_REPEATS = 400, 6
+MAX_NAME = 512  # names of files, too, can be made to take long
 
 
 class Patterns:
@@ -19,26 +19,31 @@ class Patterns:
     "re:..." is a regular expression from the name's beginning (compressed-tensors); with "*" a
     wildcard (ModelOpt, gpt-oss); else whole parts of the dotted name, wherever they stand, so that
     "gate" means "mlp.gate" and not "mlp.gate_proj". A pattern also means what lies in a module.
-    Raises ModelError for a bad expression.
+    Raises ModelError for an expression that Expression does not take.
     """
 
     def __init__(self, patterns: Sequence[str]):
         self._plain: dict[str, int] = {}
-        self._others: list[tuple[int, re.Pattern[str]]] = []
+        self._expressions: list[tuple[int, Expression]] = []
+        self._wildcards: list[tuple[int, re.Pattern[str]]] = []
         for place, pattern in enumerate(patterns):
             if pattern.startswith("re:"):
-                self._others.append((place, _compiled(pattern.removeprefix("re:"))))
+                self._expressions.append((place, Expression(pattern.removeprefix("re:"))))
             elif "*" in pattern:
                 # A wildcard may begin at any part of the name and end before any.
                 ends = fnmatch.translate(pattern), fnmatch.translate(pattern + ".*")
-                self._others.append((place, re.compile(rf"(?:.*\.)?(?:{'|'.join(ends)})")))
+                self._wildcards.append((place, re.compile(rf"(?:.*\.)?(?:{'|'.join(ends)})")))
             else:
                 self._plain.setdefault(pattern, place)
         self._lengths = sorted({pattern.count(".") + 1 for pattern in self._plain})
 
     def first(self, module: str) -> int | None:
-        """The place of the first pattern that means a module."""
-        found = [place for place, pattern in self._others if pattern.match(module)]
+        """The place of the first pattern that means a module; None, too, for a name of more than
+        512 characters."""
+        if len(module) > MAX_NAME:
+            return None
+        found = [place for place, pattern in self._wildcards if pattern.match(module)]
+        found += [place for place, pattern in self._expressions if pattern.matches(module)]
         parts = module.split(".")
         for length in self._lengths:
             for start in range(len(parts) - length + 1):
@@ -46,19 +51,6 @@ class Patterns:
                 if place is not None:
                     found.append(place)
         return min(found, default=None)
-
-
-def _compiled(expression: str) -> re.Pattern[str]:
-    # Repeated groups, or many repetitions, could take forever to match.
-    repeats = len(re.findall(r"[*+{]", expression))
-    if len(expression) > MAX_PATTERN or repeats > MAX_REPEATS or re.search(r"\)[*+{]", expression):
-        raise bad_quantization(
-            f"the pattern {expression[:80]!r} repeats a group or too often, or is too long"
-        )
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise bad_quantization(f"the pattern {expression!r} is bad: {error}") from None
 
 
 def usually_dense(module: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from quire.formats.blocks import BlockTensor
 from quire.formats.quantized import QuantTensor
-from quire.quant.errors import bad_values, contradiction, cut_group
+from quire.quant.errors import bad_values, contradiction, cut_group, part_mismatch
 from quire.quant.names import usually_dense
 from quire.quant.parts import COMPANIONS, PRIMARY, Parts
 from quire.quant.scheme import Scheme
@@ -84,6 +84,8 @@ class QuantizedSource(WeightSource):
                 return tensor.columns(slice(left, right))
             return tensor[:, left:right]
         except ValueError as error:
+            if rows is None and columns is None:
+                raise part_mismatch(weight.parts.module, str(error)) from None
             raise cut_group(name, str(error)) from None
 
     def sample(self, name: str) -> bytes:

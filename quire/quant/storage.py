@@ -25,8 +25,9 @@ INPUT_SCALES = ("input_scale", "activation_scale")
 class Storage(ABC):
     """How one weight lies in the files.
 
-    `format`: that of the QuantTensor that `read` gives, or "f32" where it gives values. `group`:
-    columns that share a scale and must divide the width, 0 where any width will do.
+    `format`: that of the QuantTensor that `read` gives, or one of ORDERED_FORMATS, where it gives
+    values in float32. `group`: columns that share a scale and must divide the width, 0 where any
+    width will do.
     """
 
     format: str
@@ -153,6 +154,8 @@ class Nvfp4(Storage):
             raise bad_values(parts.module, f"its {factor} is {float(value)}")
         if factor == "weight_global_scale":
             value = 1 / value
+            if not value.isfinite():
+                raise bad_values(parts.module, f"one over its {factor} is infinite")
         codes, scales = parts.read(weight, rows), parts.read("weight_scale", rows)
         _check_scales(parts.module, scales)
         return QuantTensor(

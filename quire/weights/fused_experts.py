@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,14 +54,18 @@ class _View:
 class FusedExperts(WeightSource):
     """`X.experts.gate_up_proj` and `X.experts.down_proj` of gpt-oss as `X.experts.E.gate_proj`,
     `up_proj` and `down_proj`, each with weight and bias, or in MXFP4 with codes and scales. Rows of
-    gate and up alternate in the fused tensors. Tensors of other dimensions stay as they are."""
+    gate and up alternate in the fused tensors. Only tensors of the modules `X.experts` in
+    `modules`, and of as many experts as `experts`, are taken apart: a file's header, which may
+    claim any number, does not decide what that takes. All others stay as they are."""
 
-    def __init__(self, source: WeightSource):
+    def __init__(self, source: WeightSource, modules: Collection[str], experts: int):
         self._source = source
         self._views: dict[str, _View] = {}
         kept = []
         for name in source.names():
-            views = _split(source.info(name))
+            info = source.info(name)
+            known = name.rpartition(".")[0] in modules and info.shape[:1] == (experts,)
+            views = _split(info) if known else []
             self._views |= {view.info.name: view for view in views}
             kept += [] if views else [name]
         self._names = sorted([*kept, *self._views])

@@ -19,8 +19,8 @@ class TensorInfo:
     """What is known of a tensor without reading it.
 
     `shape` counts values, outermost dimension first; `format` is a key of DENSE_BYTES,
-    BLOCK_FORMATS, or of QUANT_FORMATS with the group size of integers (layout.grouped). `stored`:
-    bytes of the tensors that it is made of, where they are several.
+    BLOCK_FORMATS, of QUANT_FORMATS with the group size of integers (layout.grouped), or of
+    ORDERED_FORMATS. `stored`: bytes of the tensors that it is made of, where they are several.
     """
 
     name: str

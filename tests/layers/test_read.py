@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from layers.source import Tensors, load
+from quire.errors import ModelError
 from quire.formats.quantized import QuantTensor
 from quire.formats.scaled import (
     quantize_fp8,
@@ -49,6 +51,25 @@ def test_widened_values_are_the_decoded_ones_rounded_once(
     for rows in (0, 1, 300):
         tensor = encode(matrix(rows, 64))
         assert torch.equal(widen(tensor, dtype), tensor.dequantize().to(dtype))
+
+
+def test_values_that_widen_to_infinity_are_refused_by_the_tensors_name() -> None:
+    """Codes and scales that are numbers, with products that are none: 6 x 2^127, 448 x 1e37; 1e5 is
+    a number in bfloat16, and none in float16."""
+    mxfp4 = quantize_mxfp4(matrix(200, 64))
+    huge = torch.where(torch.arange(200)[:, None] == 150, 254, mxfp4.scales.int())
+    mxfp4 = replace(mxfp4, scales=huge.to(torch.uint8))
+    fp8 = quantize_fp8(matrix(8, 64))
+    for tensor in (mxfp4, replace(fp8, scales=torch.full((8,), 1e37))):
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(ModelError, match=r"m\.up_proj") as caught:
+                widen(tensor, dtype, "m.up_proj.weight")
+            assert caught.value.code == "quantized_values"
+    large = replace(fp8, scales=torch.full((8,), 1e5 / 448))
+    assert widen(large, torch.bfloat16, "w").isfinite().all()
+    with pytest.raises(ModelError) as caught:
+        widen(large, torch.float16, "w")
+    assert "float16" in caught.value.why
 
 
 def test_kernels_get_codes_of_the_formats_that_they_take() -> None:

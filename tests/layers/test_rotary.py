@@ -19,6 +19,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
@@ -86,16 +87,29 @@ def test_a_part_of_the_head_may_rotate() -> None:
         {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 64}},
+        *[
+            {"rope_scaling": {**YARN, **change}, "rope_theta": theta}
+            for theta, change in (
+                (1.0, {}),
+                (0.5, {}),
+                (10**400, {}),
+                (1e4, {"beta_fast": 1e-320}),
+                (1e4, {"beta_slow": 1e308}),
+                (1e4, {"original_max_position_embeddings": 1e308, "beta_slow": 1e-300}),
+            )
+        ],
         {"rope_scaling": {"rope_type": "linear"}},
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": None}},
         {"rope_theta": "1e4"},
         {"partial_rotary_factor": 0.2},
         {"partial_rotary_factor": 2.0},
+        {"partial_rotary_factor": 1e308},
     ],
 )
 def test_unknown_or_incomplete_parameters_are_refused_when_the_model_is_built(
     config: dict[str, Any],
 ) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError) as caught:
         RotaryTable(Build(ops), 16, rope_parameters(config))
+    assert caught.value.code in ("bad_config", "unknown_rope")

@@ -53,8 +53,7 @@ def test_the_config_alone_tells_what_the_files_hold(scheme: str, tmp_path: Path)
     (path / "model.safetensors").unlink()
     alone, dummy = plan_of(path), plan_of(path, load_format="dummy")
     assert alone.weight_bytes == with_files.weight_bytes == dummy.weight_bytes
-    count = 14 if SCHEMES[scheme][2] != "f32" else 16  # with embedding and head
-    assert re.search(rf"{SCHEMES[scheme][2]}(_g\d+|_row)? x {count}", alone.weight_formats)
+    assert re.search(rf"{SCHEMES[scheme][2]}(_g\d+|_row)? x 14", alone.weight_formats)
     assert alone.weight_formats == with_files.weight_formats == dummy.weight_formats
 
 
@@ -72,6 +71,26 @@ def test_weights_without_kernels_are_widened_and_the_plan_says_so(tmp_path: Path
     with pytest.raises(PlanError) as caught:
         plan_of(path, strict=True)
     assert caught.value.code == "downgrade"
+
+
+@pytest.mark.parametrize("scheme", ["gptq ordered", "ct w4a16 ordered"])
+def test_columns_in_an_order_of_their_own_are_widened_and_strict_refuses(
+    scheme: str, tmp_path: Path
+) -> None:
+    path, _ = of_scheme(tmp_path, scheme, BF16)
+    size = plan_of(path, kernels="reference").weight_bytes
+    (path / "model.safetensors").unlink()
+    found = plan_of(path, kernels="reference")
+    said = choice(found, "quantised weights")
+    assert said.downgrade and said.chosen == "widened to bfloat16"
+    assert "ordered (desc_act)" in said.reason and "int4_ordered x 14" in found.weight_formats
+    linears = [s for n, s in tensors(BF16).items() if len(s) == 2 and "layers" in n]
+    held = sum(rows * columns for rows, columns in linears) * 2
+    # Embedding and head are float32 in the files, bfloat16 by the config; norms are always float32.
+    assert size == held + 160 * 160 * 2 * 4 + 4 * 5 * 160
+    with pytest.raises(PlanError, match="quantised weights") as caught:
+        plan_of(path, kernels="reference", deterministic=False, strict=True)
+    assert caught.value.code == "downgrade" and "desc_act" in caught.value.why
 
 
 def test_experts_and_linears_are_widened_each_for_itself() -> None:

@@ -260,7 +260,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], Maker, str]] = {
     "ct w4a16 ordered": (
         compressed("pack-quantized", whole_numbers(4, 32, actorder="group")),
         packed(4, 32, ordered=True),
-        "f32",
+        "int4_ordered",
     ),
     "ct w8a16": (compressed("pack-quantized", whole_numbers(8, None)), packed(8, 0), "int8"),
     "ct w8a8": (compressed("int-quantized", whole_numbers(8, None)), int8(), "int8"),
@@ -277,7 +277,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], Maker, str]] = {
         {**GPTQ, "checkpoint_format": "gptq_v2"}, gptq(4, 32, v2=True, symmetric=False), "int4",
     ),
     "gptq int8 rows": ({**GPTQ, "bits": 8, "group_size": -1}, gptq(8, -1), "int8"),
-    "gptq ordered": ({**GPTQ, "desc_act": True}, gptq(4, 32, ordered=True), "f32"),
+    "gptq ordered": ({**GPTQ, "desc_act": True}, gptq(4, 32, ordered=True), "int4_ordered"),
     "awq": (
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         awq(32),

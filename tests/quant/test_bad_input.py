@@ -9,12 +9,14 @@ import pytest
 import torch
 from layers.source import Tensors
 
-from quant.stored import SCHEMES, Parts
+from quant.stored import SCHEMES, Parts, whole_numbers
 from quire.errors import ModelError
 from quire.quant.config import read_scheme
+from quire.quant.integers import PackedIntegers
 from quire.quant.source import QuantizedSource
 
 NAME = "model.layers.0.mlp.up_proj"
+CHANNEL = whole_numbers(4, None)
 Change = Callable[[Parts], Any]
 
 
@@ -110,6 +112,7 @@ def fill(part: str, value: float) -> Change:
         *[("ct nvfp4", "weight_global_scale", v) for v in (0.0, -1.0, torch.inf, torch.nan)],
         *[("ct nvfp4", "weight_scale", v) for v in (-1.0, torch.nan)],
         *[("fp8 static", "input_scale", v) for v in (0.0, -1.0, torch.inf, torch.nan)],
+        ("ct nvfp4", "weight_global_scale", 1e-40),  # one over it is infinite
         ("fp8 tensor", "weight", torch.nan),
         ("gptq ordered", "g_idx", 8.0),
         ("gptq ordered", "g_idx", -1.0),
@@ -117,6 +120,42 @@ def fill(part: str, value: float) -> Change:
 )
 def test_values_that_cannot_be_right_are_refused(scheme: str, part: str, value: float) -> None:
     assert refusal(scheme, fill(part, value)).code == "quantized_values"
+
+
+@pytest.mark.parametrize("scheme", ["ct w4a16", "awq"])
+def test_four_bits_in_an_odd_number_of_columns_are_refused(scheme: str) -> None:
+    def cut(parts: Parts) -> None:
+        if scheme == "awq":
+            parts["qweight"] = parts["qweight"][:33]
+            parts.update({name: parts[name][:1] for name in ("scales", "qzeros")})
+        else:
+            parts["weight_packed"] = parts["weight_packed"][:, :5]
+            parts["weight_scale"] = parts["weight_scale"][:, :1]
+            parts["weight_shape"] = torch.tensor([256, 33])
+
+    change: dict[str, Any] = {"group_size": -1}
+    if scheme != "awq":
+        change = {"config_groups": {"g": {"targets": ["Linear"], "weights": CHANNEL}}}
+    error = refusal(scheme, cut, **change)
+    assert error.code == "quantized_part_mismatch" and "33 columns" in error.why
+
+
+def test_parts_that_do_not_fit_are_not_blamed_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError while a whole weight is read is about its parts; about a share, the share."""
+    known, maker, _ = SCHEMES["ct w4a16"]
+    parts, _ = maker(256, 256, torch.Generator().manual_seed(0))
+    parsed = read_scheme({"quantization_config": known})
+    assert parsed is not None
+    source = QuantizedSource(Tensors({f"{NAME}.{p}": t for p, t in parts.items()}), parsed)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("scales and codes contradict each other")
+
+    monkeypatch.setattr(PackedIntegers, "read", fails)
+    for part, code in ((None, "quantized_part_mismatch"), (slice(0, 8), "quantized_shard")):
+        with pytest.raises(ModelError) as caught:
+            source.read(f"{NAME}.weight", part)
+        assert caught.value.code == code
 
 
 def test_a_nan_among_powers_of_two_is_refused() -> None:

@@ -177,6 +177,8 @@ def test_what_is_not_known_is_refused_by_name(named: str) -> None:
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
         {"quant_method": "compressed-tensors", "config_groups": {}},
         {"quant_method": "compressed-tensors", "config_groups": {"a": 1}},
+        compressed("pack-quantized", whole_numbers(4.0, 128)),  # type: ignore[arg-type]
+        compressed("float-quantized", {**FP4, "num_bits": 8.0, "strategy": "channel"}),
     ],
 )
 def test_what_makes_no_sense_is_refused(config: dict[str, Any]) -> None:
@@ -185,10 +187,8 @@ def test_what_makes_no_sense_is_refused(config: dict[str, Any]) -> None:
     assert caught.value.code == "bad_quantization"
 
 
-@pytest.mark.parametrize(
-    "pattern", ["re:(a+)+b", "re:(", "re:" + "a" * 500, "re:" + ".*" * 7 + "x"]
-)
-def test_expressions_that_are_bad_or_could_take_forever_are_refused(pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["re:(", "re:" + "a" * 500, "re:a{99999999999}"])
+def test_expressions_that_are_bad_are_refused(pattern: str) -> None:
     with pytest.raises(ModelError) as caught:
         scheme({"quant_method": "fp8", "modules_to_not_convert": [pattern]}).find(Q)
     assert caught.value.code == "bad_quantization"

@@ -6,6 +6,7 @@ import torch
 from layers.source import Tensors
 
 from quire.weights.fused_experts import FusedExperts
+from quire.weights.source import TensorInfo
 
 E, H, WIDTH = 3, 64, 5
 NAME = "model.layers.0.mlp.experts"
@@ -16,10 +17,14 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.arange(size) % 251).reshape(shape).to(dtype)
 
 
+def split(tensors: Tensors) -> FusedExperts:
+    return FusedExperts(tensors, {NAME}, E)
+
+
 def test_gate_and_up_alternate_and_matrices_are_transposed() -> None:
     gate_up, down = numbers(E, H, 2 * WIDTH), numbers(E, WIDTH, H)
     bias, down_bias = numbers(E, 2 * WIDTH), numbers(E, H)
-    source = FusedExperts(
+    source = split(
         Tensors(
             {
                 f"{NAME}.gate_up_proj": gate_up,
@@ -48,7 +53,7 @@ def test_gate_and_up_alternate_and_matrices_are_transposed() -> None:
 def test_blocks_and_scales_keep_their_rows() -> None:
     blocks = numbers(E, 2 * WIDTH, H // 32, 16, dtype=torch.uint8)
     scales = numbers(E, 2 * WIDTH, H // 32, dtype=torch.uint8)
-    source = FusedExperts(
+    source = split(
         Tensors({f"{NAME}.gate_up_proj_blocks": blocks, f"{NAME}.gate_up_proj_scales": scales})
     )
     for e in range(E):
@@ -64,7 +69,31 @@ def test_what_is_not_fused_stays_as_it_is() -> None:
     names = [f"{NAME}.0.down_proj.weight", "model.mlp.gate_up_proj", f"{NAME}.gate_up_proj_other"]
     tensors = {name: numbers(4, 6, 2) for name in names}
     odd = {f"{NAME}.gate_up_proj": numbers(E, H, 7), f"{NAME}.down_proj": numbers(4, 6)}
-    source = FusedExperts(Tensors({**tensors, **odd}))
+    source = split(Tensors({**tensors, **odd}))
     assert source.names() == sorted({**tensors, **odd})
     for name, tensor in {**tensors, **odd}.items():
         assert torch.equal(source.read(name), tensor)
+
+
+class Header(Tensors):
+    """A file of one tensor, of which there is only what its header says."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        super().__init__({name: torch.empty(0)})
+        self.only = TensorInfo(name, shape, "bf16")
+
+    def info(self, name: str) -> TensorInfo:
+        assert name == self.only.name
+        return self.only
+
+
+def test_only_as_many_experts_as_the_config_has_are_taken_apart() -> None:
+    """A header of a hundred bytes may tell of any number, in any module, where they are empty."""
+    for name, shape in (
+        (f"{NAME}.gate_up_proj", (200_000_000, 2, 0)),
+        (f"{NAME}.down_proj_bias", (2**60, 0)),
+        ("model.layers.1.mlp.experts.down_proj", (E, 2, 0)),
+    ):
+        assert split(Header(name, shape)).names() == [name]
+    name = f"{NAME}.down_proj"
+    assert len(split(Header(name, (E, 2, 0))).names()) == E

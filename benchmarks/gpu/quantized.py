@@ -43,6 +43,8 @@ from quire.kernels.triton.quantized.pack import PackedQuantized, pack
 from quire.kernels.triton.quantized.quantize import quantize
 from quire.kernels.triton.quantized.scaled_gemm import ScaledTile, library_scaled, scaled_gemm
 from quire.kernels.triton.quantized.skinny import MAX_TOKENS, skinny, skinny_tiles
+from quire.kernels.triton.quantized.widen import FORMATS as WIDENED_FORMATS
+from quire.kernels.triton.quantized.widen import widen
 
 TOKENS = (1, 8, 32, 256, 2048)
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
@@ -169,6 +171,8 @@ def linear_cells(name: str, formats: Sequence[str]) -> list[Cell]:
 
             if t <= MAX_TOKENS:
                 add("skinny", skinny, x)
+            if t > 32 and format in WIDENED_FORMATS:
+                add("widened, cuBLAS", lambda x, w: torch.mm(x, widen(w).t()), x)
             add("gemm", partial(quantized_gemm, deterministic=False), x)
             if format in ("fp8", "fp8_block") and t >= 32:
                 codes, scales = quantize(x, 0 if format == "fp8" else 128)

@@ -50,7 +50,7 @@ CAPABILITIES = (
         "triton",
         ("nvfp4", "mxfp4", *INTEGER_FORMATS),
         ("linear",),
-        "codes; decoded in registers for bf16 products",
+        "codes; decoded in registers for bf16 products, for many tokens once to memory",
     ),
     Capability(
         "triton",

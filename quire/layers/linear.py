@@ -86,6 +86,11 @@ class Linear:
         reasons = {name: self.kernels.why_widened(formats(name), width) for name in names}
         return {name: reason for name, reason in reasons.items() if reason}
 
+    def values(self) -> int:
+        """Values of this rank's share."""
+        columns = self._columns or self._whole
+        return int(self.local_out * (columns.stop - columns.start))
+
     def load(self, source: WeightSource) -> None:
         tensors = [
             read_matrix(self.build, source, f"{name}.weight", rows, self._columns)

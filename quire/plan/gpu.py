@@ -110,12 +110,13 @@ def place(
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
     groups = len({(c.window, c.kv_heads, c.head_size) for c in build.caches})
+    widest = 0 if deterministic else _widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
-        "activations": memory.gpu_activation_bytes(
-            config, build.width, tokens, sequences, itemsize
-        ),
-        "graphs": memory.gpu_activation_bytes(
+        "activations": widest
+        + memory.gpu_activation_bytes(config, build.width, tokens, sequences, itemsize),
+        "graphs": widest
+        + memory.gpu_activation_bytes(
             config, build.width, max(mixed, default=0), sequences, itemsize
         )
         + GRAPH_BYTES * (3 * len(decode) + len(mixed))
@@ -285,6 +286,17 @@ def _choose_quantized(
             choices.append(Choice(f"{what} in {name}", *_served(kind, name, deterministic, gpu)))
 
 
+def _widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
+    """The largest weight that many tokens have decoded to bfloat16 before they are multiplied."""
+    linears = [weight for weight in build.weights if isinstance(weight, Linear)]
+    sizes = [w.values() for w in linears if any(_decoded(formats(i.name)) for i in w.tensors())]
+    return 2 * max(sizes, default=0)
+
+
+def _decoded(name: str) -> bool:
+    return is_quantized(name) and not name.startswith("fp8")
+
+
 def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, str]:
     """(kernels, why)."""
     decoded = "held as codes, decoded in registers"
@@ -292,8 +304,11 @@ def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, 
         return decoded, "one kernel for any number of tokens, which stay bfloat16"
     if kind is StackedExperts:
         return f"{decoded}, grouped by expert", "few tokens read each expert's codes by themselves"
-    if not name.startswith("fp8"):
-        return decoded, "bfloat16 products of weights that are read as they are stored"
+    if _decoded(name):
+        return (
+            f"{decoded}; for more than 64 tokens decoded to memory, then cuBLAS",
+            "few tokens wait for the weight, many for arithmetic",
+        )
     if not gpu.architecture.startswith("sm_90"):
         return decoded, f"e4m3 products are used on sm_90, not on {gpu.architecture}"
     many = "e4m3 products of many tokens where the scheme quantises activations"

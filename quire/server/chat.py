@@ -31,6 +31,8 @@ from quire.server.schemas import CHAT, NamedTool
 from quire.server.sse import EventStream, FrameWriter, encode
 from quire.server.state import ServerState
 
+LONG_ANSWER = 65536  # characters; parsing more may take long
+
 
 async def chat_completions(state: ServerState, request: Request) -> Response:
     """Answer a conversation. Raises QuireError."""
@@ -39,7 +41,8 @@ async def chat_completions(state: ServerState, request: Request) -> Response:
     if call.stream:
         return EventStream(_frames(call, reading, deltas), call.id)
     result = await until_disconnect(request.receive, collect(deltas, call))
-    body = await state.encode(call.large, lambda: encode(_whole(call, reading, result)))
+    long = sum(len(choice.text) for choice in result.choices[0]) > LONG_ANSWER
+    body = await state.encode(call.large or long, lambda: encode(_whole(call, reading, result)))
     return Response(body, media_type="application/json", headers={"x-request-id": call.id})
 
 

@@ -100,7 +100,7 @@ def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
 
 # In two layers, and where a token changes experts that are nearly equal to it.
 DEEPER_BFLOAT16, DEEPER_E4M3 = 0.06, 0.3
-LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 128}
+LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128}
 MOE = {**QWEN3_MOE, "moe_intermediate_size": 128, "vocab_size": 320}
 
 
@@ -117,7 +117,7 @@ def served(scheme: str) -> set[str]:
 @pytest.mark.parametrize("scheme", [n for n, (_, _, format) in SCHEMES.items() if format != "f32"])
 def test_every_scheme_equals_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
     path, _ = of_scheme(tmp_path, scheme)
-    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    made = check(str(path), (100, 40, 2), bound_of(scheme), **LARGER)
     assert held(made) == served(scheme)
 
 
@@ -126,7 +126,7 @@ def test_every_scheme_equals_the_cpu_runner(scheme: str, tmp_path: Path) -> None
 def test_experts_of_every_kind_equal_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
     """Both for few pairs and for many."""
     path, _ = of_scheme(tmp_path, scheme, MOE)
-    made = check(str(path), (40, 2), bound_of(scheme), **LARGER)
+    made = check(str(path), (100, 40, 2), bound_of(scheme), **LARGER)
     assert held(made) == served(scheme)
 
 
@@ -137,7 +137,7 @@ def test_what_is_quantised_while_loading_equals_the_cpu_runner(method: str, tmp_
 
     path, _ = write(tmp_path, MOE, None, None)
     bound = DEEPER_E4M3 if method == "fp8" else DEEPER_BFLOAT16
-    made = check(str(path), (40, 2), bound, quantization=method, **LARGER)
+    made = check(str(path), (100, 40, 2), bound, quantization=method, **LARGER)
     assert held(made) == {method.removesuffix("-experts")}
 
 

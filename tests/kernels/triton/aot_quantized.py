@@ -28,6 +28,8 @@ from quire.kernels.triton.quantized.quantize import (
 )
 from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
+from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS
+from quire.kernels.triton.quantized.widen import widen_kernel
 from tests.kernels.triton.aot import SHARED, Case
 
 SIZES = ("tokens", "max_blocks", "n", "k", "blocks", "x_stride", "code_stride", "scale_stride")
@@ -114,6 +116,14 @@ def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
     )
 
 
+def widening(format: str, target: str) -> Case:
+    types, constants = weight(format, target)
+    constants = {n: v for n, v in constants.items() if n in widen_kernel.arg_names}
+    constants["ROWS"] = WIDENED_ROWS
+    name = f"widen {format}"
+    return Case(name, widen_kernel, types, constants, 4, 3, ALIGNED, (target,))
+
+
 FP8 = ("sm_90", "sm_100", "sm_120")
 
 
@@ -163,6 +173,7 @@ def everywhere(target: str) -> list[Case]:
         gate_up_small("mxfp4", target),
         down_small("int4", target),
         grouped(128 * 16, "nvfp4", target, "silu"),
+        widening("nvfp4", target),
     ]
 
 
@@ -192,6 +203,7 @@ CASES = [
     gemm(2048, "fp8", "sm_90", "silu"),
     gemm(2048, "int4", "sm_90"),
     gemm(2048, "int8", "sm_90"),
+    *(widening(format, "sm_90") for format in ("mxfp4", "int4", "int8")),
     gate_up_small("nvfp4", "sm_90"),
     down_small("nvfp4", "sm_90"),
     down_small("fp8_block", "sm_90"),

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from quire.kernels.reference.quantized.linear import quantized_linear as reference
 from quire.kernels.reference.quantized.weights import FORMATS, QuantizedWeight, dequantize
+from quire.kernels.triton.launch import INTERPRETED
 from quire.kernels.triton.quantized.gemm import QuantizedTile, quantized_gemm
+from quire.kernels.triton.quantized.linear import (
+    WIDENED_FROM,
+    quantized_gated_linear,
+    quantized_linear,
+)
 from quire.kernels.triton.quantized.pack import pack
 from quire.kernels.triton.quantized.skinny import skinny
+from quire.kernels.triton.quantized.widen import FORMATS as WIDENED_FORMATS
+from quire.kernels.triton.quantized.widen import widen
 from tests.kernels.triton.gemm_inputs import assert_close, magnitude, matrix, vector
 from tests.kernels.triton.quantized_inputs import quantized
 
@@ -88,6 +97,35 @@ def test_other_tiles_equal_reference(tokens: int, blocks: int, device: torch.dev
     x = matrix(20, 640, BF16, device, 1)
     found = quantized_gemm(x, pack(weight), tile=tile)
     assert_close(found, reference(x, weight), magnitude(x, dequantize(weight)))
+
+
+@pytest.mark.parametrize("format", WIDENED_FORMATS)
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (40, 288, 32), (33, 512, 256)])
+def test_widened_weights_are_the_values_rounded_once(
+    n: int, k: int, group: int, format: str, device: torch.device
+) -> None:
+    for zeros in (False, True):
+        weight = quantized(format, n, k, device, 4, group, zeros)
+        wanted = dequantize(weight)
+        found = widen(pack(weight)).float()
+        # The interpreter cuts where a GPU rounds to nearest.
+        assert ((found - wanted).abs() <= wanted.abs() * 2.0 ** (-7 if INTERPRETED else -8)).all()
+        if not INTERPRETED:  # the order of two float32 factors may decide
+            assert (found == wanted.bfloat16().float()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "int8"])
+def test_many_tokens_take_widened_weights(format: str, device: torch.device) -> None:
+    weight, t = quantized(format, 34, 96, device, 4, 32), WIDENED_FROM
+    x, bias = matrix(t, 96, BF16, device, 1), vector(34, device, 3)
+    given: dict[str, Any] = {"deterministic": False}
+    found = quantized_linear(x, pack(weight), bias, **given)
+    size = magnitude(x, dequantize(weight), bias)
+    assert_close(found, reference(x, weight, bias), size, 2.0**-8)
+    found = quantized_gated_linear(x, pack(weight), "silu", bias, **given)
+    assert isinstance(found, torch.Tensor)
+    wanted = reference(x, weight, bias, kind="silu").float()
+    assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_extreme_scales(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quire.kernels.triton.activation.gated_activation import gated_activation
+from quire.kernels.triton.gemm.linear import linear
 from quire.kernels.triton.gemm.shared import is_hopper
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized import quantize
@@ -20,9 +21,14 @@ from quire.kernels.triton.quantized.operands import check_linear
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.scaled_gemm import library_scaled, scaled_gemm
 from quire.kernels.triton.quantized.skinny import skinny
+from quire.kernels.triton.quantized.widen import FORMATS as WIDENED_FORMATS
+from quire.kernels.triton.quantized.widen import widen
 
 # Rows from which a four-bit weight gives quantized_gemm work for all multiprocessors.
 TALL = 16384
+# Tokens from which a weight of four bits, or of int8, is decoded to memory first. On an H200 cuBLAS
+# takes a quarter of quantized_gemm's time at 256 tokens; to decode is estimated to take as much.
+WIDENED_FROM = 65
 # Hopper's faster sums of e4m3 products (scaled_gemm.py): up to a tenth less time, and torch's
 # default in other engines. Sums then have about 14 bits, the tokens themselves have 4.
 EXACT = False
@@ -67,6 +73,12 @@ def takes_quantized_tokens(weight: PackedQuantized, tokens: int, device: torch.d
     )
 
 
+def takes_widened(weight: PackedQuantized, tokens: int) -> bool:
+    """Whether so many tokens are multiplied by cuBLAS with the weight's values in bfloat16, which
+    are made for that product alone. Not in deterministic mode."""
+    return tokens >= WIDENED_FROM and weight.format in WIDENED_FORMATS
+
+
 def _group(weight: PackedQuantized) -> int:
     return 0 if weight.format == "fp8" else quantize.GROUP
 
@@ -101,6 +113,8 @@ def quantized_linear(
             return quantized_gemm(x_TK, weight, bias, out)
         if tokens <= skinny_crossing(weight):
             return skinny(x_TK, weight, bias, out)
+        if takes_widened(weight, tokens):
+            return linear(x_TK, widen(weight), bias, deterministic=False, out=out)
         if not takes_quantized_tokens(weight, tokens, device):
             return quantized_gemm(x_TK, weight, bias, out, deterministic=False)
         if out is not None:
@@ -122,13 +136,16 @@ def quantized_gated_linear(
     then: PackedQuantized | None = None,
 ) -> Tokens:
     """act(gate) * up, [T, N / 2] bfloat16, of the product with a weight whose first half of rows is
-    the gate's. Where tokens are quantised, gate and up are rounded to bfloat16 in between, and the
-    result is quantised too if the weight `then` takes it so."""
+    the gate's. Where there are many tokens, gate and up are rounded to bfloat16 in between, and the
+    result is quantised if the weight `then` takes it so."""
     if isinstance(x_TK, torch.Tensor):
         tokens, device = x_TK.shape[0], x_TK.device
         if not deterministic and tokens <= skinny_crossing(weight):
             return skinny(x_TK, weight, bias, kind=kind, limit=limit)
-        if deterministic or not takes_quantized_tokens(weight, tokens, device):
+        decoded = not takes_widened(weight, tokens) and not takes_quantized_tokens(
+            weight, tokens, device
+        )
+        if deterministic or decoded:
             return quantized_gemm(
                 x_TK, weight, bias, kind=kind, limit=limit, deterministic=deterministic
             )

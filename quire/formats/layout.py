@@ -71,7 +71,7 @@ def grouped(format: str, group: int) -> str:
 
 def ungrouped(name: str) -> str:
     """The format of a name that `grouped` gave; other names are their own."""
-    return name[:4] if name.startswith(INTEGER_FORMATS) else name
+    return name[:4] if name.startswith(INTEGER_FORMATS) and name not in ORDERED_FORMATS else name
 
 
 def group_of(name: str, columns: int) -> int:
@@ -82,7 +82,7 @@ def group_of(name: str, columns: int) -> int:
 
 
 def is_quantized(name: str) -> bool:
-    return ungrouped(name) in QUANT_FORMATS
+    return ungrouped(name) in QUANT_FORMATS or name in ORDERED_FORMATS
 
 
 def quantized_nbytes(name: str, rows: int, columns: int) -> int:

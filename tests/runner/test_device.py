@@ -14,6 +14,7 @@ from quant.stored import SCHEMES
 
 from quire.engine.wire import Add
 from quire.params import SamplingParams
+from quire.runner.device import Sampling
 from runner.engines import (
     FAMILIES,
     SMALL,
@@ -290,6 +291,9 @@ def test_nothing_is_allocated_or_compiled_once_all_is_warm(write_model: WriteMod
     assert not made.core.runner._graphs.failed  # type: ignore[attr-defined]
     long = [Add("long", [7] * 3000, SamplingParams(temperature=0.0, max_tokens=2), 0)]
     run(made, requests(4, 8))
+    # Graphs that sample log-probabilities are made where a request asks for them: all of them now.
+    runner: Any = made.core.runner
+    runner._wanted += [Sampling(rows, "greedy", True) for rows in runner._decode_sizes]
     while made.core.warm():
         pass
     compiled: list[str] = []

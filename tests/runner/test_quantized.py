@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
+from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, write
 from quant.stored import SCHEMES
 
 from quire.engine.startup import Engine
@@ -22,7 +22,7 @@ from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
 from quire.params import SamplingParams
-from runner.engines import engine, requests, run
+from runner.engines import DEVICE, engine, requests, run
 
 ON_GPU = torch.cuda.is_available()
 # Of the root mean square difference, as a share of the logits' spread.
@@ -98,14 +98,13 @@ def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
     assert held(made) == {"mxfp4"}
 
 
-# In two layers, and where a token changes experts that are nearly equal to it.
-DEEPER_BFLOAT16, DEEPER_E4M3 = 0.06, 0.3
 LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128}
 MOE = {**QWEN3_MOE, "moe_intermediate_size": 128, "vocab_size": 320}
-
-
-def bound_of(scheme: str) -> float:
-    return DEEPER_E4M3 if SCHEMES[scheme][2].startswith("fp8") else DEEPER_BFLOAT16
+# Tokens for each kind of kernel.
+COUNTS = (100, 40, 2)
+# Of the norm of one layer's results: bfloat16's rounding, and that of e4m3 activations to 3 bits,
+# which is 2 ** -4 at most and 2.6% in the mean.
+LAYER, LAYER_E4M3 = 0.015, 0.04
 
 
 def served(scheme: str) -> set[str]:
@@ -113,36 +112,72 @@ def served(scheme: str) -> set[str]:
     return {SCHEMES[scheme][2]} - ({"int4"} if scheme == "ct w4a16 zeros" else set())
 
 
+def layers_agree(path: str, counts: tuple[int, ...] = COUNTS, **given: Any) -> Engine:
+    """Each layer's results for random tokens are those of the CPU's layer, in float32."""
+    given = {"load_format": "auto", "runner": "eager", **LARGER} | given
+    cpu = engine(path, "cpu", kernels="reference", **given)
+    made = engine(path, "cuda", warm=False, dtype="bfloat16", **given)
+    models: list[Any] = [each.core.runner.model for each in (cpu, made)]  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(1)
+    for one, other in zip(*(model.layers for model in models), strict=True):
+        pairs = [(one.attention.qkv, other.attention.qkv), (one.attention.out, other.attention.out)]
+        if hasattr(one.mlp, "experts"):
+            pairs.append((one.mlp.experts, other.mlp.experts))
+        else:
+            pairs += [(one.mlp.gate_up, other.mlp.gate_up), (one.mlp.down, other.mlp.down)]
+        for wanted, found in pairs:
+            for tokens in counts:
+                _agree(wanted, found, tokens, generator)
+    return made
+
+
+@torch.inference_mode()
+def _agree(one: Any, other: Any, tokens: int, generator: torch.Generator) -> None:
+    linear = isinstance(other, Linear)
+    width = other.in_features if linear else other.hidden
+    x = torch.randn(tokens, width, generator=generator).bfloat16().float()
+    given: tuple[torch.Tensor, ...] = ()
+    if not linear:
+        ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].int().contiguous()
+        given = torch.rand(tokens, 2, generator=generator) + 0.5, ids
+    wanted = one(x, *given)
+    found = other(x.to(DEVICE, torch.bfloat16), *(tensor.to(DEVICE) for tensor in given)).cpu()
+    quantised = linear and any(
+        isinstance(packed, PackedQuantized) and packed.activation != "none"
+        for packed, _ in other._parts
+    )
+    bound = LAYER_E4M3 if quantised and tokens > 16 else LAYER
+    error = (found.float() - wanted).norm() / wanted.norm()
+    assert error < bound, (tokens, float(error))
+
+
+def test_layers_of_a_tiny_model_equal_the_cpus(tmp_path: Path) -> None:
+    path, _ = of_scheme(tmp_path, "modelopt fp8", {**LLAMA, **SMALL})
+    assert held(layers_agree(str(path), (18, 2), **ROOM)) == {"fp8"}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [LLAMA, MOE])
 @pytest.mark.parametrize("scheme", [n for n in SCHEMES if "ordered" not in n])
-def test_every_scheme_equals_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
-    path, _ = of_scheme(tmp_path, scheme)
-    made = check(str(path), (100, 40, 2), bound_of(scheme), **LARGER)
-    assert held(made) == served(scheme)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "modelopt nvfp4", "gptq zeros"])
-def test_experts_of_every_kind_equal_the_cpu_runner(scheme: str, tmp_path: Path) -> None:
-    """Both for few pairs and for many."""
-    path, _ = of_scheme(tmp_path, scheme, MOE)
-    made = check(str(path), (100, 40, 2), bound_of(scheme), **LARGER)
-    assert held(made) == served(scheme)
+def test_layers_of_every_scheme_equal_the_cpus(
+    scheme: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    path, _ = of_scheme(tmp_path, scheme, config)
+    assert held(layers_agree(str(path))) == served(scheme)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["fp8", "nvfp4", "nvfp4-experts"])
-def test_what_is_quantised_while_loading_equals_the_cpu_runner(method: str, tmp_path: Path) -> None:
-    from quant.checkpoints import write
-
+def test_layers_that_are_quantised_while_loading_equal_the_cpus(
+    method: str, tmp_path: Path
+) -> None:
     path, _ = write(tmp_path, MOE, None, None)
-    bound = DEEPER_E4M3 if method == "fp8" else DEEPER_BFLOAT16
-    made = check(str(path), (100, 40, 2), bound, quantization=method, **LARGER)
+    made = layers_agree(str(path), quantization=method)
     assert held(made) == {method.removesuffix("-experts")}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "ct mxfp4", "gptq zeros"])
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "ct mxfp4"])
 def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Path) -> None:
     path, _ = of_scheme(tmp_path, scheme, MOE)
     given = {"load_format": "auto", "dtype": "bfloat16", "enable_prefix_caching": False, **LARGER}
@@ -153,9 +188,7 @@ def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "scheme", ["ct fp8 channel", "fp8 blocks", "ct nvfp4", "ct mxfp4", "gptq zeros", "ct w8a16"]
-)
+@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "ct nvfp4", "gptq zeros"])
 def test_deterministic_bits_depend_on_the_request_alone(scheme: str, tmp_path: Path) -> None:
     """Alone, batched and in other chunks, for which tiles of all widths serve."""
     path, _ = of_scheme(tmp_path, scheme, MOE)

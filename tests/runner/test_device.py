@@ -186,7 +186,7 @@ def test_every_sampling_parameter_gives_the_cpu_runners_tokens(
         assert found[name].tokens == want.tokens, adds[int(name)].params
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.full)])
 def test_who_watches_sees_the_logits_of_a_prompt_in_their_order(
     write_model: WriteModel, device: str
 ) -> None:

@@ -140,7 +140,7 @@ def test_a_gate_that_always_allows_the_same_is_allowed_token_ids(
         assert same(got, want[name])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.full)])
 def test_where_gate_and_parameters_leave_no_token_the_request_fails_alone(
     write_model: WriteModel, device: str
 ) -> None:

@@ -21,7 +21,7 @@ RECORDED_ROWS = 8
 NATIVE_HEAD_SIZES = range(8, 257, 8)
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
-    "weights": "use a smaller or quantised model",
+    "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",
     "activations": "lower --max-num-batched-tokens or --max-num-seqs",
     "interpreter and libraries": "free memory",
 }

@@ -190,18 +190,25 @@ class Bench:
 
     def _decode(self, scenario: Scenario) -> Metrics:
         """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""
+        start = self._host()
         first = self._pass(replace(scenario, output=1)).seconds
-        host, steps = self.core.host_seconds, self.core.scheduler.stats().steps
+        between = self._host()
         self._read_clock()
         whole = self._pass(scenario).seconds
+        end = self._host()
         gaps = scenario.output - 1
         itl = max(whole - first, 1e-9) / gaps
         metrics = {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl}
         metrics["t1_ms"] = first * 1e3
-        steps = self.core.scheduler.stats().steps - steps
-        metrics["host_ms_per_step"] = (self.core.host_seconds - host) / steps * 1e3
+        # Both passes have the same steps with prompts in them: what one takes longer is decoding.
+        host, steps = (e - 2 * b + s for s, b, e in zip(start, between, end, strict=True))
+        metrics["host_ms_per_step"] = max(0.0, host) / steps * 1e3
         busy, idle = self._read_clock()
         return metrics | ({"gpu_idle": idle / (busy + idle)} if busy else {})
+
+    def _host(self) -> tuple[float, float]:
+        """The engine thread's seconds, and steps, so far."""
+        return self.core.host_seconds, self.core.scheduler.stats().steps
 
     def _read_clock(self) -> tuple[float, float]:
         """The device's busy and idle seconds since the last reading; zeros on a CPU."""

@@ -37,9 +37,11 @@ FP32_BOUND = 1e-3
 # bfloat16 keeps 8 bits: each rounding is off by up to 2^-9 of the value. A layer rounds its
 # residual, products and activations, about 10 times, and errors add up like a random walk: after
 # 30 layers sqrt(300) x 2^-9 / sqrt(3), or 2% of the hidden state, and so of logits that spread
-# over some 5 units: 0.1. The mean over all tokens must stay below that, the worst of some hundreds
-# below five times as much. transformers in bfloat16 on a CPU: 0.010 and 0.077 for stories15M.
-BF16_MEAN, BF16_WORST = 0.1, 0.5
+# over some 5 units: 0.1. The mean over all tokens must stay below that, and 99 of 100 tokens below
+# five times as much. That walk says nothing of a single token whose logits cancel large values:
+# transformers in bfloat16 on a CPU is off by 0.0085 in the mean and 0.077 at worst for stories15M,
+# by 0.024 and 1.08 for SmolLM2, where the next to worst of 330 is at 0.28.
+BF16_MEAN, BF16_MOST = 0.1, 0.5
 
 
 def model_path(name: str) -> str:
@@ -130,6 +132,6 @@ def test_bfloat16_gives_the_cpu_runners_text_nearly_its_probabilities(
         assert got.prompt_logprobs is not None and want.prompt_logprobs is not None
         mine, theirs = values(got.prompt_logprobs, text), values(want.prompt_logprobs, text)
         errors += [abs(a - b) for a, b in zip(mine, theirs, strict=True)]
-    mean, worst = sum(errors) / len(errors), max(errors)
-    print(f"{name}, {runner}, bfloat16: {mean:.3g} in the mean, {worst:.3g} at worst")
-    assert mean < BF16_MEAN and worst < BF16_WORST
+    mean, most = sum(errors) / len(errors), sorted(errors)[len(errors) * 99 // 100]
+    print(f"{name}, {runner}, bfloat16: {mean:.3g} in the mean, {most:.3g} for 99 of 100 tokens")
+    assert mean < BF16_MEAN and most < BF16_MOST

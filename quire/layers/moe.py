@@ -49,17 +49,20 @@ class MoE:
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""
-        return self(norm.read(stream))
+        logits_TE, x_TH = self.router.beside(norm, stream)
+        return self._of(x_TH, logits_TE)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TK, ids_TK = self.route(x_TH)
+        return self._of(x_TH, self.router(x_TH))
+
+    def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+        weights_TK, ids_TK = self.choose(logits_TE)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
         return self.build.group.all_reduce(self.experts(x_TH, weights_TK, ids_TK))
 
-    def route(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights float32 [T, K] and expert ids [T, K], the most probable first."""
-        logits_TE = self.router(x_TH)
         if self.build.moe_routing == "uniform":
             logits_TE = self._uniform(logits_TE)
         return self.build.kernels.route(logits_TE, self.experts_per_token, self.normalize)

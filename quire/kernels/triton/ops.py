@@ -98,19 +98,23 @@ class TritonKernels(DenseWeights):
         bias: torch.Tensor | None,
         kind: str,
         then: PackedWeight | PackedQuantized | None = None,
+        normed: torch.Tensor | None = None,
     ) -> tuple[Tokens, torch.Tensor]:
         """(product with the norm of residual + x, that sum), gated where a `kind` is named, then
-        stored as in gated_linear. The residual given may be overwritten."""
+        stored as in gated_linear. The residual given may be overwritten; the norm itself is also
+        written to `normed` where that is given, which takes a dense weight."""
         given = (x, residual, norm_weight, eps)
         if isinstance(weight, PackedQuantized):
+            assert normed is None
             return quantized_norm_linear(
                 *given, weight, bias, kind, limit=limit_of(kind),
                 deterministic=self.deterministic, then=_quantized(then),
             )  # fmt: skip
         limited = limit_of(kind) > 0
         y, residual = add_norm_linear(
-            *given, weight.data, bias, "" if limited else kind, deterministic=self.deterministic
-        )
+            *given, weight.data, bias, "" if limited else kind, normed,
+            deterministic=self.deterministic,
+        )  # fmt: skip
         return self.gated_activation(y, kind) if limited else y, residual
 
     def attention(

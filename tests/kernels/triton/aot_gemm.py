@@ -20,7 +20,7 @@ OTHERS = tuple(target for target in SHARED if target != "sm_90")
 
 
 def types(dtype: str, bias: bool) -> dict[str, str]:
-    pointers = ("x", "weight", "out", "weight_data", "residual", "residual_out")
+    pointers = ("x", "weight", "out", "weight_data", "residual", "residual_out", "normed_out")
     found = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
     found |= {"parts": "*fp32", "norm_weight": "*fp32", "eps": "fp32"}
     return found | ({"bias": "*fp32"} if bias else {})
@@ -46,6 +46,8 @@ def norm_gemv(
     constants = {"T": tokens, "BLOCK_K": K, "ACTIVATION": activation, "bias": None, **sizes}
     if not add:
         constants |= {"x": None, "residual_out": None}
+    if activation or not add:
+        constants["normed_out"] = None
     name = f"norm_gemv T {tokens} {activation}{' of a sum' if add else ''}"
     kinds = types("bf16", False)
     return Case(name, norm_gemv_kernel, kinds, constants, warps, aligned=ALIGNED, targets=targets)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
+from quire.engine.commit import ROW_ERRORS, error_delta, take_row
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
@@ -24,16 +25,7 @@ from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams, check_tokens
 from quire.runner.diffs import unfit
-from quire.step import (
-    DEVICE_TOKEN,
-    FORBIDDEN_ERROR,
-    NAN_ERROR,
-    Batch,
-    Enter,
-    Result,
-    Row,
-    RowResult,
-)
+from quire.step import DEVICE_TOKEN, NAN_ERROR, Batch, Enter, Result, Row, RowResult
 
 # A request waits for blocks that another is computing only where they are worth a step.
 LEAST_SHARED_BLOCKS = 3
@@ -41,22 +33,6 @@ LEAST_SHARED_BLOCKS = 3
 ON_DEVICE = [DEVICE_TOKEN]
 # Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
 LEAST_FINISHED = 64
-
-ROW_ERRORS = {
-    NAN_ERROR: QuireError(
-        "numerical_error",
-        "the model's numbers for this request are not finite",
-        why="its weights or the number format they are computed in",
-        fix="check the weights; try --dtype float32",
-    ),
-    FORBIDDEN_ERROR: UsageError(
-        "invalid_value",
-        "no token is allowed at some position of this request",
-        why="allowed_token_ids, bad_words and logit_bias leave none, or only those that end the "
-        "request before min_tokens",
-        fix="allow more tokens, or lower min_tokens",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -184,7 +160,7 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, discard=True)
-            self._finished.append(_error_delta(request_id, error))
+            self._finished.append(error_delta(request_id, error))
 
     def expire(self) -> None:
         """Abort the requests whose deadline has passed."""
@@ -252,7 +228,7 @@ class Scheduler:
         masks, failed = opened
         for request, error in failed:
             self._finish(request)
-            self._finished.append(_error_delta(request.request_id, error))
+            self._finished.append(error_delta(request.request_id, error))
         return masks
 
     def _schedule_running(
@@ -471,57 +447,21 @@ class Scheduler:
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
         if got.error is not None:
             self._finish(request, discard=got.error == NAN_ERROR)
-            return _error_delta(request.request_id, ROW_ERRORS[got.error])
-        tokens, logprobs, prompt_logprobs = got.tokens, got.logprobs, got.prompt_logprobs
-        reason = stop_token = None
+            return error_delta(request.request_id, ROW_ERRORS[got.error])
+        first = len(request.tokens)
+        delta = take_row(request, row, got)
         if row.sample:
-            known = request.tokens
-            first = len(known)
-            known += tokens
-            if len(known) >= request.longest or not request.end_tokens.isdisjoint(tokens):
-                reason, stop_token = self._end(request, first)
-                tokens = known[first:]
-                logprobs = logprobs[: len(tokens)] if logprobs else None
-            request.promised += len(tokens) - 1
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first
             if self._suspects:
                 self._suspects.discard(request)
             if request.announced:
                 self._withdraw(request)
-        if prompt_logprobs:
-            # A request preempted in its prompt computes positions again that were sent already.
-            prompt_logprobs = prompt_logprobs[max(0, request.prompt_logprobs_sent - row.start) :]
-            request.prompt_logprobs_sent += len(prompt_logprobs)
         if request.computed >= request.settle_at and request.slot >= 0:
             self._publish(request, confirmed=False)
-        if reason is not None:
+        if delta.finish_reason is not None:
             self._finish(request)
-        if not tokens and not prompt_logprobs:
-            return None
-        return Delta(
-            request.add.request_id,
-            tokens,
-            logprobs or None,
-            prompt_logprobs or None,
-            reason,
-            stop_token,
-            request.cached_tokens or 0,
-        )
-
-    def _end(self, request: Request, first: int) -> tuple[str | None, int | None]:
-        """Cut new tokens, those from `first` on, behind the one that ends the request: (finish
-        reason, stop token) where one does."""
-        known = request.tokens
-        for length, token in enumerate(known[first:], first + 1):
-            if token in request.end_tokens and length >= request.earliest_end:
-                del known[length:]
-                named = token in (request.add.params.stop_token_ids or ())
-                return "stop", token if named else None
-            if length >= request.longest:
-                del known[length:]
-                return "length", None
-        return None, None
+        return delta if delta.token_ids or delta.prompt_logprobs else None
 
     def _publish(self, request: Request, confirmed: bool) -> None:
         """Offer computed blocks to the prefix index.
@@ -621,12 +561,3 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
-
-
-def _error_delta(request_id: str, error: QuireError) -> Delta:
-    return Delta(
-        request_id=request_id,
-        token_ids=[],
-        finish_reason="error",
-        error=[error.code, error.what, error.why, error.fix],
-    )

@@ -37,6 +37,10 @@ def take_row(request: Request, row: Row, got: RowResult) -> Delta:
             tokens = known[first:]
             logprobs = logprobs[: len(tokens)] if logprobs else None
         request.promised += len(tokens) - 1
+        if row.drafts and request.slot >= 0:
+            accepted = len(got.tokens) - 1
+            request.computed += accepted
+            request.scheduled += accepted
     if prompt_logprobs:
         # A request preempted in its prompt computes positions again that were sent already.
         prompt_logprobs = prompt_logprobs[max(0, request.prompt_logprobs_sent - row.start) :]

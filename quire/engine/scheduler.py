@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
 from quire.engine.commit import ROW_ERRORS, error_delta, take_row
+from quire.engine.drafting import NO_DRAFTS, Drafting
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
 from quire.engine.wire import Add, Delta
@@ -51,9 +52,16 @@ class Limits:
 class Scheduler:
     """Owns all requests and the KVManager. Only the engine thread calls it."""
 
-    def __init__(self, limits: Limits, kv: KVManager, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        limits: Limits,
+        kv: KVManager,
+        clock: Callable[[], float] = time.monotonic,
+        drafting: Drafting | None = None,
+    ):
         self.limits = limits
         self.kv = kv
+        self._drafting = drafting
         self.requests: dict[str, Request] = {}
         self._clock = clock
         # A heap. Requests that finished while they waited stay in it for a while.
@@ -91,6 +99,8 @@ class Scheduler:
             max_tokens=self._max_tokens(add),
             gate=gate,
         )
+        if self._drafting is not None and gate is None:
+            request.drafter = self._drafting.drafter()
         self._num_gated += gate is not None
         if add.timeout is not None:
             request.deadline = self._clock() + add.timeout
@@ -238,10 +248,14 @@ class Scheduler:
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
         decoding, prefilling = list[Request](), list[Request]()
+        drafting = self._drafting
         for request in running:
             gap = request.promised - request.scheduled  # Request.gap, without a call
-            if gap > 0 and request.promised < request.longest:
+            if gap <= 0 or request.promised >= request.longest:
+                continue
+            if drafting is None or not drafting.waits(request):
                 (decoding if gap == 1 else prefilling).append(request)
+        room = self._room_for_drafts(budget, len(decoding), bool(prefilling))
         short = False
         for request in decoding + prefilling:
             if budget == 0:
@@ -251,15 +265,31 @@ class Scheduler:
             gap = request.promised - request.scheduled
             count = gap if gap < budget else budget
             end = request.scheduled + count
-            new_blocks = self._no_blocks
-            if end > request.covered:
-                if not self._make_room(request, end, parts):
+            new_blocks, drafts = self._no_blocks, NO_DRAFTS
+            if room > 0 and gap == 1 and drafting is not None:
+                drafts = drafting.drafts(request, room)
+                if drafts and not self._grows(request, end + len(drafts)):
+                    drafts = NO_DRAFTS
+            if end + len(drafts) > request.covered:
+                if not drafts and not self._make_room(request, end, parts):
                     short = True
                     continue
-                new_blocks = self._new_blocks(request, end)
-            parts.append((request, self._row(request, count, new_blocks)))
-            budget -= count
+                new_blocks = self._new_blocks(request, end + len(drafts))
+            parts.append((request, self._row(request, count, new_blocks, drafts)))
+            budget -= count + len(drafts)
+            room -= len(drafts)
         return 0 if short else budget
+
+    def _room_for_drafts(self, budget: int, decoding: int, prefilling: bool) -> int:
+        if self._drafting is None or self._suspects or not decoding:
+            return 0
+        sampling = len(self._running) + min(len(self._free_slots), self.num_waiting)
+        others = prefilling or self.num_waiting > 0
+        return self._drafting.room(budget, decoding, sampling, others)
+
+    def _grows(self, request: Request, end: int) -> bool:
+        """Whether a running request has blocks for `end` tokens, or takes free ones."""
+        return end <= request.covered or self.kv.grow(request.request_id, end)
 
     def _make_room(self, request: Request, end: int, parts: list[tuple[Request, Row]]) -> bool:
         """Give a running request blocks for `end` tokens, taken from later ones where needed.
@@ -357,7 +387,13 @@ class Scheduler:
                     del self._computing[identity]
             request.announced = False
 
-    def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
+    def _row(
+        self,
+        request: Request,
+        count: int,
+        new_blocks: list[list[int]],
+        drafts: list[int] = NO_DRAFTS,
+    ) -> Row:
         start = request.scheduled
         end = request.scheduled = start + count
         request.inflight_steps += 1
@@ -372,7 +408,10 @@ class Scheduler:
             request.promised += 1
         prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
         gated = sample and request.gate is not None
-        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
+        if drafts:
+            tokens = tokens + drafts
+        row = (request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
+        return Row(*row, len(drafts))
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
@@ -409,7 +448,7 @@ class Scheduler:
         for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
             request.inflight_steps -= 1
             if request.slot >= 0:
-                request.computed += len(row.tokens)
+                request.computed += len(row.tokens) - row.drafts
             elif request.state is State.FINISHED:
                 continue
             delta = self._commit_row(request, row, got)
@@ -450,6 +489,8 @@ class Scheduler:
             return error_delta(request.request_id, ROW_ERRORS[got.error])
         first = len(request.tokens)
         delta = take_row(request, row, got)
+        if row.drafts and self._drafting is not None:
+            self._drafting.count(row, min(len(got.tokens) - 1, len(delta.token_ids)))
         if row.sample:
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first
@@ -517,6 +558,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         used, total = self.kv.usage()
         counts = self._counts
+        drafts = None if self._drafting is None else self._drafting.counts()
         return EngineStats(
             waiting=self.num_waiting,
             running=len(self._running),
@@ -528,6 +570,9 @@ class Scheduler:
             steps=counts["done_steps"],
             prompt_tokens=counts["prompt_tokens"],
             generated_tokens=counts["generated_tokens"],
+            draft_rows=drafts.rows if drafts else 0,
+            draft_tokens=drafts.drafted if drafts else 0,
+            accepted_at=drafts.accepted_at if drafts else [],
         )
 
     def check_slice(self) -> None:
@@ -553,7 +598,8 @@ class Scheduler:
         for parts in self._inflight.values():
             for request, row in parts:
                 if request.state is State.RUNNING:
-                    flying[id(request)] = flying.get(id(request), 0) + len(row.tokens)
+                    count = len(row.tokens) - row.drafts
+                    flying[id(request)] = flying.get(id(request), 0) + count
         for request in self.requests.values():
             request.check_integrity()
             assert request.inflight == flying.get(id(request), 0)

@@ -13,6 +13,7 @@ import torch
 from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
+from quire.engine.drafting import Drafting
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
@@ -35,6 +36,7 @@ from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
+from quire.speculative.proposer import make_proposer
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -218,7 +220,16 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
     )
     identity = BlockIdentity(plan.cache_fingerprint)
     caching = options.engine.enable_prefix_caching
-    return Scheduler(limits, KVManager(plan.groups, plan.pool_blocks, identity, caching))
+    kv = KVManager(plan.groups, plan.pool_blocks, identity, caching)
+    return Scheduler(limits, kv, drafting=make_drafting(plan))
+
+
+def make_drafting(plan: Plan) -> Drafting | None:
+    """What the scheduler needs for drafts."""
+    asked = plan.speculation
+    if asked is None:
+        return None
+    return Drafting(make_proposer(asked), asked.num_speculative_tokens, plan.max_sampled)
 
 
 def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:

@@ -15,6 +15,7 @@ from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
 from quire.plan.place import Place, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
+from quire.plan.speculation import sampled_rows
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
@@ -59,7 +60,8 @@ def place(
     weights = sum_weights(build, formats)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
-    activations = memory.activation_bytes(config, build.width, tokens, sequences)
+    sampled = sampled_rows(engine, sequences, tokens)
+    activations = memory.activation_bytes(config, build.width, tokens, sampled)
     recorded = 0
     if name == "reference":
         activations += memory.reference_bytes(build, formats)
@@ -102,6 +104,7 @@ def place(
         reserve_bytes=memory.RESERVE_BYTES,
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
+        max_sampled=sampled,
     )
 
 

@@ -24,6 +24,7 @@ from quire.plan.architectures import describe
 from quire.plan.facts import DTYPES, KernelFacts
 from quire.plan.place import Place, held_formats, matrices, remaining, sum_weights
 from quire.plan.plan import Choice
+from quire.plan.speculation import sampled_rows
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -110,20 +111,19 @@ def place(
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
     groups = len({(c.window, c.kv_heads, c.head_size) for c in build.caches})
+    sampled = sampled_rows(engine, sequences, tokens)
     widest = 0 if deterministic else _widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
         "activations": widest
-        + memory.gpu_activation_bytes(config, build.width, tokens, sequences, itemsize),
+        + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize),
         "graphs": widest
-        + memory.gpu_activation_bytes(
-            config, build.width, max(mixed, default=0), sequences, itemsize
-        )
+        + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
         + GRAPH_BYTES * (3 * len(decode) + len(mixed))
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
-        + SamplingScratch.nbytes(sequences, config.vocab_size)
+        + SamplingScratch.nbytes(sampled, config.vocab_size)
         + config.hidden * tokens * itemsize,  # hidden states between forward pass and sampling
         "context and libraries": RESERVE_BYTES,
     }
@@ -151,6 +151,7 @@ def place(
         reserve_bytes=RESERVE_BYTES,
         room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
         fill=True,
+        max_sampled=sampled,
         decode_graphs=decode,
         mixed_graphs=mixed,
     )

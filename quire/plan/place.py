@@ -21,8 +21,9 @@ DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 class Place:
     """One device's part of the plan; sizes are bytes, names as in Plan.
 
-    `room`: what the KV cache and the rotary tables may take. `fill`: the KV cache takes it all by
-    default, instead of a default number of tokens.
+    `max_sampled`: rows of logits that a step samples from at most. `room`: what the KV cache and
+    the rotary tables may take. `fill`: the KV cache takes it all by default, instead of a default
+    number of tokens.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Place:
     reserve_bytes: int
     room: int
     fill: bool
+    max_sampled: int
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quire.config.speculation import Speculation
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 
@@ -32,7 +33,8 @@ class Plan:
     the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
-    captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
+    captured, `mixed_graphs` numbers of tokens of other steps. `max_sampled`: rows of logits that a
+    step samples from at most. `model_fingerprint` is of the weights
     and of the config's values; `ranks` share the model.
     """
 
@@ -66,6 +68,8 @@ class Plan:
     pool_blocks: tuple[int, ...]
     choices: tuple[Choice, ...]
     numerics_version: int
+    max_sampled: int
+    speculation: Speculation | None = None
     ranks: int = 1
 
     @property

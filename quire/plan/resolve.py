@@ -15,6 +15,7 @@ from quire.plan import cpu, gpu, memory
 from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.place import DENSE, Place
 from quire.plan.plan import Choice, Plan, format_bytes
+from quire.plan.speculation import describe_speculation
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 2
@@ -53,6 +54,11 @@ def resolve(
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
     blocks = memory.pool_blocks(groups, tokens, step, sequences)
+    speculation = options.engine.speculation
+    if speculation is not None:
+        describe_speculation(
+            speculation, place.max_sampled, options.engine.async_scheduling, choices
+        )
     plan = Plan(
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -67,7 +73,7 @@ def resolve(
         isa=place.isa,
         runner=place.runner,
         deterministic=place.deterministic,
-        async_scheduling=place.async_scheduling,
+        async_scheduling=place.async_scheduling and speculation is None,
         weight_bytes=place.weight_bytes,
         kv_bytes=memory.allocated_bytes(groups, blocks),
         activation_bytes=place.activation_bytes + table_bytes * max_len,
@@ -84,6 +90,8 @@ def resolve(
         pool_blocks=blocks,
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
+        max_sampled=place.max_sampled,
+        speculation=speculation,
         ranks=(group or Group()).size,
     )
     downgrades = [c for c in choices if c.downgrade]

@@ -11,7 +11,7 @@ import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.params import SamplingParams
-from quire.step import Batch, Enter, Row
+from quire.step import Batch, Enter, Row, draft_tokens
 
 
 class TokenCounts:
@@ -140,11 +140,14 @@ class Slots:
         self._filled[group, slot] += len(blocks)
 
 
-def _known(tokens: list[int], start: int, count: int) -> list[int]:
-    """`count` tokens from `start` on. A row that failed has appended nothing, and the step after it
-    may be scheduled already: its result will be dropped, whatever token stands there."""
-    found = tokens[start : start + count]
-    return found + [0] * (count - len(found))
+def _tokens(row: Row, known: list[int]) -> list[int]:
+    """Of a row, whose slot knows these. A row that failed has appended nothing, and the step after
+    it may be scheduled already: its result will be dropped, whatever token stands there."""
+    count = len(row.tokens) - row.drafts
+    found = known[row.start : row.start + count]
+    if len(found) < count:
+        found += [0] * (count - len(found))
+    return found + draft_tokens(row) if row.drafts else found
 
 
 @dataclass
@@ -165,7 +168,7 @@ def flatten(rows: list[Row], slots: Slots) -> Flat:
     starts = np.array([r.start for r in rows], dtype=np.int64)
     query_start = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_start[1:])
-    tokens = [t for r in rows for t in _known(slots[r.slot].tokens, r.start, len(r.tokens))]
+    tokens = [token for row in rows for token in _tokens(row, slots[row.slot].tokens)]
     owner_T = np.repeat(np.arange(len(rows)), lengths)
     positions_T = np.arange(len(tokens)) - np.repeat(query_start[:-1], lengths) + starts[owner_T]
     context_len = (starts + lengths).astype(np.int32)

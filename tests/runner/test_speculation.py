@@ -1,0 +1,180 @@
+"""Speculation changes no token, log-probability, finish reason or count, whoever drafts and however
+wrong: against the same requests without it, in whole engines.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.engine.startup import Engine
+from quire.engine.wire import Add
+from quire.kernels import native
+from quire.outputs import CompletionOutput
+from quire.speculative.proposer import Drafter
+from runner.engines import Got, check_mixed, cramped, engine, every_parameter, repeating, run
+
+WriteModel = Any
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
+NGRAM |= {"prompt_lookup_max": 3}
+
+Guess = Callable[[list[int], int], list[int]]
+
+
+class Guessing:
+    """A proposer whose drafters all guess alike."""
+
+    def __init__(self, guess: Guess):
+        self.propose = guess
+
+    def drafter(self) -> Drafter:
+        return self
+
+
+def knowing(adds: list[Add], expected: dict[str, Got], wrong: float = 0.0) -> Guess:
+    """Guesses what is expected, and spoils each token with probability `wrong`."""
+    numbers = random.Random(0)
+    known = [add.prompt_token_ids + expected[add.request_id].tokens for add in adds]
+
+    def guess(tokens: list[int], count: int) -> list[int]:
+        found = next(each for each in known if each[: len(tokens)] == tokens)
+        drafts = found[len(tokens) : len(tokens) + count]
+        return [numbers.randrange(320) if numbers.random() < wrong else token for token in drafts]
+
+    return guess
+
+
+def guesses(made: Engine, guess: Guess) -> Engine:
+    """The engine, with another proposer."""
+    drafting = made.core.scheduler._drafting
+    assert drafting is not None
+    drafting._proposer = Guessing(guess)
+    return made
+
+
+def accepted(made: Engine) -> tuple[int, int]:
+    """(accepted drafts, drafts)."""
+    stats = made.core.scheduler.stats()
+    return sum(stats.accepted_at), stats.draft_tokens
+
+
+def rewound(adds: list[Add]) -> list[Add]:
+    """Prompts that repeat themselves, so that n-grams are found."""
+    for add in adds:
+        add.prompt_token_ids = (add.prompt_token_ids * 3)[:40]
+    return adds
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+@pytest.mark.parametrize("drafter", ["ngram", "right", "wrong", "often wrong"])
+def test_every_sampling_parameter_gives_the_tokens_of_a_run_without_speculation(
+    write_model: WriteModel, kernels: str, drafter: str
+) -> None:
+    """In chunks, preempted, from the prefix cache, aborted; with native kernels bit for bit."""
+    model = write_model()
+    adds = repeating(rewound(every_parameter(24, 12)), 12)
+    expected = run(engine(model, "cpu", kernels=kernels, threads=1), adds)
+    given = {
+        "kernels": kernels,
+        "threads": 1,
+        "speculative_config": NGRAM,
+        "max_num_batched_tokens": 24,
+    }
+    made = cramped(model, "cpu", max_num_seqs=6, **given)
+    if drafter != "ngram":
+        wrong = {"right": 0.0, "often wrong": 0.3, "wrong": 1.0}[drafter]
+        guesses(made, knowing(adds, expected, wrong))
+    for seed in (12, 13):
+        found = run(made, adds, seed=seed, aborts=0.02)
+        check_mixed(found, expected, adds)
+        if kernels == "native":
+            whole = [add.request_id for add in adds if found[add.request_id].reason != "abort"]
+            assert {name: found[name] for name in whole} == {n: expected[n] for n in whole}
+    stats = made.core.scheduler.stats()
+    assert stats.prefix_hit_tokens > 0
+    assert stats.preemptions > 0 or drafter == "right"  # whose requests are soon done
+    right, drafts = accepted(made)
+    assert drafts > 50
+    least, most = {"right": (0.9, 1.0), "wrong": (0.0, 0.1)}.get(drafter, (0.05, 0.9))
+    assert least <= right / drafts <= most
+
+
+@pytest.mark.parametrize("family", ["tiny_gemma", "tiny_moe"])
+def test_windows_and_experts_give_the_same_bits(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    if not native.available():
+        pytest.skip(native.why_not())
+    model = request.getfixturevalue(family)
+    adds = rewound(every_parameter(10, 3))
+    expected = run(engine(model, "cpu", dtype="bfloat16"), adds)
+    for wrong in (0.0, 0.4):
+        made = cramped(model, "cpu", dtype="bfloat16", speculative_config=NGRAM, max_num_seqs=5)
+        found = run(guesses(made, knowing(adds, expected, wrong)), adds, seed=1)
+        assert found == expected
+        assert accepted(made)[0] > 20
+
+
+def bits(output: CompletionOutput) -> list[list[tuple[int, float]]]:
+    return [[(t, e.logprob) for t, e in p.items()] for p in output.logprobs or []]
+
+
+def answers(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
+    """All that can be seen of each choice, log-probabilities to the last bit."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        (o.text, o.token_ids, o.finish_reason, o.stop_reason, bits(o))
+        for output in outputs
+        for o in output.outputs
+    ]
+
+
+def test_real_weights_stop_strings_choices_and_ends_are_those_without_speculation() -> None:
+    if not native.available():
+        pytest.skip(native.why_not())
+    text = "the quick brown fox jumps over the lazy dog. "
+    prompts = [text * 3 + "the quick", "a b c d a b c d a b", "1, 2, 3, 1, 2, 3, 1, 2"]
+    plain = LLM("smollm2", max_model_len=512, threads=1)
+    drafted = LLM("smollm2", max_model_len=512, threads=1, speculative_config=NGRAM)
+    for params in (
+        SamplingParams(temperature=0.0, max_tokens=16, stop=["lazy", "3, 1"], logprobs=1),
+        SamplingParams(temperature=0.0, max_tokens=7, min_tokens=3, ignore_eos=True),
+        SamplingParams(temperature=0.6, seed=3, n=3, max_tokens=10, logprobs=0),
+        SamplingParams(temperature=0.0, max_tokens=12, bad_words=["fox", " c"], logprobs=2),
+        SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=0.4),
+    ):
+        assert answers(drafted, prompts, params) == answers(plain, prompts, params)
+    stats = drafted._engine.core.scheduler.stats()
+    assert 20 < sum(stats.accepted_at) < stats.draft_tokens
+    assert stats.generated_tokens == plain._engine.core.scheduler.stats().generated_tokens
+    assert stats.steps < plain._engine.core.scheduler.stats().steps
+
+
+def test_drafts_leave_the_distribution_as_it_is(write_model: WriteModel) -> None:
+    """Pairs of tokens of a flat model over many seeds, by a chi-square test against the run without
+    drafts, where the drafts are one fixed guess. (Equal tokens say more; this would hold without
+    them.)"""
+    model = write_model(num_hidden_layers=1, vocab_size=8)
+    params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True)
+    count = 2000
+    drawn = {}
+    for seeds, config in ((0, None), (count, NGRAM)):
+        adds = [Add(str(i), [3, 4, 5], params, seed=seeds + i) for i in range(count)]
+        wide = {"max_num_seqs": 64, "max_num_batched_tokens": 256, "max_queue": count}
+        made = engine(model, "cpu", threads=1, speculative_config=config, **wide)
+        if config is not None:
+            guesses(made, lambda tokens, count: [6] * count)
+        drawn[seeds] = Counter(tuple(got.tokens[1:]) for got in run(made, adds).values())
+    assert accepted(made)[0] > count / 20
+    statistic, cells = 0.0, 0
+    for pair in drawn[0].keys() | drawn[count].keys():
+        a, b = drawn[0][pair], drawn[count][pair]
+        statistic += (a - b) ** 2 / (a + b)
+        cells += 1
+    # Of cells - 1 degrees of freedom; four standard deviations are a chance of 1 in 10^4 or less.
+    assert statistic < cells - 1 + 4 * (2 * (cells - 1)) ** 0.5, (statistic, cells)

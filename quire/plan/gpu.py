@@ -24,7 +24,7 @@ from quire.plan.architectures import describe
 from quire.plan.facts import DTYPES, KernelFacts
 from quire.plan.place import Place, held_formats, matrices, remaining, sum_weights
 from quire.plan.plan import Choice
-from quire.plan.speculation import sampled_rows
+from quire.plan.speculation import sampled_rows, verified_sizes
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -107,11 +107,16 @@ def place(
     config = read_config(hf)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
-    decode, mixed = graph_sizes(tokens, sequences) if runner == "graph" else ((), ())
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
     groups = len({(c.window, c.kv_heads, c.head_size) for c in build.caches})
     sampled = sampled_rows(engine, sequences, tokens)
+    decode: tuple[int, ...] = ()
+    mixed, sampling = decode, decode
+    if runner == "graph":
+        decode, mixed = graph_sizes(tokens, sequences)
+        sampling, _ = graph_sizes(tokens, sampled)
+        mixed = tuple(sorted({*mixed, *verified_sizes(engine, mixed)}))
     widest = 0 if deterministic else _widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
@@ -119,7 +124,7 @@ def place(
         + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize),
         "graphs": widest
         + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
-        + GRAPH_BYTES * (3 * len(decode) + len(mixed))
+        + GRAPH_BYTES * (len(decode) + 2 * len(sampling) + len(mixed))
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
@@ -154,6 +159,7 @@ def place(
         max_sampled=sampled,
         decode_graphs=decode,
         mixed_graphs=mixed,
+        sampling_graphs=sampling,
     )
 
 

@@ -49,6 +49,7 @@ class Place:
     max_sampled: int
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
+    sampling_graphs: tuple[int, ...] = ()
 
 
 def matrices(build: Build) -> list[str]:

@@ -85,16 +85,18 @@ class DeviceRunner:
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
         self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
         groups, max_blocks = len(plan.groups), -(-plan.max_model_len // BLOCK_SIZE) + 1
-        # Two tables of rows: those that are computed, and of these the ones that sample.
+        # Two tables of rows: those that are computed, and those that sample.
+        sampled = plan.max_sampled
         self.state = DeviceState.allocate(
-            rows, plan.max_model_len, vocab_size, groups, max_blocks, self.device, 2 * rows
+            rows, plan.max_model_len, vocab_size, groups, max_blocks, self.device, rows + sampled
         )
+        self._drafting = plan.speculation is not None
         self._diffs = Diffs(self.state.layout)
         self._packets = PacketRing(self.device)
         self._buffers = StepBuffers.allocate(rows, tokens, groups, max_blocks, self.device)
         self._attention_scratch(build, plan)
-        self._sampling_scratch = SamplingScratch.allocate(rows, vocab_size, self.device)
-        self._outputs = SampleOutputs.allocate(rows, self.device)
+        self._sampling_scratch = SamplingScratch.allocate(sampled, vocab_size, self.device)
+        self._outputs = SampleOutputs.allocate(sampled, self.device)
         self._hidden: torch.Tensor | None = None
         self._spoiled = torch.zeros(tokens, dtype=torch.int32, device=self.device)
         self._prompts: dict[int, Prompt] = {}
@@ -105,6 +107,7 @@ class DeviceRunner:
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
+        self._sampling_sizes = plan.sampling_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted = deque(self._planned())
 
@@ -136,6 +139,8 @@ class DeviceRunner:
         rows, columns = batch.rows, Columns.of(batch.rows)
         shape = self._shape(columns.num_tokens, len(rows))
         tables = [self._diffs.rows(columns, shape.rows)]
+        if columns.drafts:
+            tables += self._diffs.drafts(columns)
         if not columns.gated:
             tables.append(self._sampling_table(columns))
         self._apply(batch, tables)
@@ -168,7 +173,7 @@ class DeviceRunner:
         flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
         logprobs = any(each & LOGPROBS for each in flags)
         if sampled:
-            size = self._size(sampled, self._decode_sizes)
+            size = self._size(sampled, self._sampling_sizes)
             sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
         # Logits say of a token that samples whether it is finite; of others the host must ask.
@@ -179,7 +184,7 @@ class DeviceRunner:
             pending.wanted = [self._logprobs[slot] for slot in columns.sampling_slots]
 
     def _sampling_table(self, columns: Columns) -> Run:
-        size = self._size(len(columns.sampling), self._decode_sizes)
+        size = self._size(len(columns.sampling), self._sampling_sizes)
         return self._diffs.sampling_rows(columns, size, first=self._rows)
 
     def reset(self) -> None:
@@ -222,10 +227,11 @@ class DeviceRunner:
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
         most = min(self._rows, self._tokens)
         # Without graphs, a size of each class of rows that kernels tell apart.
-        sizes = self._decode_sizes or sorted({most, *(min(2**i, most) for i in range(7))})
-        for rows in reversed(sizes):
-            keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
-        keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
+        classes = sorted({most, *(min(2**i, most) for i in range(7))})
+        keys += [Shape(rows, rows) for rows in reversed(self._decode_sizes or classes)]
+        sizes = self._sampling_sizes or classes
+        for name in ("greedy", "plain"):
+            keys += [Sampling(rows, name, False) for rows in reversed(sizes)]
         # The rest is captured where a request asks for it; its kernels are compiled before.
         rest = (("full", False), ("greedy", True), ("full", True))
         return keys + [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
@@ -307,7 +313,7 @@ class DeviceRunner:
         logits_BV = self.model.logits(self._hidden.index_select(0, rows[:, 1]))
         sample(
             logits_BV, rows, self.state, sampling.variant, self._outputs.view(sampling.rows),
-            self._sampling_scratch, sampling.logprobs,
+            self._sampling_scratch, sampling.logprobs, self._drafting,
         )  # fmt: skip
 
     # -- log-probabilities ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ from quire.kernels.device_state import (
 )
 from quire.params import SamplingParams
 from quire.runner.packets import Run
-from quire.step import Enter, Row, mask_bytes
+from quire.step import Enter, Row, draft_tokens, mask_bytes
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
@@ -34,6 +34,8 @@ LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
 _GREEDY = int(Flag.GREEDY)
 _ALLOWED = int(Flag.ALLOWED)
 _SAMPLE = int(RowFlag.SAMPLE)
+_DRAFTS = int(RowFlag.DRAFTS)
+_BEHIND = int(RowFlag.BEHIND)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
 
@@ -85,7 +87,8 @@ def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str 
 class Columns(NamedTuple):
     """The rows of a step, column by column, and of those that sample their index, their slot and
     the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
-    gated rows."""
+    gated rows. `drafts`: by index, of the rows that have any; such a row samples once more for each
+    of them, and `behind` says of each sample how many of them come before."""
 
     slots: list[int]
     starts: list[int]
@@ -96,6 +99,8 @@ class Columns(NamedTuple):
     sampling_slots: list[int]
     places: list[int]
     gated: list[int]
+    behind: list[int]
+    drafts: dict[int, list[int]]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Columns:
@@ -107,17 +112,22 @@ class Columns(NamedTuple):
         gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
-            return cls(slots, starts, lengths, samples, len(rows), places, slots, places, gated)
+            columns = (slots, starts, lengths, samples, len(rows), places, slots, places, gated)
+            return cls(*columns, [0] * len(rows), {})
         ends = list(accumulate(lengths))
-        sampling = [i for i, sample in enumerate(samples) if sample]
-        places = [ends[i] - 1 for i in sampling]
+        drafts = {i: draft_tokens(row) for i, row in enumerate(rows) if row.drafts}
+        counts = [1 + len(drafts.get(i, ())) if sample else 0 for i, sample in enumerate(samples)]
+        sampling = [i for i, count in enumerate(counts) for _ in range(count)]
+        behind = [k for count in counts for k in range(count)]
+        places = [ends[i] - counts[i] + k for i, k in zip(sampling, behind, strict=True)]
         mine = [slots[i] for i in sampling]
-        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
+        columns = (slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
+        return cls(*columns, behind, drafts)
 
     @property
     def decode(self) -> bool:
         """Each row samples from the only token it has."""
-        return self.num_tokens == len(self.sampling)
+        return self.num_tokens == len(self.sampling) and not self.drafts
 
     def without(self, rows: Collection[int]) -> Columns:
         """The same step, where `rows` do not sample."""
@@ -126,6 +136,7 @@ class Columns(NamedTuple):
             sampling=[self.sampling[k] for k in kept],
             sampling_slots=[self.sampling_slots[k] for k in kept],
             places=[self.places[k] for k in kept],
+            behind=[self.behind[k] for k in kept],
         )
 
 
@@ -198,6 +209,18 @@ class Diffs:
                     self._extend(runs, group, row.slot, blocks)
         return runs
 
+    def drafts(self, rows: Columns) -> list[Run]:
+        """The runs that put drafts behind what their slots know."""
+        return [
+            (
+                self.layout.offset(
+                    rows.slots[i], "history", rows.starts[i] + rows.lengths[i] - len(drafts)
+                ),
+                array("i", drafts),
+            )
+            for i, drafts in rows.drafts.items()
+        ]
+
     def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
         end = 4 * len(rows.slots)
@@ -206,6 +229,8 @@ class Diffs:
         values[1:end:4] = array("i", rows.starts)
         values[2:end:4] = array("i", rows.lengths)
         values[3:end:4] = array("i", rows.samples)  # True is RowFlag.SAMPLE
+        for i, drafts in rows.drafts.items():
+            values[4 * i + 3] += _DRAFTS * len(drafts)
         return self.layout.rows_offset, values
 
     def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:
@@ -216,6 +241,9 @@ class Diffs:
         values[0:end:4] = array("i", rows.sampling_slots)
         values[1:end:4] = array("i", rows.places)
         values[3:end:4] = array("i", (_SAMPLE,)) * len(rows.sampling)
+        if rows.drafts:
+            for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
+                values[4 * k + 3] += _DRAFTS * len(rows.drafts.get(i, ())) + _BEHIND * behind
         return self.layout.rows_offset + 4 * first, values
 
     def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from quire.kernels.sampling import SampleOutputs, Status
 from quire.runner.diffs import Columns
+from quire.speculative.verify import verify
 from quire.step import FORBIDDEN_ERROR, NAN_ERROR, Result, RowResult, TokenLogprobs
 
 
@@ -60,14 +62,14 @@ class HostOutputs:
             self._event.synchronize()
         return self._host.view(self._rows)
 
-    def spoiled_rows(self, lengths: list[int]) -> list[int]:
-        """Which of rows with these numbers of tokens have one that is spoiled, after `wait`."""
-        ends = np.cumsum(lengths, dtype=np.int64)
-        flags = self._spoiled[: ends[-1]].numpy()
-        found: list[int] = np.flatnonzero(
-            np.maximum.reduceat(flags, ends - np.array(lengths))
-        ).tolist()
-        return found
+    def spoiled_rows(self, lengths: list[int]) -> dict[int, int]:
+        """Which of rows with these numbers of tokens have one that is spoiled, and how many come
+        before it, after `wait`."""
+        starts = np.cumsum([0, *lengths], dtype=np.int64)
+        spoiled = np.flatnonzero(self._spoiled[: starts[-1]].numpy())
+        rows = np.searchsorted(starts, spoiled, side="right") - 1
+        before = (spoiled - starts[rows]).tolist()
+        return dict(zip(reversed(rows.tolist()), reversed(before), strict=True))  # the first stays
 
 
 class DevicePending:
@@ -103,22 +105,36 @@ class DevicePending:
         if self.rows.decode and not (any(status) or self.wanted or self.prompts):
             return Result(self.step, [RowResult([token]) for token in tokens])
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
-        for place, i in enumerate(sampling):
-            if status[place] == Status.OK:
-                rows[i].tokens = [tokens[place]]
-            else:
-                rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
-        for place, count in enumerate(self.wanted):
-            if count is not None and status[place] == Status.OK:
-                rows[sampling[place]].logprobs = [_at(outputs, place, count)]
+        for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):
+            if not behind:
+                drafts = self.rows.drafts.get(i, ())
+                rows[i] = verify(drafts, partial(self._sampled, outputs, place))
         for i, found in self.prompts.items():
             if any(math.isnan(position.logprobs[0]) for position in found):
                 rows[i] = RowResult(tokens=[], error=NAN_ERROR)
             else:
                 rows[i].prompt_logprobs = found
-        for i in [] if self.rows.decode else self.host.spoiled_rows(self.rows.lengths):
-            rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+        if not self.rows.decode:
+            self._fail_spoiled(rows)
         return Result(self.step, rows)
+
+    def _sampled(self, outputs: SampleOutputs, first: int, behind: int) -> RowResult:
+        """Of a row whose samples begin with the `first`, that behind so many drafts."""
+        place = first + behind
+        status, count = int(outputs.status[place]), None
+        if status != Status.OK:
+            return RowResult([], error=NAN_ERROR if status == Status.NAN else FORBIDDEN_ERROR)
+        if self.wanted:
+            count = self.wanted[place]
+        found = None if count is None else [_at(outputs, place, count)]
+        return RowResult([int(outputs.tokens[place])], found)
+
+    def _fail_spoiled(self, rows: list[RowResult]) -> None:
+        """Those of which a token that counts is spoiled: refused drafts do not."""
+        for i, fine in self.host.spoiled_rows(self.rows.lengths).items():
+            refused = len(self.rows.drafts.get(i, ())) - max(0, len(rows[i].tokens) - 1)
+            if fine < self.rows.lengths[i] - refused:
+                rows[i] = RowResult(tokens=[], error=NAN_ERROR)
 
 
 Sample = Callable[[DevicePending, dict[int, bytes]], None]

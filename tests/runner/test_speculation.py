@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import triton
 
 from quire import LLM, SamplingParams
 from quire.engine.startup import Engine
@@ -17,7 +19,19 @@ from quire.engine.wire import Add
 from quire.kernels import native
 from quire.outputs import CompletionOutput
 from quire.speculative.proposer import Drafter
-from runner.engines import Got, check_mixed, cramped, engine, every_parameter, repeating, run
+from runner.engines import (
+    FAMILIES,
+    SMALL,
+    TINY,
+    Got,
+    check_mixed,
+    cramped,
+    engine,
+    every_parameter,
+    repeating,
+    requests,
+    run,
+)
 
 WriteModel = Any
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
@@ -118,6 +132,88 @@ def test_windows_and_experts_give_the_same_bits(
         found = run(guesses(made, knowing(adds, expected, wrong)), adds, seed=1)
         assert found == expected
         assert accepted(made)[0] > 20
+
+
+def test_a_tiny_model_on_the_gpu_runner_equals_the_cpu_runner(write_model: WriteModel) -> None:
+    """In the interpreter: a prompt in chunks, decoding, penalties, drafts right, wrong and none."""
+    model = write_model(**TINY)
+    common = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, "logprobs": 1}
+    adds = [
+        Add("a", list(range(3, 23)), SamplingParams(**common, presence_penalty=0.5), seed=0),
+        Add("b", [7, 9], SamplingParams(**(common | {"temperature": 1.0})), seed=5),
+    ]
+    expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
+    made = engine(model, "cuda", speculative_config=NGRAM, **SMALL)
+    assert made.core.depth == 1
+    found = run(guesses(made, knowing(adds, expected, 0.3)), adds)
+    for name, want in expected.items():
+        assert found[name].tokens == want.tokens
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    right, drafts = accepted(made)
+    assert 0 < right < drafts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("drafter", ["ngram", "right", "often wrong"])
+def test_graphs_give_every_request_the_cpu_runners_tokens(
+    write_model: WriteModel, family: str, drafter: str
+) -> None:
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts, gated rows."""
+    model = write_model(**FAMILIES[family])
+    adds = repeating(rewound(every_parameter(24, 12)), 12)
+    expected = run(engine(model, "cpu", kernels="reference"), adds)
+    given = {"max_num_seqs": 6, "max_num_batched_tokens": 40, "speculative_config": NGRAM}
+    for made in (engine(model, "cuda", **given), cramped(model, "cuda", **given)):
+        if drafter != "ngram":
+            guesses(made, knowing(adds, expected, 0.0 if drafter == "right" else 0.3))
+        for seed in (12, 13):
+            check_mixed(run(made, adds, seed=seed, aborts=0.02), expected, adds)
+            while made.core.warm():  # graphs that requests have asked for
+                pass
+        assert accepted(made)[0] > 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_deterministic_bits_do_not_depend_on_speculation(
+    write_model: WriteModel, family: str, dtype: str
+) -> None:
+    model = write_model(**FAMILIES[family])
+    adds = rewound(every_parameter(16, 4))
+    common = {"deterministic": True, "dtype": dtype, "max_num_seqs": 5}
+    expected = run(engine(model, "cuda", **common), adds)
+    for runner in ("graph", "eager"):
+        for wrong in (0.0, 0.3):
+            made = engine(model, "cuda", runner=runner, speculative_config=NGRAM, **common)
+            assert run(guesses(made, knowing(adds, expected, wrong)), adds, seed=4) == expected
+            assert accepted(made)[0] > 20
+
+
+@pytest.mark.gpu
+def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
+    write_model: WriteModel,
+) -> None:
+    model = write_model()
+    made = engine(model, "cuda", max_num_seqs=16, speculative_config=NGRAM)
+    assert not made.core.runner._graphs.failed  # type: ignore[attr-defined]
+    adds = rewound(requests(16, 8, logprobs=None, max_tokens=30))
+    run(made, adds)
+    while made.core.warm():
+        pass
+    compiled: list[str] = []
+    knobs = triton.knobs.runtime
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    knobs.jit_post_compile_hook = lambda **given: compiled.append(str(given.get("repr")))
+    try:
+        for seed in (9, 10):
+            run(made, adds, seed=seed)
+    finally:
+        knobs.jit_post_compile_hook = None
+    assert accepted(made)[0] > 20
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+    assert not compiled
 
 
 def bits(output: CompletionOutput) -> list[list[tuple[int, float]]]:

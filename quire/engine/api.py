@@ -73,6 +73,11 @@ class EngineStats(msgspec.Struct, frozen=True):
     draft_tokens: int = 0
     accepted_at: list[int] = []
 
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafts that were accepted."""
+        return sum(self.accepted_at)
+
 
 class AsyncEngine(Protocol):
     """An engine as the server sees it. All methods are called on one event loop."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.errors import UsageError, suggest
 
-METHODS = ("ngram", "draft_model")
+METHODS = ("ngram",)
 MOST_DRAFTS = 32
 MOST_LOOKUP = 64
 # vLLM's where neither is given.

@@ -38,8 +38,9 @@ def describe_speculation(
 ) -> None:
     """The plan's lines. `ahead`: whether --async-scheduling was asked for."""
     drafts = f"{asked.num_speculative_tokens} drafts"
-    sizes = f"{asked.prompt_lookup_min} to {asked.prompt_lookup_max}"
-    per_token = NGRAM_BYTES * (1 + asked.prompt_lookup_max - asked.prompt_lookup_min)
+    least, most = asked.prompt_lookup_min, asked.prompt_lookup_max
+    sizes = f"{most}" if least == most else f"{least} to {most}"
+    per_token = NGRAM_BYTES * (1 + most - least)
     reason = f"asked for; n-grams of {sizes} tokens, about {per_token} bytes a token on the host"
     choices.append(Choice("speculation", f"{asked.method}, {drafts} a row", reason))
     reason = "a row's drafts, and where it begins, depend on which of the last were accepted"

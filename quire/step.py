@@ -51,6 +51,9 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     ever; where that is the first draft, the draft's logits choose one more, and so on. What a
     refused draft has written is written again by the slot's next row, which begins with the last
     token chosen. Not with `gated`.
+
+    `propose`: so many drafts of what follows are wanted of the runner's drafter, if it has one.
+    There are blocks for as many tokens behind the row.
     """
 
     slot: int
@@ -61,6 +64,7 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     prompt_logprobs: bool = False
     gated: bool = False
     drafts: int = 0
+    propose: int = 0
 
 
 def sure_tokens(row: Row) -> list[int]:
@@ -116,12 +120,14 @@ FORBIDDEN_ERROR = "invalid_value"  # its parameters exclude every token
 
 class RowResult(msgspec.Struct, array_like=True, gc=False):
     """What one row gave: sampled tokens (none where Row.sample is false; with accepted drafts
-    more than one, and as many `logprobs`), or an error's code."""
+    more than one, and as many `logprobs`), or an error's code. `drafts`: what Row.propose asked
+    for, or fewer."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    drafts: list[int] = []
 
 
 class Result(msgspec.Struct, array_like=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.errors import UsageError, suggest
 
-METHODS = ("ngram",)
+METHODS = ("ngram", "draft_model")
 MOST_DRAFTS = 32
 MOST_LOOKUP = 64
 # vLLM's where neither is given.
@@ -29,6 +29,11 @@ class Speculation:
     prompt_lookup_min: int = 0
     model: str | None = None
     revision: str | None = None
+
+    @property
+    def ahead(self) -> int:
+        """Tokens behind a row whose keys and values the drafter writes, having guessed them."""
+        return 0 if self.method == "ngram" else self.num_speculative_tokens
 
 
 KEYS = tuple(item.name for item in fields(Speculation))
@@ -51,7 +56,8 @@ def parse_speculation(given: Any) -> Speculation:
     if drafts is None:
         raise _error("invalid_option", "num_speculative_tokens is missing")
     if method == "ngram":
-        _refuse(values, method, ("revision",) if model in ("ngram", "[ngram]") else ("model",))
+        names_it = model in ("ngram", "[ngram]")
+        _refuse(values, method, ("revision",) if names_it else ("model", "revision"))
         return Speculation(method, drafts, *_lookup(values))
     _refuse(values, method, ("prompt_lookup_max", "prompt_lookup_min"))
     for name in ("model", "revision"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.engine.request import Request
-from quire.speculative.proposer import Drafter, Proposer
+from quire.speculative.proposer import Drafter, Proposer, Returned
 from quire.step import Row
 
 NO_DRAFTS: list[int] = []  # of most rows, so they share it; never changed
@@ -26,10 +26,11 @@ class DraftCounts:
 
 
 class Drafting:
-    """`most`: drafts of a row. `max_sampled`: rows of logits that a step can sample from."""
+    """`most`: drafts of a row. `max_sampled`: rows of logits that a step can sample from. `ahead`:
+    drafts that the runner makes behind a row, and tokens that it needs blocks for there."""
 
-    def __init__(self, proposer: Proposer, most: int, max_sampled: int):
-        self.most = most
+    def __init__(self, proposer: Proposer, most: int, max_sampled: int, ahead: int = 0):
+        self.most, self.ahead = most, ahead
         self._proposer = proposer
         self._max_sampled = max_sampled
         self._rows = self._drafted = 0
@@ -58,6 +59,17 @@ class Drafting:
         if request.drafter is None or room <= 0:
             return NO_DRAFTS
         return request.drafter.propose(request.tokens, room)
+
+    def proposals(self, request: Request, end: int) -> int:
+        """How many drafts the runner is to make behind a row that samples and ends at `end`."""
+        if request.drafter is None:
+            return 0
+        return max(0, min(self.ahead, request.longest - 1 - end))
+
+    def take(self, request: Request, drafts: list[int]) -> None:
+        """Drafts that the runner made behind all of a request's tokens."""
+        if isinstance(request.drafter, Returned):
+            request.drafter.take(len(request.tokens), drafts)
 
     def count(self, row: Row, accepted: int) -> None:
         """A row with drafts has been computed."""

@@ -62,6 +62,8 @@ class Scheduler:
         self.limits = limits
         self.kv = kv
         self._drafting = drafting
+        # Most tokens that one step writes of a request.
+        self._step_tokens = limits.max_num_batched_tokens + (drafting.ahead if drafting else 0)
         self.requests: dict[str, Request] = {}
         self._clock = clock
         # A heap. Requests that finished while they waited stay in it for a while.
@@ -124,7 +126,7 @@ class Scheduler:
         length = len(prompt)
         output = self._max_tokens(add)
         # The last token's KV is never computed.
-        if not self.kv.fits_ever(length + output - 1, self.limits.max_num_batched_tokens):
+        if not self.kv.fits_ever(length + output - 1, self._step_tokens):
             _, total = self.kv.usage()
             raise UsageError(
                 "prompt_too_large",
@@ -265,17 +267,16 @@ class Scheduler:
             gap = request.promised - request.scheduled
             count = gap if gap < budget else budget
             end = request.scheduled + count
-            new_blocks, drafts = self._no_blocks, NO_DRAFTS
-            if room > 0 and gap == 1 and drafting is not None:
-                drafts = drafting.drafts(request, room)
-                if drafts and not self._grows(request, end + len(drafts)):
-                    drafts = NO_DRAFTS
-            if end + len(drafts) > request.covered:
-                if not drafts and not self._make_room(request, end, parts):
+            new_blocks, drafts, propose = self._no_blocks, NO_DRAFTS, 0
+            if drafting is not None:
+                drafts, propose = self._speculate(request, end, room if gap == 1 else 0)
+            need = end + len(drafts) + propose
+            if need > request.covered:
+                if need == end and not self._make_room(request, end, parts):
                     short = True
                     continue
-                new_blocks = self._new_blocks(request, end + len(drafts))
-            parts.append((request, self._row(request, count, new_blocks, drafts)))
+                new_blocks = self._new_blocks(request, need)
+            parts.append((request, self._row(request, count, new_blocks, drafts, propose)))
             budget -= count + len(drafts)
             room -= len(drafts)
         return 0 if short else budget
@@ -286,6 +287,18 @@ class Scheduler:
         sampling = len(self._running) + min(len(self._free_slots), self.num_waiting)
         others = prefilling or self.num_waiting > 0
         return self._drafting.room(budget, decoding, sampling, others)
+
+    def _speculate(self, request: Request, end: int, room: int) -> tuple[list[int], int]:
+        """For a row that ends at `end`: drafts behind it, at most `room`, and how many more the
+        runner is to make; as far as there are blocks, which are taken."""
+        drafting = self._drafting
+        if drafting is None or self._suspects or end < request.promised:
+            return NO_DRAFTS, 0
+        drafts = drafting.drafts(request, room)
+        propose = drafting.proposals(request, end + len(drafts))
+        if self._grows(request, end + len(drafts) + propose):
+            return drafts, propose
+        return (drafts, 0) if self._grows(request, end + len(drafts)) else (NO_DRAFTS, 0)
 
     def _grows(self, request: Request, end: int) -> bool:
         """Whether a running request has blocks for `end` tokens, or takes free ones."""
@@ -330,7 +343,7 @@ class Scheduler:
             hit = self.kv.admit(
                 request.request_id,
                 request.tokens,
-                self.limits.max_num_batched_tokens,
+                self._step_tokens,
                 tenant=request.add.tenant,
                 salt=request.add.cache_salt,
                 use_cache=request.add.params.prompt_logprobs is None,
@@ -343,8 +356,10 @@ class Scheduler:
             count = min(request.gap, budget)
             grown = self.kv.grow(request.request_id, hit + count)
             assert grown, "admission looked at less than the first step needs"
-            batch.enter.append(self._enter(request, hit + count))
-            parts.append((request, self._row(request, count, self._no_blocks)))
+            _, propose = self._speculate(request, hit + count, 0)
+            batch.enter.append(self._enter(request, hit + count + propose))
+            row = self._row(request, count, self._no_blocks, propose=propose)
+            parts.append((request, row))
             budget -= count
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
@@ -353,7 +368,7 @@ class Scheduler:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
         request.computed = request.scheduled = hit
-        request.settle_at = 0
+        request.settle_at = request.covered = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
             if request.add.params.prompt_logprobs is None:
@@ -393,6 +408,7 @@ class Scheduler:
         count: int,
         new_blocks: list[list[int]],
         drafts: list[int] = NO_DRAFTS,
+        propose: int = 0,
     ) -> Row:
         start = request.scheduled
         end = request.scheduled = start + count
@@ -411,7 +427,7 @@ class Scheduler:
         if drafts:
             tokens = tokens + drafts
         row = (request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
-        return Row(*row, len(drafts))
+        return Row(*row, len(drafts), propose)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
@@ -489,8 +505,11 @@ class Scheduler:
             return error_delta(request.request_id, ROW_ERRORS[got.error])
         first = len(request.tokens)
         delta = take_row(request, row, got)
-        if row.drafts and self._drafting is not None:
-            self._drafting.count(row, min(len(got.tokens) - 1, len(delta.token_ids)))
+        if self._drafting is not None:
+            if row.drafts:
+                self._drafting.count(row, min(len(got.tokens) - 1, len(delta.token_ids)))
+            if got.drafts:
+                self._drafting.take(request, got.drafts)
         if row.sample:
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first

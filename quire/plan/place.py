@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quire.config.options import Options
 from quire.errors import ModelError, PlanError
 from quire.formats.layout import is_quantized
 from quire.layers.build import Build
 from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
+from quire.plan.facts import ModelFacts, declared_dtype
 from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
+NATIVE_HEAD_SIZES = range(8, 257, 8)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Place:
 
     `max_sampled`: rows of logits that a step samples from at most. `room`: what the KV cache and
     the rotary tables may take. `fill`: the KV cache takes it all by default, instead of a default
-    number of tokens.
+    number of tokens. `ahead`: tokens that a model drafts behind those of a step.
     """
 
     device: str
@@ -50,6 +54,24 @@ class Place:
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
     sampling_graphs: tuple[int, ...] = ()
+    ahead: int = 0
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of one request that a step writes."""
+        return self.max_num_batched_tokens + self.ahead
+
+
+def tensor_formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
+    """The format each tensor will have before packing: --dtype changes dense ones."""
+    dense = DENSE.get(options.model.dtype)
+    fallback = DENSE[declared_dtype(model.hf_config)]
+
+    def lookup(name: str) -> str:
+        stored = (model.formats or {}).get(name, fallback)
+        return dense if dense is not None and stored in DENSE_FORMATS else stored
+
+    return lookup
 
 
 def matrices(build: Build) -> list[str]:

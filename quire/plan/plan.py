@@ -34,8 +34,9 @@ class Plan:
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
     captured, `mixed_graphs` numbers of tokens of other steps, `sampling_graphs` of rows of logits.
-    `max_sampled`: rows of logits that a step samples from at most. `model_fingerprint` is of the
-    weights and of the config's values; `ranks` share the model.
+    `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
+    model that drafts; its layers' caches are in `groups`, numbered behind the model's.
+    `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
     """
 
     model: str
@@ -71,12 +72,15 @@ class Plan:
     numerics_version: int
     max_sampled: int
     speculation: Speculation | None = None
+    draft_bytes: int = 0
+    draft_fingerprint: str = ""
     ranks: int = 1
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
-        return sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
+        rest = (self.graph_bytes, self.state_bytes, self.reserve_bytes, self.draft_bytes)
+        return sum(parts) + sum(rest)
 
     @property
     def cache_fingerprint(self) -> bytes:
@@ -96,6 +100,8 @@ class Plan:
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes) for g in self.groups],
         ]
+        if self.draft_fingerprint:
+            fields.append(self.draft_fingerprint)
         return hashlib.blake2b(msgspec.json.encode(fields), digest_size=32).digest()
 
     @property

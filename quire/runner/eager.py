@@ -12,13 +12,14 @@ import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
-from quire.layers.build import Build, CpuKernels
-from quire.layers.inputs import GroupInputs, StepInputs
+from quire.layers.build import Build, CacheLayer, CpuKernels
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
+from quire.runner.eager_drafter import EagerDrafter
+from quire.runner.forward import forward
 from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import NAN_ERROR, Sampler
-from quire.runner.slots import Flat, Slots, flatten
+from quire.runner.slots import Slots, flatten
 from quire.runner.watch import WatchLogits
 from quire.step import (
     Batch,
@@ -53,18 +54,24 @@ class EagerPending:
 
 
 def allocate_caches(
-    build: Build, groups: Sequence[KVGroup], pool_blocks: Sequence[int], dtype: torch.dtype
+    build: Build,
+    groups: Sequence[KVGroup],
+    pool_blocks: Sequence[int],
+    dtype: torch.dtype,
+    more: Sequence[CacheLayer] = (),
 ) -> None:
-    """Memory for every attention layer, in the shapes of its kernels.
+    """Memory for every attention layer, in the shapes of its kernels. `more`: layers of another
+    model, numbered behind those of this one.
 
     Groups of one pool share its memory, as each block belongs to one of them at a time. Pages are
     touched when first written, so a large cache costs nothing until it is used.
     """
+    caches = [*build.caches, *more]
     memory: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for group in groups:
         blocks = pool_blocks[group.pool]
         for i, layer in enumerate(group.layers):
-            cache = build.caches[layer]
+            cache = caches[layer]
             if (group.pool, i) not in memory:
                 shapes = build.kernels.cache_shapes(blocks, cache.kv_heads, cache.head_size)
                 keys, values = (torch.empty(s, dtype=dtype, device=build.device) for s in shapes)
@@ -86,6 +93,7 @@ class EagerRunner:
         num_groups: int,
         num_slots: int,
         max_model_len: int,
+        draft_model: Model | None = None,
     ):
         self.model = model
         self.sampler = Sampler(kernels)
@@ -95,6 +103,11 @@ class EagerRunner:
         self.slots = Slots(num_slots, max_blocks, num_groups)
         record = getattr(kernels, "record", None)  # only the native kernels can be recorded
         self._recorded = record and RecordedSteps(model, record, num_groups, max_blocks)
+        self._drafter: EagerDrafter | None = None
+        if draft_model is not None:
+            self._drafter = EagerDrafter(draft_model, self.sampler, self.slots, num_groups)
+            if record:
+                self._drafter.record(record, num_groups, max_blocks)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> EagerPending:
@@ -111,7 +124,7 @@ class EagerRunner:
             logits_BV = self._recorded.logits(flat)
             if logits_BV is not None:
                 return self._sampled(batch, list(range(len(rows))), logits_BV, results)
-        hidden_TH = self._forward(flat)
+        hidden_TH = forward(self.model, flat)
         self._prompt_logprobs(rows, hidden_TH, results)
         fine = _fine_tokens(hidden_TH, flat.query_start)
         for i, row in enumerate(rows):
@@ -138,18 +151,6 @@ class EagerRunner:
         """Nothing to prepare: decode steps are recorded when they first come."""
         return 0
 
-    def _forward(self, flat: Flat) -> torch.Tensor:
-        groups = [
-            GroupInputs(torch.from_numpy(table), torch.from_numpy(slots))
-            for table, slots in zip(flat.block_tables, flat.slots, strict=True)
-        ]
-        step = StepInputs(
-            torch.from_numpy(flat.query_start), torch.from_numpy(flat.context_len), groups
-        )
-        return self.model.forward(
-            torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
-        )
-
     def _sampled(
         self,
         batch: Batch,
@@ -167,8 +168,12 @@ class EagerRunner:
         @torch.inference_mode()
         def sample(masks: dict[int, bytes]) -> None:
             chosen = [k for k, i in enumerate(sampling) if i in masks or not rows[i].gated]
-            if not chosen:
-                return
+            if chosen:
+                extend(chosen, masks)
+            if self._drafter is not None:
+                self._drafter.draft(batch, results)
+
+        def extend(chosen: list[int], masks: dict[int, bytes]) -> None:
             slots = [self.slots[rows[sampling[k]].slot] for k in chosen]
             for k, slot in zip(chosen, slots, strict=True):
                 mask = masks.get(sampling[k])

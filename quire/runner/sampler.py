@@ -37,6 +37,12 @@ class Sampler:
         best = self.kernels.argmax(logits_BV).tolist()
         return [self._sample_row(logits_BV[i], best[i], slot) for i, slot in enumerate(slots)]
 
+    def guess(self, logits_BV: torch.Tensor, slots: Sequence[Slot]) -> list[int | None]:
+        """What `sample` would choose, None where it would fail, and no log-probabilities."""
+        best = self.kernels.argmax(logits_BV).tolist()
+        rows = zip(logits_BV, best, slots, strict=True)
+        return [self._choice(logits_V, found, slot)[0] for logits_V, found, slot in rows]
+
     def extend(
         self, logits_RV: torch.Tensor, slots: Sequence[Slot], drafts: Sequence[Sequence[int]]
     ) -> list[RowResult]:
@@ -58,15 +64,22 @@ class Sampler:
         return got
 
     def _sample_row(self, logits_V: torch.Tensor, best: int, slot: Slot) -> RowResult:
-        if best < 0 or not math.isfinite(logits_V[best]):
-            return RowResult(tokens=[], error=NAN_ERROR)
-        token = best if _plain_greedy(slot) else self._choose(logits_V.clone(), slot)
+        token, error = self._choice(logits_V, best, slot)
         if token is None:
-            return RowResult(tokens=[], error=FORBIDDEN_ERROR)
+            return RowResult(tokens=[], error=error)
         logprobs = None
         if slot.params.logprobs is not None:
             logprobs = self.logprobs(logits_V[None], [token], slot.params.logprobs)
         return RowResult(tokens=[token], logprobs=logprobs)
+
+    def _choice(
+        self, logits_V: torch.Tensor, best: int, slot: Slot
+    ) -> tuple[int | None, str | None]:
+        """The token of a row whose largest logit is that of `best`, or an error."""
+        if best < 0 or not math.isfinite(logits_V[best]):
+            return None, NAN_ERROR
+        token = best if _plain_greedy(slot) else self._choose(logits_V.clone(), slot)
+        return token, FORBIDDEN_ERROR if token is None else None
 
     def logprobs(
         self, logits_BV: torch.Tensor, tokens: Sequence[int], count: int

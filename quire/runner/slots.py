@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,13 @@ class TokenCounts:
         self._counts = np.zeros(16, dtype=np.float32)
         for token in tokens:
             self.add(token)
+
+    def copy(self) -> TokenCounts:
+        """The same counts, to go on by themselves."""
+        made = TokenCounts()
+        made._places, made._ids = dict(self._places), self._ids.copy()
+        made._counts = self._counts.copy()
+        return made
 
     def add(self, token: int) -> None:
         place = self._places.setdefault(token, len(self._places))
@@ -70,6 +77,11 @@ class Slot:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def branch(self) -> Slot:
+        """The same request, to go on by guesses while this one stays."""
+        counts = None if self.output_counts is None else self.output_counts.copy()
+        return replace(self, tokens=list(self.tokens), output_counts=counts)
 
     def append(self, token: int) -> None:
         self.tokens.append(token)

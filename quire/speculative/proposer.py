@@ -33,6 +33,28 @@ class NgramProposer:
         return NgramDrafter(self._least, self._most)
 
 
+class Returned:
+    """What the runner's drafter has made behind the last row of a request."""
+
+    def __init__(self) -> None:
+        self._length, self._drafts = 0, list[int]()
+
+    def take(self, length: int, drafts: list[int]) -> None:
+        """Drafts of what follows `length` tokens."""
+        self._length, self._drafts = length, drafts
+
+    def propose(self, tokens: list[int], count: int) -> list[int]:
+        """At most `count` of them; see Drafter."""
+        return self._drafts[:count] if len(tokens) == self._length else []
+
+
+class RunnerProposer:
+    """Drafts come with the results of steps: from a model on the runner."""
+
+    def drafter(self) -> Returned:
+        return Returned()
+
+
 def make_proposer(config: Speculation) -> Proposer:
     """What the scheduler asks for drafts."""
-    return NgramProposer(config)
+    return NgramProposer(config) if config.method == "ngram" else RunnerProposer()

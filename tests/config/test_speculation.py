@@ -69,6 +69,28 @@ def test_what_makes_no_sense_is_refused_in_words(given: dict[str, Any], says: st
     assert caught.value.field == "speculative_config"
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "draft_model"}, "model is missing"),
+        ({"method": "draft_model", "model": 3}, "must be a string"),
+        ({"model": "a/b", "prompt_lookup_max": 3}, "does not go with method 'draft_model'"),
+        ({"model": "a/b", "revision": 3}, "must be a string"),
+        ({"method": "ngram", "revision": "main"}, "does not go with method 'ngram'"),
+    ],
+)
+def test_keys_of_another_method_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_speculation({"num_speculative_tokens": 3} | given)
+
+
+def test_a_model_without_a_method_drafts() -> None:
+    asked = {"model": "a/b", "revision": "main", "num_speculative_tokens": 3}
+    assert parse_speculation(asked) == Speculation("draft_model", 3, model="a/b", revision="main")
+    assert parse_speculation(asked).ahead == 3
+    assert parse_speculation(NGRAM).ahead == 0
+
+
 @pytest.mark.parametrize("text", ["", "ngram", "[1]", "3", "[" * 100_000, '{"method": "ngram"'])
 def test_text_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="speculative-config"):

@@ -10,6 +10,7 @@ leave, enter, rows; all rows of a step write before any of them reads, as on a d
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -162,7 +163,8 @@ class Slot:
 
 class MockRunner:
     """`fails(batch)` true makes that step raise; `nan(slot, row)` true makes what the row writes
-    poison, and it and all later rows of the slot an error, whether they sample or not.
+    poison, and it and all later rows of the slot an error, whether they sample or not. `wrong`:
+    how often a proposed draft is not what will be chosen.
 
     What makes a request's label travels as its first bad word, which the scheduler must pass on.
     """
@@ -174,6 +176,7 @@ class MockRunner:
         num_slots: int,
         fails: Callable[[Batch, list[Slot]], bool] = lambda batch, slots: False,
         nan: Callable[[Slot, Row], bool] = lambda slot, row: False,
+        wrong: float = 0.0,
     ):
         self.groups = groups
         self.pages: list[list[list[object]]] = [
@@ -182,6 +185,7 @@ class MockRunner:
         self.num_slots = num_slots
         self.slots: dict[int, Slot] = {}
         self.fails, self.nan = fails, nan
+        self.wrong, self.numbers = wrong, random.Random(0)
         self.last_step = 0
         self.held: Held | None = None
         self.tokens_computed = 0
@@ -315,7 +319,25 @@ class MockRunner:
                     break
                 slot.next_start = len(slot.tokens)
                 self._sample(slot, mask, result)
+            result.drafts = self._propose(slot, row.propose)
         return result
+
+    def _propose(self, slot: Slot, count: int) -> list[int]:
+        """Drafts behind the slot's tokens. What a drafter writes from the last of these on is
+        poison for who reads it before the next row has written there."""
+        first, drafts = len(slot.tokens) - 1, list[int]()
+        prefix, enter = slot.hashes[-1], slot.enter
+        for i in range(count):
+            for g, group in enumerate(self.groups):
+                block = slot.tables[g][(first + i) // BLOCK_SIZE]
+                assert block != NULL_BLOCK, "a draft written to the null block"
+                self.pages[group.pool][block][(first + i) % BLOCK_SIZE] = POISON
+            token = choose(prefix, enter.seed, enter.choice, first + 1 + i, frozenset())
+            if self.numbers.random() < self.wrong:
+                token = self.numbers.randrange(VOCAB)
+            drafts.append(token)
+            prefix = hash((prefix, token))
+        return drafts
 
     def _sample(self, slot: Slot, mask: bytes | None, result: RowResult) -> None:
         params, done = slot.enter.params, len(slot.tokens) - slot.enter.num_prompt

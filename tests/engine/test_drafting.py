@@ -12,7 +12,7 @@ from test_scheduler import BASES, LAYOUTS, MODEL_LEN, Driver, least_blocks, plai
 
 from quire.engine.drafting import Drafting
 from quire.params import SamplingParams
-from quire.speculative.proposer import Drafter
+from quire.speculative.proposer import Drafter, RunnerProposer
 
 FOREVER = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -50,16 +50,29 @@ def drafting(wrong: float = 0.0, most: int = 4, max_sampled: int = 64) -> Drafti
     return Drafting(Guessing(wrong), most, max_sampled)
 
 
+def returned(most: int = 4, max_sampled: int = 64) -> Drafting:
+    """A drafter on the runner."""
+    return Drafting(RunnerProposer(), most, max_sampled, ahead=most)
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_life_with_drafts_gives_reference_outputs_and_leaks_nothing(seed: int) -> None:
     """Chunks, preemption, aborts, stops, gates, faults, NaN, any depth; drafts right or wrong."""
     run_random(seed, 120, drafting(wrong=[0.0, 0.1, 0.5, 1.0][seed % 4], most=1 + seed % 7))
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_random_life_with_a_drafter_on_the_runner(seed: int) -> None:
+    """It writes behind each row that samples, where nobody must read."""
+    run_random(seed, 120, returned(most=1 + seed % 7), wrong=[0.0, 0.1, 0.5, 1.0][seed % 4])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(24, 424))
 def test_random_life_with_drafts_gives_reference_outputs_and_leaks_nothing_full(seed: int) -> None:
-    run_random(seed, 200, drafting(wrong=[0.0, 0.1, 0.5, 1.0][seed % 4], most=1 + seed % 7))
+    wrong, most = [0.0, 0.1, 0.5, 1.0][seed % 4], 1 + seed % 7
+    run_random(seed, 200, drafting(wrong, most))
+    run_random(seed, 200, returned(most), wrong)
 
 
 def test_random_lives_with_drafts_reach_what_they_are_meant_to_reach() -> None:
@@ -85,9 +98,9 @@ def test_in_the_least_pools_a_request_runs_with_drafts_and_without_preemption(
     layout: str, depth: int
 ) -> None:
     groups = LAYOUTS[layout]
-    for wrong in (0.0, 0.5, 1.0):
-        blocks = least_blocks(groups, MODEL_LEN, 16)
-        driver = Driver(groups, blocks, depth, 16, slots=1, drafting=drafting(wrong))
+    for wrong, made in [(w, drafting(w)) for w in (0.0, 0.5, 1.0)] + [(0.2, returned())]:
+        blocks = least_blocks(groups, MODEL_LEN, 16 + made.ahead)
+        driver = Driver(groups, blocks, depth, 16, slots=1, drafting=made, wrong=wrong)
         driver.add(BASES[0][:50], SamplingParams(max_tokens=None, ignore_eos=True))
         driver.drain()
         assert driver.scheduler.stats().preemptions == 0
@@ -175,6 +188,24 @@ def test_nobody_is_preempted_for_a_draft() -> None:
     batch = driver.scheduler.schedule()
     assert batch is not None and [row.drafts for row in batch.rows] == [0, 0]
     assert driver.scheduler.stats().preemptions == 0
+
+
+def test_what_the_runner_drafts_is_the_next_rows_and_has_blocks_in_time() -> None:
+    driver = plain(drafting=returned())
+    driver.add(BASES[0][:14], FOREVER)
+    batch = driver.scheduler.schedule()
+    assert batch is not None
+    [row] = batch.rows
+    assert (len(row.tokens), row.drafts, row.propose) == (14, 0, 4)
+    assert len(batch.enter[0].blocks[0]) == 2  # for 14 tokens and 4 behind them
+    driver.pending.append((batch, driver.runner.submit(batch)))
+    driver.commit()
+    again = driver.scheduler.schedule()
+    assert again is not None and (again.rows[0].drafts, again.rows[0].propose) == (4, 4)
+    driver.pending.append((again, driver.runner.submit(again)))
+    driver.drain()
+    # The first row of drafts gives 5 tokens, as do the next six; the last four come one short.
+    assert driver.scheduler.stats().accepted_at == [8, 8, 8, 7]
 
 
 def test_a_request_with_drafts_waits_for_its_tokens_and_a_gated_one_has_none() -> None:

@@ -129,12 +129,13 @@ class Driver:
         rng: random.Random | None = None,
         max_queue: int = 1000,
         drafting: Drafting | None = None,
+        wrong: float = 0.0,
     ):
         self.now, self.depth, self.rng = 100.0, depth, rng or random.Random(0)
         self.kv = KVManager(groups, pool_blocks, BlockIdentity(b"test"), caching)
         limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue)
         self.scheduler = Scheduler(limits, self.kv, lambda: self.now, drafting)
-        self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan)
+        self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan, wrong)
         self.pending: deque[tuple[Batch, Result | Held | None]] = deque()
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
@@ -375,12 +376,15 @@ class Driver:
 BASES = [[random.Random(b).randrange(2, VOCAB) for _ in range(MODEL_LEN)] for b in range(3)]
 
 
-def random_driver(rng: random.Random, drafting: Drafting | None = None) -> Driver:
+def random_driver(
+    rng: random.Random, drafting: Drafting | None = None, wrong: float = 0.0
+) -> Driver:
     groups = LAYOUTS[rng.choice(list(LAYOUTS))]
     budget = rng.choice([1, 5, 16, 33, 64])
     slots = rng.choice([1, 2, 3, 6])
     slack = rng.choice([0, 0, 1, 3, 10, 60])
-    blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget)]
+    ahead = 0 if drafting is None else drafting.ahead
+    blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget + ahead)]
     return Driver(
         groups,
         blocks,
@@ -391,6 +395,7 @@ def random_driver(rng: random.Random, drafting: Drafting | None = None) -> Drive
         priority=rng.random() < 0.3,
         rng=rng,
         drafting=drafting,
+        wrong=wrong,
     )
 
 
@@ -455,9 +460,11 @@ def random_operation(driver: Driver, rng: random.Random) -> None:
         driver.iterate()
 
 
-def run_random(seed: int, operations: int, drafting: Drafting | None = None) -> Driver:
+def run_random(
+    seed: int, operations: int, drafting: Drafting | None = None, wrong: float = 0.0
+) -> Driver:
     rng = random.Random(seed)
-    driver = random_driver(rng, drafting)
+    driver = random_driver(rng, drafting, wrong)
     for _ in range(operations):
         random_operation(driver, rng)
     driver.drain()

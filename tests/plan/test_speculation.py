@@ -7,14 +7,19 @@ from typing import Any
 import pytest
 
 from quire.config.parse import build_options
-from quire.errors import PlanError
+from quire.errors import ModelError, PlanError
 from quire.kernels.sampling import Scratch
+from quire.plan.facts import ModelFacts
+from quire.plan.plan import Plan
+from quire.plan.resolve import resolve
 
+from .test_gpu import FOUND, QWEN, reasons
+from .test_gpu import MACHINE as GPU_MACHINE
 from .test_gpu import plan as gpu_plan
-from .test_gpu import reasons
-from .test_resolve import plan
+from .test_resolve import LLAMA, MACHINE, NATIVE, plan
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+DRAFT = {"method": "draft_model", "model": "small", "num_speculative_tokens": 4}
 
 
 def test_without_it_nothing_is_said_and_rows_of_logits_are_requests() -> None:
@@ -56,6 +61,61 @@ def test_the_gpus_memory_for_rows_of_logits_and_graphs_of_verifying_steps_is_pla
     assert made.state_bytes - without.state_bytes == more
     assert made.graph_bytes > without.graph_bytes
     assert made.kv_bytes < without.kv_bytes
+
+
+def draft_plan(draft: dict[str, Any], hf: dict[str, Any] = LLAMA, **options: Any) -> Plan:
+    facts = [ModelFacts("m", hf, None), ModelFacts("small", draft, None, "its weights")]
+    given = build_options({"speculative_config": DRAFT, **options})
+    return resolve(given, facts[0], MACHINE, NATIVE, draft=facts[1])
+
+
+def test_a_draft_models_weights_and_caches_are_planned_beside_the_models() -> None:
+    small = LLAMA | {"num_hidden_layers": 1, "head_dim": 32}
+    alone, made = plan(hf=small, max_num_seqs=1), draft_plan(small)
+    without = plan()
+    assert made.draft_bytes == alone.weight_bytes
+    assert made.weight_bytes == without.weight_bytes
+    parts = (made.weight_bytes, made.kv_bytes, made.activation_bytes, made.graph_bytes)
+    assert made.total_bytes == sum(parts) + made.reserve_bytes + made.draft_bytes
+    # Layers of another head size are a group of their own, numbered behind the model's three.
+    assert [group.layers for group in made.groups] == [(0, 1, 2), (3,)]
+    assert made.kv_bytes > without.kv_bytes
+    # Of the same shape they share the model's group, and its block tables.
+    assert [group.layers for group in draft_plan(LLAMA).groups] == [(0, 1, 2, 3, 4, 5)]
+    assert made.fingerprint != without.fingerprint, "its blocks hold more"
+    assert reasons(made)["speculation"] == "draft_model, 4 drafts a row"
+
+
+def test_a_windows_blocks_have_room_for_what_is_drafted_behind_a_step() -> None:
+    window = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    sizes: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": 16}
+    blocks = draft_plan(window | {"num_hidden_layers": 1}, **sizes).pool_blocks
+    assert blocks[1] == 1 + -(-(64 + 16 + 4) // 16) + 1
+
+
+@pytest.mark.parametrize(
+    ("draft", "options", "code"),
+    [
+        ({"vocab_size": 999}, {}, "draft_vocabulary"),
+        ({"head_dim": 12}, {}, "unsupported_head_size"),
+        ({"num_hidden_layers": 400, "intermediate_size": 2**20}, {}, "out_of_memory"),
+        ({"architectures": ["Unknown"]}, {}, "unknown_architecture"),
+    ],
+)
+def test_a_draft_model_that_cannot_draft_is_refused(
+    draft: dict[str, Any], options: dict[str, Any], code: str
+) -> None:
+    with pytest.raises((PlanError, ModelError)) as caught:
+        draft_plan(LLAMA | draft, **options)
+    assert caught.value.code == code
+
+
+def test_on_a_gpu_a_draft_model_is_refused_with_what_to_do() -> None:
+    facts = [ModelFacts("m", QWEN, None), ModelFacts("small", QWEN, None)]
+    with pytest.raises(PlanError, match="cannot draft on a GPU yet") as caught:
+        options = build_options({"speculative_config": DRAFT})
+        resolve(options, facts[0], GPU_MACHINE, FOUND, draft=facts[1])
+    assert "ngram" in caught.value.fix
 
 
 def test_answers_are_the_same_so_the_fingerprint_is() -> None:

@@ -220,6 +220,70 @@ def bits(output: CompletionOutput) -> list[list[tuple[int, float]]]:
     return [[(t, e.logprob) for t, e in p.items()] for p in output.logprobs or []]
 
 
+def drafted_by(model: str, drafts: int = 4) -> dict[str, Any]:
+    return {"method": "draft_model", "model": model, "num_speculative_tokens": drafts}
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_a_draft_model_that_is_the_model_drafts_what_it_chooses(
+    write_model: WriteModel, kernels: str
+) -> None:
+    """Sampled at high temperature with every parameter: only equal noise makes all drafts right."""
+    model = write_model()
+    adds = every_parameter(12, 5)
+    given: dict[str, Any] = {"kernels": kernels, "threads": 1}
+    expected = run(engine(model, "cpu", **given), adds)
+    made = engine(model, "cpu", speculative_config=drafted_by(model), **given)
+    found = run(made, adds)
+    check_mixed(found, expected, adds)
+    assert kernels == "reference" or found == expected
+    right, drafts = accepted(made)
+    assert right == drafts > 100
+    steps = made.core.scheduler.stats().steps
+    assert steps < 40  # of 3 x 20 tokens and the prompts; four requests at a time
+
+
+@pytest.mark.parametrize("family", ["tiny_gemma", "tiny_moe", "tiny_llama"])
+def test_any_draft_model_changes_no_bit(
+    write_model: WriteModel, family: str, request: pytest.FixtureRequest
+) -> None:
+    """In chunks, preempted, aborted, from the prefix cache; its layers have another window, head
+    size and number than the model's, or share its groups."""
+    if not native.available():
+        pytest.skip(native.why_not())
+    model = request.getfixturevalue(family)
+    adds = repeating(every_parameter(20, 6), 6)
+    expected = run(engine(model, "cpu"), adds)
+    others = {
+        "full": write_model(num_hidden_layers=1, head_dim=8),
+        "window": write_model(architectures=["MistralForCausalLM"], sliding_window=24),
+    }
+    for other in others.values():
+        sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 24}
+        made = cramped(model, "cpu", speculative_config=drafted_by(other, 3), **sizes)
+        for seed in (1, 2):
+            found = run(made, adds, seed=seed, aborts=0.02)
+            check_mixed(found, expected, adds)
+            whole = [name for name, got in found.items() if got.reason != "abort"]
+            assert {name: found[name] for name in whole} == {n: expected[n] for n in whole}
+        assert accepted(made)[1] > 100
+        assert made.core.scheduler.stats().prefix_hit_tokens > 0
+
+
+def test_a_draft_model_goes_on_from_what_is_found_in_the_prefix_cache(
+    write_model: WriteModel,
+) -> None:
+    model = write_model()
+    made = engine(model, "cpu", threads=1, speculative_config=drafted_by(model))
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    for name in ("first", "again"):
+        before = accepted(made)
+        run(made, [Add(name, list(range(3, 73)), params, seed=3)])
+        right, drafts = (b - a for a, b in zip(before, accepted(made), strict=True))
+        assert right == drafts > 10
+    assert made.core.scheduler.stats().prefix_hit_tokens == 64
+
+
 def answers(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
     """All that can be seen of each choice, log-probabilities to the last bit."""
     outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -212,14 +212,20 @@ def draft_rows(slots: int, drafts: int, device: torch.device) -> torch.Tensor:
     return rows_of([(slot, 7, 0, flag) for slot in range(slots) for flag in flags], device)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("temperature", "cases"),
+    [
+        (0.0, CASES[2:11:3]),
+        (0.8, [CASES[i] for i in (4, 10, -2)]),
+        *(pytest.param(t, CASES, marks=pytest.mark.full) for t in (0.0, 0.8)),
+    ],
+)
 def test_rows_behind_drafts_are_sampled_as_the_cpu_sampler_does_one_by_one(
-    temperature: float, device: torch.device
+    temperature: float, cases: Any, device: torch.device
 ) -> None:
     """Every parameter; drafts are what will be chosen, but for the last of every third slot. So
     penalties, counts, min_tokens and bad words are those of each position."""
     drafts, enters = 2, []
-    cases = CASES[temperature > 0 :: 2]
     for slot, (params, ends, words) in enumerate(cases):
         params = {"temperature": temperature, "max_tokens": None, "logprobs": 1, **params}
         enters.append(

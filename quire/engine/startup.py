@@ -183,13 +183,13 @@ def assemble(
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
         model = _load(build, files, source, lambda done: say("loading weights", done))
-        draft_build, draft_model = _load_draft_model(options, build)
+        draft = _load_draft_model(options, build)
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
-        more = [] if draft_build is None else draft_build.caches
+        more = [] if draft is None else draft[1].caches
         allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype], more)
-        runner = _make_runner(plan, found, build, model, draft_model, info)
+        runner = _make_runner(plan, found, build, model, draft, info)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
     if plan.device != "cpu":
@@ -211,11 +211,11 @@ def _load(
     return model
 
 
-def _load_draft_model(options: Options, target: Build) -> tuple[Build | None, Model | None]:
+def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | None:
     """The model that --speculative-config has draft, built like the target and beside it."""
     theirs = draft_options(options)
     if theirs is None:
-        return None, None
+        return None
     files = find_model(theirs)
     source = open_weights(theirs, files)
     if source is None:
@@ -232,7 +232,7 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Build | None, Mo
         weights=[],
         caches=[],
     )
-    return build, _load(build, files, source)
+    return _load(build, files, source), build
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:
@@ -252,15 +252,15 @@ def _make_runner(
     found: KernelFacts,
     build: Build,
     model: Model,
-    draft_model: Model | None,
+    draft: tuple[Model, Build] | None,
     info: EngineInfo,
 ) -> Runner:
     if plan.device == "cpu":
         sizes = (len(plan.groups), plan.max_num_seqs, plan.max_model_len)
-        return EagerRunner(model, _cpu_kernels(plan, found), *sizes, draft_model)
+        return EagerRunner(model, _cpu_kernels(plan, found), *sizes, draft and draft[0])
     from quire.runner.device import DeviceRunner
 
-    return DeviceRunner(model, build, plan, info.vocab_size)
+    return DeviceRunner(model, build, plan, info.vocab_size, draft)
 
 
 def set_threads(threads: int) -> None:

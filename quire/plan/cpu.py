@@ -13,12 +13,13 @@ from quire.layers.build import Build, Kernels
 from quire.models.registry import build_model, read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
-from quire.plan.place import NATIVE_HEAD_SIZES, Place, held_formats, remaining, sum_weights
+from quire.plan.place import Place, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
+NATIVE_HEAD_SIZES = range(8, 257, 8)
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
     "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",

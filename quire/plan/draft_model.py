@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quire.config.options import Options
 from quire.errors import PlanError
 from quire.layers.build import Build, CacheLayer
-from quire.models.registry import build_model, read_config
-from quire.plan import memory
+from quire.models.registry import ModelConfig, build_model, read_config
+from quire.plan import gpu, memory
+from quire.plan.cpu import NATIVE_HEAD_SIZES, RECORDED_ROWS
 from quire.plan.facts import DTYPES, ModelFacts, declared_dtype
-from quire.plan.place import NATIVE_HEAD_SIZES, Place, held_formats, sum_weights, tensor_formats
+from quire.plan.place import Place, held_formats, sum_weights, tensor_formats
 from quire.plan.plan import Choice, format_bytes
 
 
@@ -22,6 +24,8 @@ class DraftModel:
 
     weight_bytes: int
     activation_bytes: int
+    graph_bytes: int
+    state_bytes: int
     rotary_bytes: int
     layers: tuple[CacheLayer, ...]
     fingerprint: str
@@ -34,13 +38,6 @@ def plan_draft_model(
 
     Raises PlanError or ModelError.
     """
-    if place.device != "cpu":
-        raise PlanError(
-            "no_draft_model",
-            f"{draft.name} cannot draft on a GPU yet",
-            why="the GPU runner verifies drafts, but computes one model only",
-            fix='use "method": "ngram", or --device cpu',
-        )
     ours, theirs = read_config(hf), read_config(draft.hf_config)
     if ours.vocab_size != theirs.vocab_size:
         raise PlanError(
@@ -56,38 +53,76 @@ def plan_draft_model(
         first_layer=len(place.build.caches),
     )
     build_model(draft.hf_config, build)
-    _check_head_sizes(build, place, draft)
     widened = place.dtype if place.dtype in DTYPES else declared_dtype(draft.hf_config)
     formats = held_formats(build, tensor_formats(draft, options), widened, choices)
-    tokens = place.max_num_batched_tokens + place.max_num_seqs
-    activations = memory.activation_bytes(theirs, build.width, tokens, place.max_num_seqs)
-    if place.kernels == "reference":
-        activations += memory.reference_bytes(build, formats)
+    add = _on_gpu if place.device == "cuda" else _on_cpu
+    activations, graphs, state = add(options, theirs, build, place, formats)
     return DraftModel(
         sum_weights(build, formats),
         activations,
+        graphs,
+        state,
         sum(build.rotary_bytes.values()),
         tuple(build.caches),
         draft.fingerprint,
     )
 
 
-def _check_head_sizes(build: Build, place: Place, draft: ModelFacts) -> None:
+Formats = Callable[[str], str]
+
+
+def _on_cpu(
+    options: Options, config: ModelConfig, build: Build, place: Place, formats: Formats
+) -> tuple[int, int, int]:
+    """Bytes of activations, graphs and state."""
     odd = sorted({cache.head_size for cache in build.caches} - set(NATIVE_HEAD_SIZES))
     if odd and place.kernels == "native":
         raise PlanError(
             "unsupported_head_size",
-            f"{draft.name} cannot draft: the native kernels do not have head size {odd[0]}",
+            f"the native kernels do not have head size {odd[0]} of the model that drafts",
             why="multiples of 8 up to 256",
             fix="use --kernels reference",
         )
+    # A step's tokens, and one more behind each row.
+    tokens = place.max_num_batched_tokens + place.max_num_seqs
+    activations = memory.activation_bytes(config, build.width, tokens, place.max_num_seqs)
+    if place.kernels == "reference":
+        return activations + memory.reference_bytes(build, formats), 0, 0
+    rows = min(RECORDED_ROWS, place.max_num_seqs)
+    return activations, memory.recorded_bytes(config, build.width, rows), 0
+
+
+def _on_gpu(
+    options: Options, config: ModelConfig, build: Build, place: Place, formats: Formats
+) -> tuple[int, int, int]:
+    """Bytes of activations, graphs and state."""
+    gpu.check_head_sizes(build)
+    gpu.check_experts(config, build, formats)
+    asked, itemsize = options.engine.speculation, DTYPES[place.dtype].itemsize
+    assert asked is not None
+    widest = 0 if place.deterministic else gpu.widened_bytes(build, formats)
+    sequences, graphs = place.max_num_seqs, 0
+
+    def activations(tokens: int) -> int:
+        sizes = (config, build.width, tokens, sequences, itemsize)
+        return widest + memory.gpu_activation_bytes(*sizes)
+
+    if place.runner == "graph":
+        # It reads in one graph for each size of mixed steps, and guesses in two for each number of
+        # rows, which hold as many passes as there are drafts.
+        passes = len(place.mixed_graphs)
+        passes += 2 * len(place.decode_graphs) * asked.num_speculative_tokens
+        graphs = gpu.GRAPH_BYTES * passes + activations(max(place.mixed_graphs, default=0))
+    state = sequences * (config.hidden * itemsize + 4 * asked.num_speculative_tokens)
+    return activations(place.max_num_batched_tokens + sequences), graphs, state
 
 
 def with_draft_model(place: Place, draft: DraftModel, ahead: int) -> Place:
     """The place of a model beside which another drafts `ahead` tokens at a time: they never compute
     at the same time. Raises PlanError where they do not fit together."""
     activations = max(place.activation_bytes, draft.activation_bytes)
-    room = place.room - draft.weight_bytes - (activations - place.activation_bytes)
+    room = place.room - draft.weight_bytes - draft.graph_bytes - draft.state_bytes
+    room -= activations - place.activation_bytes
     if room <= 0:
         raise PlanError(
             "out_of_memory",
@@ -96,4 +131,11 @@ def with_draft_model(place: Place, draft: DraftModel, ahead: int) -> Place:
             "are left",
             fix='use a smaller one, or "method": "ngram"',
         )
-    return replace(place, activation_bytes=activations, room=room, ahead=ahead)
+    return replace(
+        place,
+        activation_bytes=activations,
+        graph_bytes=place.graph_bytes + draft.graph_bytes,
+        state_bytes=place.state_bytes + draft.state_bytes,
+        room=room,
+        ahead=ahead,
+    )

@@ -93,9 +93,9 @@ def place(
     dtype = _choose_dtype(options, hf, quantized, choices)
     if dtype != "bfloat16":
         build = _build(hf, dtype, group)
-    _check_head_sizes(build)
+    check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
-    _check_experts(read_config(hf), build, formats)
+    check_experts(read_config(hf), build, formats)
     packed = {f for f in map(formats, matrices(build)) if f in BLOCK_FORMATS and f not in DENSE}
     if packed:
         reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
@@ -117,7 +117,7 @@ def place(
         decode, mixed = graph_sizes(tokens, sequences)
         sampling, _ = graph_sizes(tokens, sampled)
         mixed = tuple(sorted({*mixed, *verified_sizes(engine, mixed)}))
-    widest = 0 if deterministic else _widened_bytes(build, formats)
+    widest = 0 if deterministic else widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
         "activations": widest
@@ -215,7 +215,7 @@ def _choose_kv_dtype(options: Options, dtype: str) -> str:
     return dtype if asked == "auto" else asked
 
 
-def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
+def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
     """Raises PlanError. `formats`: those that weights are held in."""
     stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
     held = {formats(i.name) for weight in stacked for i in weight.tensors() if len(i.shape) == 2}
@@ -238,7 +238,8 @@ def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], s
         )
 
 
-def _check_head_sizes(build: Build) -> None:
+def check_head_sizes(build: Build) -> None:
+    """Raises PlanError."""
     odd = sorted({c.head_size for c in build.caches} - set(HEAD_SIZES))
     if odd:
         raise PlanError(
@@ -293,7 +294,7 @@ def _choose_quantized(
             choices.append(Choice(f"{what} in {name}", *_served(kind, name, deterministic, gpu)))
 
 
-def _widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
+def widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
     """The largest weight that many tokens have decoded to bfloat16 before they are multiplied."""
     linears = [weight for weight in build.weights if isinstance(weight, Linear)]
     sizes = [w.values() for w in linears if any(_decoded(formats(i.name)) for i in w.tensors())]

@@ -18,7 +18,6 @@ from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
-NATIVE_HEAD_SIZES = range(8, 257, 8)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ _ALLOWED = int(Flag.ALLOWED)
 _SAMPLE = int(RowFlag.SAMPLE)
 _DRAFTS = int(RowFlag.DRAFTS)
 _BEHIND = int(RowFlag.BEHIND)
+_PROPOSE = int(RowFlag.PROPOSE)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
 
@@ -88,7 +89,8 @@ class Columns(NamedTuple):
     """The rows of a step, column by column, and of those that sample their index, their slot and
     the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
     gated rows. `drafts`: by index, of the rows that have any; such a row samples once more for each
-    of them, and `behind` says of each sample how many of them come before."""
+    of them, and `behind` says of each sample how many of them come before. `propose`: by index,
+    how many drafts are wanted behind the rows that want any."""
 
     slots: list[int]
     starts: list[int]
@@ -101,6 +103,7 @@ class Columns(NamedTuple):
     gated: list[int]
     behind: list[int]
     drafts: dict[int, list[int]]
+    propose: dict[int, int]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Columns:
@@ -109,11 +112,12 @@ class Columns(NamedTuple):
         lengths = [len(row.tokens) for row in rows]
         samples = [row.sample for row in rows]
         gates = [row.gated for row in rows]
+        propose = {i: row.propose for i, row in enumerate(rows) if row.propose}
         gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
             columns = (slots, starts, lengths, samples, len(rows), places, slots, places, gated)
-            return cls(*columns, [0] * len(rows), {})
+            return cls(*columns, [0] * len(rows), {}, propose)
         ends = list(accumulate(lengths))
         drafts = {i: draft_tokens(row) for i, row in enumerate(rows) if row.drafts}
         counts = [1 + len(drafts.get(i, ())) if sample else 0 for i, sample in enumerate(samples)]
@@ -122,7 +126,7 @@ class Columns(NamedTuple):
         places = [ends[i] - counts[i] + k for i, k in zip(sampling, behind, strict=True)]
         mine = [slots[i] for i in sampling]
         columns = (slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
-        return cls(*columns, behind, drafts)
+        return cls(*columns, behind, drafts, propose)
 
     @property
     def decode(self) -> bool:
@@ -231,6 +235,8 @@ class Diffs:
         values[3:end:4] = array("i", rows.samples)  # True is RowFlag.SAMPLE
         for i, drafts in rows.drafts.items():
             values[4 * i + 3] += _DRAFTS * len(drafts)
+        for i, count in rows.propose.items():
+            values[4 * i + 3] += _PROPOSE * count
         return self.layout.rows_offset, values
 
     def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:

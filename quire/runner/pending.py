@@ -23,10 +23,13 @@ def token_logprobs(
 
 
 class HostOutputs:
-    """Pinned copies of one step's sampling outputs, and of which tokens are spoiled. `outputs` and
-    `spoiled` are those of the device, which every step writes anew."""
+    """Pinned copies of one step's sampling outputs, of which tokens are spoiled, and of the drafts
+    that follow. `outputs`, `spoiled` and `drafts` (int32 [k, rows], where a model drafts) are those
+    of the device, which every step writes anew."""
 
-    def __init__(self, outputs: SampleOutputs, spoiled: torch.Tensor):
+    def __init__(
+        self, outputs: SampleOutputs, spoiled: torch.Tensor, drafts: torch.Tensor | None = None
+    ):
         on_gpu = outputs.tokens.is_cuda
 
         def pinned(array: torch.Tensor) -> torch.Tensor:
@@ -34,15 +37,17 @@ class HostOutputs:
 
         self._device_chosen, self._device_spoiled = outputs.chosen(), spoiled
         self._chosen, self._spoiled = pinned(self._device_chosen), pinned(spoiled)
+        self._device_drafts = drafts
+        self._drafts = None if drafts is None else pinned(drafts)
         rest = [outputs.logprob, outputs.rank, outputs.top_ids, outputs.top_logprobs]
         self._logprobs = [(pinned(array), array) for array in rest]
         self._host = SampleOutputs(*self._chosen, *(host for host, _ in self._logprobs))
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._rows = 0
 
-    def copy(self, rows: int, logprobs: bool, tokens: int) -> None:
+    def copy(self, rows: int, logprobs: bool, tokens: int, drafts: bool = False) -> None:
         """Start copying the outputs of `rows` rows that sampled, their log-probabilities too where
-        these are wanted, and which of the first `tokens` tokens are spoiled."""
+        these are wanted, which of the first `tokens` tokens are spoiled, and `drafts`."""
         self._rows = rows
         self._chosen.copy_(self._device_chosen, non_blocking=True)
         if logprobs:
@@ -50,8 +55,17 @@ class HostOutputs:
                 host[:rows].copy_(device[:rows], non_blocking=True)
         if tokens:
             self._spoiled[:tokens].copy_(self._device_spoiled[:tokens], non_blocking=True)
+        if drafts:
+            assert self._drafts is not None and self._device_drafts is not None
+            self._drafts.copy_(self._device_drafts, non_blocking=True)
         if self._event is not None:
             self._event.record()
+
+    def drafts(self, row: int, count: int) -> list[int]:
+        """At most `count` drafts of one row, after `wait`."""
+        assert self._drafts is not None
+        found = self._drafts[:count, row].tolist()
+        return found[: found.index(-1)] if -1 in found else found
 
     def done(self) -> bool:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
@@ -82,6 +96,7 @@ class DevicePending:
     ):
         self.step, self.rows, self.host, self.prompts = step, rows, host, prompts
         self.wanted: list[int | None] = []
+        self.drafted = False
         self._sample: Sample | None = None
 
     def hold(self, sample: Sample) -> None:
@@ -102,7 +117,8 @@ class DevicePending:
         assert self._sample is None, "a step with gated rows must be opened first"
         outputs, sampling = self.host.wait(), self.rows.sampling
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
-        if self.rows.decode and not (any(status) or self.wanted or self.prompts):
+        special = self.wanted or self.prompts or self.drafted
+        if self.rows.decode and not (any(status) or special):
             return Result(self.step, [RowResult([token]) for token in tokens])
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
         for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):
@@ -116,6 +132,9 @@ class DevicePending:
                 rows[i].prompt_logprobs = found
         if not self.rows.decode:
             self._fail_spoiled(rows)
+        for i, count in self.rows.propose.items() if self.drafted else ():
+            if rows[i].tokens:
+                rows[i].drafts = self.host.drafts(i, count)
         return Result(self.step, rows)
 
     def _sampled(self, outputs: SampleOutputs, first: int, behind: int) -> RowResult:

@@ -10,15 +10,17 @@ from quire.config.parse import build_options
 from quire.errors import ModelError, PlanError
 from quire.kernels.sampling import Scratch
 from quire.plan.facts import ModelFacts
+from quire.plan.gpu import GRAPH_BYTES
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
 
-from .test_gpu import FOUND, QWEN, reasons
+from .test_gpu import FOUND, GIB, QWEN, reasons
 from .test_gpu import MACHINE as GPU_MACHINE
 from .test_gpu import plan as gpu_plan
 from .test_resolve import LLAMA, MACHINE, NATIVE, plan
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+HEADS = {"head_dim": 12}
 DRAFT = {"method": "draft_model", "model": "small", "num_speculative_tokens": 4}
 
 
@@ -110,12 +112,21 @@ def test_a_draft_model_that_cannot_draft_is_refused(
     assert caught.value.code == code
 
 
-def test_on_a_gpu_a_draft_model_is_refused_with_what_to_do() -> None:
-    facts = [ModelFacts("m", QWEN, None), ModelFacts("small", QWEN, None)]
-    with pytest.raises(PlanError, match="cannot draft on a GPU yet") as caught:
-        options = build_options({"speculative_config": DRAFT})
-        resolve(options, facts[0], GPU_MACHINE, FOUND, draft=facts[1])
-    assert "ngram" in caught.value.fix
+def test_a_draft_models_graphs_and_state_are_planned_on_a_gpu() -> None:
+    small = QWEN | {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 1024}
+    few = {"max_num_seqs": 4, "max_num_batched_tokens": 2048}
+    options = build_options({"speculative_config": DRAFT, **few})
+    facts = [ModelFacts("m", QWEN, None), ModelFacts("small", small, None)]
+    made = resolve(options, facts[0], GPU_MACHINE, FOUND, draft=facts[1])
+    ngram = gpu_plan(speculative_config=NGRAM, **few)
+    assert made.draft_bytes == gpu_plan(small, **few).weight_bytes
+    # One graph for each size of mixed steps, two of four passes each for 1, 2 and 4 rows.
+    passes = len(made.mixed_graphs) + 2 * 4 * 3
+    assert made.graph_bytes - ngram.graph_bytes > GRAPH_BYTES * passes
+    assert made.state_bytes - ngram.state_bytes == 4 * (512 * 2 + 4 * 4)
+    assert made.total_bytes <= made.kv_bytes + 140 * GIB * 0.9
+    with pytest.raises(PlanError, match="head size 12"):
+        resolve(options, facts[0], GPU_MACHINE, FOUND, draft=ModelFacts("s", small | HEADS, None))
 
 
 def test_answers_are_the_same_so_the_fingerprint_is() -> None:

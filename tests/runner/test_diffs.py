@@ -202,7 +202,7 @@ def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_hist
     rows = [
         Row(2, 7, [1, 8, 9], [[], []], True, drafts=2),
         Row(0, 3, [4, 5], [[], []], False),
-        Row(1, 9, [3], [[], []], True),
+        Row(1, 9, [3], [[], []], True, propose=3),
     ]
     columns, diffs = Columns.of(rows), Diffs(at.layout)
     assert not columns.decode and not Columns.of(rows[:1]).decode
@@ -210,7 +210,8 @@ def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_hist
     apply(at, runs)
     assert at.history[2, 8:10].tolist() == [8, 9]
     two = RowFlag.SAMPLE + 2 * RowFlag.DRAFTS
-    assert at.rows[:3].tolist() == [[2, 7, 3, two], [0, 3, 2, 0], [1, 9, 1, RowFlag.SAMPLE]]
+    wants = RowFlag.SAMPLE + 3 * RowFlag.PROPOSE
+    assert at.rows[:3].tolist() == [[2, 7, 3, two], [0, 3, 2, 0], [1, 9, 1, wants]]
     assert at.rows[4:9].tolist() == [
         [2, 0, 0, two],
         [2, 1, 0, two + RowFlag.BEHIND],

@@ -77,6 +77,10 @@ def accepted(made: Engine) -> tuple[int, int]:
     return sum(stats.accepted_at), stats.draft_tokens
 
 
+def drafted_by(model: str, drafts: int = 4) -> dict[str, Any]:
+    return {"method": "draft_model", "model": model, "num_speculative_tokens": drafts}
+
+
 def rewound(adds: list[Add]) -> list[Add]:
     """Prompts that repeat themselves, so that n-grams are found."""
     for add in adds:
@@ -143,7 +147,7 @@ def test_a_tiny_model_on_the_gpu_runner_equals_the_cpu_runner(write_model: Write
         Add("b", [7, 9], SamplingParams(**(common | {"temperature": 1.0})), seed=5),
     ]
     expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
-    made = engine(model, "cuda", speculative_config=NGRAM, **SMALL)
+    made = engine(model, "cuda", warm=False, speculative_config=NGRAM, **SMALL)
     assert made.core.depth == 1
     found = run(guesses(made, knowing(adds, expected, 0.3)), adds)
     for name, want in expected.items():
@@ -153,13 +157,59 @@ def test_a_tiny_model_on_the_gpu_runner_equals_the_cpu_runner(write_model: Write
     assert 0 < right < drafts
 
 
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"hidden_size": 16}, marks=pytest.mark.full)])
+def test_a_tiny_model_drafts_on_the_gpu_runner_as_on_the_cpus(
+    write_model: WriteModel, sizes: dict[str, int]
+) -> None:
+    """In the interpreter. Requests end at different times, so some want fewer drafts."""
+    model = write_model(**TINY)
+    common = {"max_tokens": 4, "ignore_eos": True}
+    adds = [
+        Add("a", [5, 6, 7, 8], SamplingParams(**common, temperature=0.0, logprobs=1), seed=0),
+        Add("b", [7, 9], SamplingParams(**(common | {"max_tokens": 3}), temperature=1.0), seed=5),
+    ]
+    expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
+    drafter = write_model(**(TINY | {"head_dim": 16} | sizes))
+    config = drafted_by(drafter, 2)
+    made = engine(model, "cuda", warm=False, speculative_config=config, **SMALL)
+    found = run(made, adds)
+    for name, want in expected.items():
+        assert found[name].tokens == want.tokens
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    right, drafts = accepted(made)
+    assert drafts >= 3 and (right == drafts or sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("runner", ["graph", "eager"])
+def test_a_model_drafts_on_the_gpu_and_tokens_are_the_cpu_runners(
+    write_model: WriteModel, family: str, runner: str
+) -> None:
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
+    model = write_model(**FAMILIES[family])
+    adds = repeating(every_parameter(24, 12), 12)
+    expected = run(engine(model, "cpu", kernels="reference"), adds)
+    other = write_model(architectures=["MistralForCausalLM"], sliding_window=24)
+    for drafter, least in ((model, 0.8), (other, 0.0)):
+        given = {"max_num_seqs": 6, "max_num_batched_tokens": 40, "runner": runner}
+        given |= {"speculative_config": drafted_by(drafter, 3)}
+        for made in (engine(model, "cuda", **given), cramped(model, "cuda", **given)):
+            for seed in (12, 13):
+                check_mixed(run(made, adds, seed=seed, aborts=0.02), expected, adds)
+                while made.core.warm():  # graphs that requests have asked for
+                    pass
+            right, drafts = accepted(made)
+            assert drafts > 100 and right >= least * drafts
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("drafter", ["ngram", "right", "often wrong"])
 def test_graphs_give_every_request_the_cpu_runners_tokens(
     write_model: WriteModel, family: str, drafter: str
 ) -> None:
-    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts, gated rows."""
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
     model = write_model(**FAMILIES[family])
     adds = repeating(rewound(every_parameter(24, 12)), 12)
     expected = run(engine(model, "cpu", kernels="reference"), adds)
@@ -192,11 +242,13 @@ def test_deterministic_bits_do_not_depend_on_speculation(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
-    write_model: WriteModel,
+    write_model: WriteModel, method: str
 ) -> None:
     model = write_model()
-    made = engine(model, "cuda", max_num_seqs=16, speculative_config=NGRAM)
+    config = NGRAM if method == "ngram" else drafted_by(model)
+    made = engine(model, "cuda", max_num_seqs=16, speculative_config=config)
     assert not made.core.runner._graphs.failed  # type: ignore[attr-defined]
     adds = rewound(requests(16, 8, logprobs=None, max_tokens=30))
     run(made, adds)
@@ -218,10 +270,6 @@ def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
 
 def bits(output: CompletionOutput) -> list[list[tuple[int, float]]]:
     return [[(t, e.logprob) for t, e in p.items()] for p in output.logprobs or []]
-
-
-def drafted_by(model: str, drafts: int = 4) -> dict[str, Any]:
-    return {"method": "draft_model", "model": model, "num_speculative_tokens": drafts}
 
 
 @pytest.mark.parametrize("kernels", ["reference", "native"])

@@ -16,8 +16,10 @@ from runner.numpy_sampler import distribution, processed
 
 from quire.kernels.device_state import DeviceState, RowFlag
 from quire.kernels.reference import ops
+from quire.kernels.reference.sampling.accept import accept as accept_reference
 from quire.kernels.reference.sampling.sample import sample as reference
 from quire.kernels.sampling import SampleOutputs, Scratch, Status
+from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.sample import sample
 from quire.params import SamplingParams
 from quire.runner.sampler import Sampler
@@ -52,7 +54,9 @@ def run(
     scratch = Scratch.allocate(count, vocab_size, state.device)
     poison(out)
     poison(scratch)
-    kernel(logits, rows, state, variant, out, scratch, logprobs, drafts)
+    kernel(logits, rows, state, variant, out, scratch, logprobs, not drafts)
+    if drafts:
+        (accept if kernel is sample else accept_reference)(rows, state, out)
     return out
 
 

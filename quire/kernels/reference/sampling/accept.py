@@ -17,12 +17,12 @@ def accept(rows: torch.Tensor, state: DeviceState, out: SampleOutputs) -> None:
                 break
             token, length = int(out.tokens[i + j]), int(state.length[slot])
             draft = int(state.history[slot, length]) if j < flags // RowFlag.DRAFTS else -1
-            append(state, slot, token)
+            append_token(state, slot, token)
             if draft != token:
                 break
 
 
-def append(state: DeviceState, slot: int, token: int) -> None:
+def append_token(state: DeviceState, slot: int, token: int) -> None:
     """One more token of a slot."""
     length = int(state.length[slot])
     state.history[slot, length] = token

@@ -8,7 +8,7 @@ import torch
 
 from quire.kernels.device_state import DeviceState, Flag, RowFlag, Scalar
 from quire.kernels.reference import ops
-from quire.kernels.reference.sampling.accept import accept, append
+from quire.kernels.reference.sampling.accept import append_token
 from quire.kernels.reference.sampling.logprobs_of import logprobs_of
 from quire.kernels.sampling import SampleOutputs, Scratch, Status
 
@@ -21,7 +21,7 @@ def sample(
     out: SampleOutputs,
     scratch: Scratch,
     logprobs: bool = False,
-    drafts: bool = False,
+    append: bool = True,
 ) -> None:
     """`variant` and `scratch` change nothing here."""
     for i, (slot, _, _, row_flags) in enumerate(rows.tolist()):
@@ -37,16 +37,14 @@ def sample(
             out.status[i] = Status.FORBIDDEN
             continue
         out.tokens[i], out.status[i] = token, Status.OK
-        if not drafts:
-            append(state, slot, token)
+        if append:
+            append_token(state, slot, token)
         if logprobs and int(state.flags[slot]) & Flag.LOGPROBS:
             wanted = int(state.scalars[slot, Scalar.NUM_LOGPROBS])
             found = logprobs_of(raw[None], out.tokens[i : i + 1], wanted, scratch)
             out.logprob[i], out.rank[i] = found[0][0], found[1][0]
             out.top_ids[i, : found[2].shape[1]] = found[2][0]
             out.top_logprobs[i, : found[3].shape[1]] = found[3][0]
-    if drafts:
-        accept(rows, state, out)
 
 
 class _Slot:

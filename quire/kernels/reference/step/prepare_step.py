@@ -19,7 +19,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
             continue
         begin, end = end, end + count
         out.context_len[i] = start + count
-        length = int(state.length[slot]) + flags // RowFlag.DRAFTS
+        length = int(state.length[slot]) + flags % RowFlag.BEHIND // RowFlag.DRAFTS
         known = state.history[slot, start : min(start + count, length)]
         out.tokens[begin : begin + len(known)] = known
         positions = torch.arange(start, start + count, device=state.device)

@@ -9,7 +9,6 @@ from quire.kernels.device_state import DeviceState
 from quire.kernels.sampling import CANDIDATES, SUBTILE, TILE, SampleOutputs, Scratch, num_tiles
 from quire.kernels.triton.launch import launch
 from quire.kernels.triton.rows import row_stride
-from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.adjust import adjust_tiles_kernel
 from quire.kernels.triton.sampling.logprobs_of import report_logprobs
 from quire.kernels.triton.sampling.select import (
@@ -28,7 +27,7 @@ def sample(
     out: SampleOutputs,
     scratch: Scratch,
     logprobs: bool = False,
-    drafts: bool = False,
+    append: bool = True,
 ) -> None:
     """Choose a token for each row of `logits` [B, V] whose row of `rows` int32 [B, 4] has a slot
     and RowFlag.SAMPLE, and append it to the slot's history.
@@ -37,8 +36,8 @@ def sample(
     are all they ask for, "full" for everything (quire.runner.diffs.variant). A row's token has
     the same bits in each variant that serves it, and in every batch. `logprobs`: also report the
     log-probabilities of slots that ask for them. Noise is keyed by (seed, choice, length).
-    `drafts`: rows may be behind drafts of their slot (RowFlag), which lie behind its history; each
-    is sampled as if those before it were output, and `accept` appends what then stands.
+    Rows may be behind drafts of their slot (RowFlag), which lie behind its history; each is sampled
+    as if those before it were output. Then `append` must be False, and `accept` says what stands.
     `scratch` has at least B rows. Raises ValueError for an unknown variant or shapes that do not
     belong together.
     """
@@ -75,9 +74,7 @@ def sample(
             TILE=TILE,
             num_warps=8 if variant == "plain" else 4,
         )
-    _finish(count, rows, state, variant == "full", not drafts, out, scratch)
-    if drafts:
-        accept(rows[:count], state, out)
+    _finish(count, rows, state, variant == "full", append, out, scratch)
     if logprobs:
         report_logprobs(
             logits,

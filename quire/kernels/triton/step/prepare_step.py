@@ -12,6 +12,7 @@ from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 _BLOCK = tl.constexpr(BLOCK)
 _LENGTH = tl.constexpr(int(Scalar.LENGTH))
 _DRAFTS = tl.constexpr(int(RowFlag.DRAFTS))
+_BEHIND = tl.constexpr(int(RowFlag.BEHIND))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "group_tables", "group_slots"])
@@ -69,7 +70,7 @@ def prepare_step_kernel(
             count = tl.load(rows_ptr + 4 * row + 2)
             # Drafts lie behind what is known.
             length = tl.load(scalars_ptr + slot * RECORD + _LENGTH)
-            length += tl.load(rows_ptr + 4 * row + 3) // _DRAFTS
+            length += tl.load(rows_ptr + 4 * row + 3) % _BEHIND // _DRAFTS
             tables_ptr += slot * RECORD
             if begin == 0:
                 tl.store(context_len_ptr + row, start + count)

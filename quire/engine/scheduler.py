@@ -426,8 +426,9 @@ class Scheduler:
         gated = sample and request.gate is not None
         if drafts:
             tokens = tokens + drafts
-        row = (request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
-        return Row(*row, len(drafts), propose)
+        count = len(drafts)
+        slot = request.slot
+        return Row(slot, start, tokens, new_blocks, sample, prompt_logprobs, gated, count, propose)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""

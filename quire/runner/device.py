@@ -169,7 +169,7 @@ class DeviceRunner:
         """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
-        rows, columns = batch.rows, Columns.of(batch.rows)
+        rows, columns = batch.rows, Columns.of(batch.rows, self._drafter is not None)
         shape = self._shape(columns.num_tokens, len(rows))
         padded = shape.rows
         if self._drafter is not None:

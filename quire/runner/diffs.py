@@ -106,13 +106,14 @@ class Columns(NamedTuple):
     propose: dict[int, int]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Columns:
+    def of(cls, rows: Sequence[Row], drafting: bool = False) -> Columns:
+        """`drafting`: whether any row may want drafts behind it."""
         slots = [row.slot for row in rows]
         starts = [row.start for row in rows]
         lengths = [len(row.tokens) for row in rows]
         samples = [row.sample for row in rows]
         gates = [row.gated for row in rows]
-        propose = {i: row.propose for i, row in enumerate(rows) if row.propose}
+        propose = {i: row.propose for i, row in enumerate(rows) if row.propose} if drafting else {}
         gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))

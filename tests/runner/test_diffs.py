@@ -204,7 +204,7 @@ def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_hist
         Row(0, 3, [4, 5], [[], []], False),
         Row(1, 9, [3], [[], []], True, propose=3),
     ]
-    columns, diffs = Columns.of(rows), Diffs(at.layout)
+    columns, diffs = Columns.of(rows, drafting=True), Diffs(at.layout)
     assert not columns.decode and not Columns.of(rows[:1]).decode
     runs = [diffs.rows(columns, 3), *diffs.drafts(columns), diffs.sampling_rows(columns, 5, 4)]
     apply(at, runs)

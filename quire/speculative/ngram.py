@@ -6,8 +6,8 @@ time by the n-gram's length and not by the context's.
 
 from __future__ import annotations
 
-# New tokens that one call indexes at most, about two milliseconds: a long prompt is indexed over
-# its first steps, none of which is held up.
+# N-grams that one call indexes at most, about two milliseconds: a long prompt is indexed over its
+# first steps, none of which is held up.
 MOST_INDEXED = 4096
 
 
@@ -36,7 +36,7 @@ class NgramDrafter:
 
     def _index(self, tokens: list[int]) -> None:
         """N-grams that end before the last token: something follows them."""
-        end = min(len(tokens) - 1, self._indexed + MOST_INDEXED)
+        end = min(len(tokens) - 1, self._indexed + MOST_INDEXED // len(self._sizes))
         for size in self._sizes:
             places = self._places[size]
             for place in range(max(size, self._indexed + 1), end + 1):

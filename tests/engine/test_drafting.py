@@ -55,20 +55,20 @@ def returned(most: int = 4, max_sampled: int = 64) -> Drafting:
     return Drafting(RunnerProposer(), most, max_sampled, ahead=most)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_life_with_drafts_gives_reference_outputs_and_leaks_nothing(seed: int) -> None:
     """Chunks, preemption, aborts, stops, gates, faults, NaN, any depth; drafts right or wrong."""
     run_random(seed, 120, drafting(wrong=[0.0, 0.1, 0.5, 1.0][seed % 4], most=1 + seed % 7))
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_life_with_a_drafter_on_the_runner(seed: int) -> None:
     """It writes behind each row that samples, where nobody must read."""
     run_random(seed, 120, returned(most=1 + seed % 7), wrong=[0.0, 0.1, 0.5, 1.0][seed % 4])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(24, 424))
+@pytest.mark.parametrize("seed", range(12, 412))
 def test_random_life_with_drafts_gives_reference_outputs_and_leaks_nothing_full(seed: int) -> None:
     wrong, most = [0.0, 0.1, 0.5, 1.0][seed % 4], 1 + seed % 7
     run_random(seed, 200, drafting(wrong, most))
@@ -204,7 +204,7 @@ def test_what_the_runner_drafts_is_the_next_rows_and_has_blocks_in_time() -> Non
     assert again is not None and (again.rows[0].drafts, again.rows[0].propose) == (4, 4)
     driver.pending.append((again, driver.runner.submit(again)))
     driver.drain()
-    # The first row of drafts gives 5 tokens, as do the next six; the last four come one short.
+    # 39 tokens behind the first: seven rows of four drafts, all right, and one of three.
     assert driver.scheduler.stats().accepted_at == [8, 8, 8, 7]
 
 

@@ -88,8 +88,14 @@ def rewound(adds: list[Add]) -> list[Add]:
     return adds
 
 
-@pytest.mark.parametrize("kernels", ["reference", "native"])
-@pytest.mark.parametrize("drafter", ["ngram", "right", "wrong", "often wrong"])
+@pytest.mark.parametrize(
+    ("kernels", "drafter"),
+    [
+        *(("native", drafter) for drafter in ("ngram", "right", "wrong", "often wrong")),
+        ("reference", "often wrong"),
+        *(pytest.param("reference", d, marks=pytest.mark.full) for d in ("ngram", "right")),
+    ],
+)
 def test_every_sampling_parameter_gives_the_tokens_of_a_run_without_speculation(
     write_model: WriteModel, kernels: str, drafter: str
 ) -> None:
@@ -122,7 +128,7 @@ def test_every_sampling_parameter_gives_the_tokens_of_a_run_without_speculation(
     assert least <= right / drafts <= most
 
 
-@pytest.mark.parametrize("family", ["tiny_gemma", "tiny_moe"])
+@pytest.mark.parametrize("family", ["tiny_gemma", pytest.param("tiny_moe", marks=pytest.mark.full)])
 def test_windows_and_experts_give_the_same_bits(
     family: str, request: pytest.FixtureRequest
 ) -> None:
@@ -291,7 +297,9 @@ def test_a_draft_model_that_is_the_model_drafts_what_it_chooses(
     assert steps < 40  # of 3 x 20 tokens and the prompts; four requests at a time
 
 
-@pytest.mark.parametrize("family", ["tiny_gemma", "tiny_moe", "tiny_llama"])
+@pytest.mark.parametrize(
+    "family", ["tiny_gemma", "tiny_llama", pytest.param("tiny_moe", marks=pytest.mark.full)]
+)
 def test_any_draft_model_changes_no_bit(
     write_model: WriteModel, family: str, request: pytest.FixtureRequest
 ) -> None:

@@ -298,11 +298,17 @@ class Scheduler:
         propose = drafting.proposals(request, end + len(drafts))
         if self._grows(request, end + len(drafts) + propose):
             return drafts, propose
-        return (drafts, 0) if self._grows(request, end + len(drafts)) else (NO_DRAFTS, 0)
+        if drafts and not self._grows(request, end + len(drafts)):
+            drafts = drafts[: max(0, request.covered - end)]
+        return drafts, 0
 
     def _grows(self, request: Request, end: int) -> bool:
-        """Whether a running request has blocks for `end` tokens, or takes free ones."""
-        return end <= request.covered or self.kv.grow(request.request_id, end)
+        """Whether a running request has blocks for `end` tokens, or takes free ones that nobody
+        may need for a token of this step."""
+        if end <= request.covered:
+            return True
+        needed = len(self._running) * len(self.kv.groups)
+        return self.kv.available() >= needed and self.kv.grow(request.request_id, end)
 
     def _make_room(self, request: Request, end: int, parts: list[tuple[Request, Row]]) -> bool:
         """Give a running request blocks for `end` tokens, taken from later ones where needed.

@@ -180,13 +180,15 @@ def test_no_more_rows_are_sampled_than_the_runner_has_room_for() -> None:
 
 
 def test_nobody_is_preempted_for_a_draft() -> None:
-    """Two requests whose next tokens fit their blocks, and none is free."""
-    driver = plain(blocks=5, slots=2, drafting=drafting())
-    for i in range(2):
-        driver.add(BASES[i][:31], SamplingParams(max_tokens=30, ignore_eos=True))
+    """The second request needs the only block that is free for its token, the first for drafts."""
+    driver = plain(blocks=6, slots=2, budget=64, drafting=drafting())
+    for i, length in enumerate((30, 32)):
+        driver.add(BASES[i][:length], SamplingParams(max_tokens=30, ignore_eos=True))
     driver.iterate()
+    assert driver.kv.available() == 1
     batch = driver.scheduler.schedule()
-    assert batch is not None and [row.drafts for row in batch.rows] == [0, 0]
+    assert batch is not None
+    assert [(row.drafts, len(row.new_blocks[0])) for row in batch.rows] == [(1, 0), (0, 1)]
     assert driver.scheduler.stats().preemptions == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,10 +122,11 @@ class DevicePending:
         if self.rows.decode and not (any(status) or special):
             return Result(self.step, [RowResult([token]) for token in tokens])
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
+        chosen = Chosen(outputs, tokens, status, self.wanted)
         for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):
             if not behind:
                 drafts = self.rows.drafts.get(i, ())
-                rows[i] = verify(drafts, partial(self._sampled, outputs, place))
+                rows[i] = verify(drafts, partial(chosen.behind, place))
         for i, found in self.prompts.items():
             if any(math.isnan(position.logprobs[0]) for position in found):
                 rows[i] = RowResult(tokens=[], error=NAN_ERROR)
@@ -137,23 +139,31 @@ class DevicePending:
                 rows[i].drafts = self.host.drafts(i, count)
         return Result(self.step, rows)
 
-    def _sampled(self, outputs: SampleOutputs, first: int, behind: int) -> RowResult:
-        """Of a row whose samples begin with the `first`, that behind so many drafts."""
-        place = first + behind
-        status, count = int(outputs.status[place]), None
-        if status != Status.OK:
-            return RowResult([], error=NAN_ERROR if status == Status.NAN else FORBIDDEN_ERROR)
-        if self.wanted:
-            count = self.wanted[place]
-        found = None if count is None else [_at(outputs, place, count)]
-        return RowResult([int(outputs.tokens[place])], found)
-
     def _fail_spoiled(self, rows: list[RowResult]) -> None:
         """Those of which a token that counts is spoiled: refused drafts do not."""
         for i, fine in self.host.spoiled_rows(self.rows.lengths).items():
             refused = len(self.rows.drafts.get(i, ())) - max(0, len(rows[i].tokens) - 1)
             if fine < self.rows.lengths[i] - refused:
                 rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+
+
+class Chosen(NamedTuple):
+    """What was sampled: the outputs, as lists too, and how many log-probabilities are wanted."""
+
+    outputs: SampleOutputs
+    tokens: list[int]
+    status: list[int]
+    wanted: list[int | None]
+
+    def behind(self, first: int, drafts: int) -> RowResult:
+        """Of a row whose samples begin at the place `first`, the one behind so many drafts."""
+        place = first + drafts
+        status = self.status[place]
+        if status != Status.OK:
+            return RowResult([], error=NAN_ERROR if status == Status.NAN else FORBIDDEN_ERROR)
+        count = self.wanted[place] if self.wanted else None
+        found = None if count is None else [_at(self.outputs, place, count)]
+        return RowResult([self.tokens[place]], found)
 
 
 Sample = Callable[[DevicePending, dict[int, bytes]], None]

@@ -15,7 +15,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 # What planning takes time for has bounds far above every known model (DeepSeek V3: 61 layers of
 # 256 experts).
-MOST = {"num_hidden_layers": 1024, "num_experts": 4096}
+MOST = {"num_hidden_layers": 1024, "num_experts": 4096, "n_routed_experts": 4096}
 MOST_EXPERTS = 2**17  # of all layers together
 
 

@@ -72,7 +72,8 @@ class HeadProducts:
         height = sizes.nope + sizes.value
         rows = slice(self._share.start * height, self._share.stop * height)
         stored = to_dense(read_matrix(build, source, self.name, rows, layer=""), build.dtype)
-        keys, values = stored.view(-1, height, sizes.rank).split([sizes.nope, sizes.value], dim=1)
+        heads = stored.view(-1, height, sizes.rank)
+        keys, values = torch.split(heads, [sizes.nope, sizes.value], dim=1)
         self._keys = self._pack(keys.transpose(1, 2).contiguous())
         self._values = self._pack(values.contiguous())
 

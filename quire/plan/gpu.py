@@ -232,6 +232,12 @@ def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], s
 
 
 def _check_head_sizes(build: Build) -> None:
+    if any(cache.latent for cache in build.caches):
+        raise PlanError(
+            "unsupported_head_size",
+            "there are no GPU kernels for latent attention yet",
+            fix="use --device cpu",
+        )
     odd = sorted({c.key_size for c in build.caches} - set(HEAD_SIZES))
     if odd:
         raise PlanError(

@@ -33,7 +33,7 @@ def latent_cache(
     if out is None:
         out = q.new_empty(len(q), heads * (rank + rotary))
     turn = cos_sin[positions].chunk(2, dim=1)
-    compressed, key = latents.float().split([rank, rotary], dim=1)
+    compressed, key = torch.split(latents.float(), [rank, rotary], dim=1)
     compressed = compressed * torch.rsqrt(compressed.square().mean(-1, keepdim=True) + eps) * norm
     key = _rotate(key[:, None], turn, interleaved)[:, 0]
     write_cache(cache, torch.cat([compressed, key], dim=1)[:, None], slots)

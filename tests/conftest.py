@@ -35,29 +35,6 @@ TINY_LLAMA: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
-# What a tiny DeepSeek-V3 has besides, or otherwise.
-TINY_DEEPSEEK: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_shared_experts": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "rope_scaling": {
-        "type": "yarn", "factor": 4, "original_max_position_embeddings": 128,
-        "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
-    },
-}  # fmt: skip
-
 WriteModel = Callable[..., str]
 
 
@@ -110,4 +87,6 @@ def tiny_moe(write_model: WriteModel) -> str:
 @pytest.fixture(scope="session")
 def tiny_deepseek(write_model: WriteModel) -> str:
     """One latent per token, experts in groups beside a shared one."""
-    return write_model(**TINY_DEEPSEEK)
+    from runner.engines import FAMILIES
+
+    return write_model(**FAMILIES["deepseek_v3"])

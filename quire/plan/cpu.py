@@ -13,7 +13,7 @@ from quire.layers.build import Build, CacheLayer, Kernels
 from quire.models.registry import build_model, read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
-from quire.plan.place import Place, held_formats, remaining, sum_weights
+from quire.plan.place import Place, choose_latent_form, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
@@ -50,6 +50,7 @@ def place(
     name, kernels = _choose_kernels(options, found, shapes.caches, choices)
     build = Build(kernels, dtype=dtype, group=group)
     build_model(hf, build)
+    choose_latent_form(build, choices)
     deterministic = _choose_determinism(options, name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(hf)

@@ -86,6 +86,16 @@ def held_formats(
     return held
 
 
+def choose_latent_form(build: Build, choices: list[Choice]) -> None:
+    """How attention over latents is computed, where a model has it."""
+    if any(cache.latent for cache in build.caches):
+        reason = (
+            "prompts and decoding alike: queries are taken to the latents' space, so that keys and "
+            "values are never made and a token's bits do not depend on how a prompt is cut"
+        )
+        choices.append(Choice("latent attention", "absorbed", reason))
+
+
 def sum_weights(build: Build, formats: Callable[[str], str]) -> int:
     """Bytes of all weights as packed. Raises ModelError for what the kernels do not have."""
     try:

@@ -37,7 +37,7 @@ def latent_cache(
     compressed = compressed * torch.rsqrt(compressed.square().mean(-1, keepdim=True) + eps) * norm
     key = _rotate(key[:, None], turn, interleaved)[:, 0]
     write_cache(cache, torch.cat([compressed, key], dim=1)[:, None], slots)
-    query = q.float().view(len(q), heads, -1)[..., -rotary:]
+    query = q.float().view(len(q), heads, q.shape[1] // heads)[..., -rotary:]
     places = out.view(len(q), heads, rank + rotary)[..., rank:]
     places.copy_(_rotate(query, turn, interleaved))
     return out

@@ -157,11 +157,11 @@ def _latents_for_target(target: str) -> list[Case]:
     rest: dict[str, Any] = {"only_full": target != "sm_90"}
     return [
         latents("decode", target),
-        latents("varlen", target),
+        latents("varlen", target, only_full=True),
         latents("merge", target, **rest),
         latents("decode", target, 16, deterministic=True, decode=False, **rest),
         latents("varlen", target, 16, deterministic=True, decode=False, **rest),
-        latents("merge", target, 16, deterministic=True, decode=False, **rest),
+        latents("merge", target, 16, deterministic=True, decode=False, only_full=True),
     ]
 
 

@@ -85,6 +85,14 @@ def tiny_moe(write_model: WriteModel) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_latents(write_model: WriteModel) -> str:
+    """One latent per token, no experts."""
+    from runner.engines import FAMILIES
+
+    return write_model(**{**FAMILIES["deepseek_v3"], "first_k_dense_replace": 2})
+
+
+@pytest.fixture(scope="session")
 def tiny_deepseek(write_model: WriteModel) -> str:
     """One latent per token, experts in groups beside a shared one."""
     from runner.engines import FAMILIES

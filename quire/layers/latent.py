@@ -165,7 +165,8 @@ class LatentAttention:
             q_TD, latents_TW, positions_T, self.rope(), self.norm.weight, NORM_EPS, cache,
             group.slots, self.heads, self.interleaved,
         )  # fmt: skip
-        tokens, shape = len(q_TD), (len(q_TD), self.heads, -1)
+        tokens = q_TD.shape[0]
+        shape = (tokens, self.heads, -1)
         self.up.absorb(
             q_TD.view(shape)[:, :, : sizes.nope], queries_TD.view(shape)[:, :, : sizes.rank]
         )

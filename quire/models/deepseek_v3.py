@@ -11,7 +11,7 @@ from quire.layers.latent import LatentAttention, LatentSizes
 from quire.layers.moe import Grouped, MoE
 from quire.layers.rotary import rope_parameters, yarn_growth
 from quire.models import llama
-from quire.models.config import MOST_EXPERTS, activation, number, whole
+from quire.models.config import activation, expert_counts, number, whole
 from quire.models.llama import Block, Mixer
 
 V2 = "DeepseekV2ForCausalLM"
@@ -62,13 +62,7 @@ class Config:
         )
         dense, every = _count(hf, "first_k_dense_replace"), whole(hf, "moe_layer_freq", 1)
         expert = whole(hf, "moe_intermediate_size")
-        experts = whole({"n_routed_experts": hf.get("num_local_experts"), **hf}, "n_routed_experts")
-        if experts * layers > MOST_EXPERTS:
-            raise ModelError(
-                "bad_config",
-                f"config.json: {layers} layers of {experts} experts",
-                why=f"all layers together may have {MOST_EXPERTS}",
-            )
+        experts, per_token = expert_counts(hf, layers, "n_routed_experts")
         return cls(
             vocab_size=whole(hf, "vocab_size"),
             hidden=whole(hf, "hidden_size"),
@@ -88,10 +82,10 @@ class Config:
             activation=activation(hf),
             sparse=tuple(i >= dense and i % every == 0 for i in range(layers)),
             experts=experts,
-            experts_per_token=whole(hf, "num_experts_per_tok"),
+            experts_per_token=per_token,
             expert_intermediate=expert,
             shared_intermediate=expert * _count(hf, "n_shared_experts"),
-            **_routing(hf, experts),
+            **_routing(hf, experts, per_token),
             predictors=_count(hf, "num_nextn_predict_layers"),
         )
 
@@ -101,7 +95,7 @@ def _count(hf: dict[str, Any], key: str) -> int:
     return whole(hf, key) if hf.get(key) else 0
 
 
-def _routing(hf: dict[str, Any], experts: int) -> dict[str, Any]:
+def _routing(hf: dict[str, Any], experts: int, per_token: int) -> dict[str, Any]:
     """`normalize` and `grouped`. Raises ModelError for a routing that is not known, or that does
     not go with the number of experts."""
     older = hf.get("architectures") == [V2]
@@ -125,7 +119,7 @@ def _routing(hf: dict[str, Any], experts: int) -> dict[str, Any]:
         )
     groups = 1 if method == "greedy" else whole(hf, "n_group", 1)
     chosen = 1 if method == "greedy" else whole(hf, "topk_group", groups)
-    per_token, (size, rest) = whole(hf, "num_experts_per_tok"), divmod(experts, groups)
+    size, rest = divmod(experts, groups)
     if rest or chosen > groups or per_token > chosen * size or (corrected and size < 2):
         raise ModelError(
             "bad_config",

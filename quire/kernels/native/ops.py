@@ -311,7 +311,7 @@ def latent_cache(
 
     Shapes as in quire/kernels/reference/rotary/latent_cache.py; rows of latents may be apart.
     """
-    (rows, query), (limit, rotary), rank = q.shape, cos_sin.shape, len(norm)
+    (rows, query), (limit, rotary), (rank,) = q.shape, cos_sin.shape, norm.shape
     address, blocks, width = _latents(cache, rank)
     nope, rest = query // heads - rotary, query % heads
     if rotary % 2 or rank + rotary != width or nope < 0 or rest:

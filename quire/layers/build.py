@@ -56,7 +56,7 @@ class DenseKernels(Protocol):
 
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
-    head_linear: Callable[..., None]
+    head_linear: Callable[..., torch.Tensor]
     gated_linear: Callable[..., Any]
     add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]
 

@@ -81,9 +81,9 @@ class HeadProducts:
         """Queries taken to the latent's space."""
         self._multiply(q_THN, self._keys, out_THR)
 
-    def expand(self, mixed_THR: torch.Tensor, out_THV: torch.Tensor) -> None:
-        """Values made of mixed latents."""
-        self._multiply(mixed_THR, self._values, out_THV)
+    def expand(self, mixed_THR: torch.Tensor) -> torch.Tensor:
+        """Values made of mixed latents, [T, heads, value]."""
+        return self._multiply(mixed_THR, self._values)
 
     def _pack(self, weight_HNK: torch.Tensor) -> Any:
         packed = [self.build.kernels.pack(weight) for weight in weight_HNK]
@@ -91,13 +91,17 @@ class HeadProducts:
             return packed
         return cast(DenseKernels, self.build.kernels).stack(len(packed), iter(packed))
 
-    def _multiply(self, x_THK: torch.Tensor, weight: Any, out_THN: torch.Tensor) -> None:
+    def _multiply(
+        self, x_THK: torch.Tensor, weight: Any, out_THN: torch.Tensor | None = None
+    ) -> torch.Tensor:
         kernels = self.build.kernels
         if kernels.dense:
-            cast(DenseKernels, kernels).head_linear(x_THK, weight, out_THN)
-        else:
-            for head, packed in enumerate(weight):
-                kernels.linear(x_THK[:, head], packed, out=out_THN[:, head])
+            return cast(DenseKernels, kernels).head_linear(x_THK, weight, out_THN)
+        if out_THN is None:
+            out_THN = torch.empty(x_THK.shape[0], len(weight), weight[0].n)
+        for head, packed in enumerate(weight):
+            kernels.linear(x_THK[:, head], packed, out=out_THN[:, head])
+        return out_THN
 
 
 class LatentAttention:
@@ -174,11 +178,8 @@ class LatentAttention:
             queries_TD, cache, group.block_tables, step.query_start, step.context_len, self.scale,
             sizes.rank,
         )  # fmt: skip
-        out_TD = torch.empty(
-            tokens, self.heads * sizes.value, dtype=mixed_TD.dtype, device=mixed_TD.device
-        )
-        self.up.expand(mixed_TD.view(shape), out_TD.view(shape))
-        return self.out(out_TD)
+        values_THV = self.up.expand(mixed_TD.view(tokens, self.heads, sizes.rank))
+        return self.out(values_THV.view(tokens, self.heads * sizes.value))
 
     def _project(self, norm: RMSNorm, stream: ResidualStream) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [T, heads * (nope + rope)] and latents [T, rank + rope]."""

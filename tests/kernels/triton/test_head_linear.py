@@ -31,8 +31,9 @@ def test_product_equals_reference(
     wanted, size = torch.empty_like(out), torch.empty(t, heads, n, device=device)
     reference(x, weight, wanted)
     reference(x.abs(), weight.abs(), size)
-    head_linear(x, weight, out)
+    assert head_linear(x, weight, out) is out
     assert_close(out, wanted, size)
+    assert torch.equal(head_linear(x, weight), out)
 
 
 def test_what_does_not_go_together_is_refused(device: torch.device) -> None:

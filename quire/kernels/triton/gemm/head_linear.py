@@ -14,6 +14,7 @@ import triton.language as tl
 from quire.kernels.triton.gemm.gemm_tiles import block_k
 from quire.kernels.triton.gemm.multiply import multiply_add
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.rows import empty_rows
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -71,13 +72,17 @@ def tile_sizes(tokens: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def head_linear(x_THK: torch.Tensor, weight_HNK: torch.Tensor, out_THN: torch.Tensor) -> None:
-    """out[:, h] = x[:, h] weight[h]^T for every head h.
+def head_linear(
+    x_THK: torch.Tensor, weight_HNK: torch.Tensor, out_THN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """out[:, h] = x[:, h] weight[h]^T for every head h: [T, H, N].
 
     x and out are of one dtype, their last dimension contiguous, their others as far apart as one
     likes; the weight is contiguous. Raises ValueError for anything else.
     """
     (tokens, heads, k), n = x_THK.shape, weight_HNK.shape[1]
+    if out_THN is None:
+        out_THN = empty_rows(tokens, heads * n, x_THK.dtype, x_THK.device).view(tokens, heads, n)
     if weight_HNK.shape != (heads, n, k) or out_THN.shape != (tokens, heads, n):
         raise ValueError(
             f"x {list(x_THK.shape)}, weight {list(weight_HNK.shape)} and out "
@@ -107,3 +112,4 @@ def head_linear(x_THK: torch.Tensor, weight_HNK: torch.Tensor, out_THN: torch.Te
         OUT_HEAD=out_THN.stride(1),
         **sizes,
     )
+    return out_THN

@@ -222,15 +222,15 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
         if theirs.model.load_format != "dummy":
             raise no_weights(files)
         source = dummy_source(theirs, files, target.device)
-    build = replace(
-        target,
+    build = Build(
+        target.kernels,
+        dtype=target.dtype,
+        group=target.group,
         widened=DTYPES[declared_dtype(files.config())],
+        max_len=target.max_len,
+        device=target.device,
+        moe_routing=target.moe_routing,
         first_layer=len(target.caches),
-        tables={},
-        rotary_bytes={},
-        width=0,
-        weights=[],
-        caches=[],
     )
     return _load(build, files, source), build
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,29 +10,8 @@ from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
 from quire.layers.norm import ResidualStream, RMSNorm
-from quire.layers.read import read_vector
 from quire.layers.rotary import RotaryTable
-from quire.weights.source import TensorInfo, WeightSource
-
-
-class Sinks:
-    """One logit for each query head, shared over ranks as the heads are: float32 [heads]."""
-
-    def __init__(self, build: Build, name: str, heads: int):
-        self.build, self.name, self.heads = build, name, heads
-        self._share = build.group.shard(heads, name)
-        self.values = torch.empty(0)
-        build.add_weight(self)
-
-    def tensors(self) -> list[TensorInfo]:
-        return [TensorInfo(self.name, (self.heads,), "bf16")]
-
-    def nbytes(self, formats: Callable[[str], str]) -> int:
-        share: int = self._share.stop - self._share.start
-        return 4 * share
-
-    def load(self, source: WeightSource) -> None:
-        self.values = read_vector(self.build, source, self.name, self._share)
+from quire.layers.vector import Vector
 
 
 class Attention:
@@ -80,18 +58,26 @@ class Attention:
                 RMSNorm(build, f"{name}.q_norm", head_size, norm_eps, norm_offset),
                 RMSNorm(build, f"{name}.k_norm", head_size, norm_eps, norm_offset),
             )
-        self.sinks = Sinks(build, f"{name}.sinks", heads) if sinks else None
+        self.sinks = Vector(build, f"{name}.sinks", heads, shared=True) if sinks else None
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         kv_share = share.stop - share.start
-        self.cache = build.add_cache(heads * kv_share // kv_heads, kv_share, head_size, window)
+        self.cache = build.add_cache(
+            build.kernels.cache_page(kv_share, head_size),
+            window,
+            heads=heads * kv_share // kv_heads,
+            kv_heads=kv_share,
+            key_size=head_size,
+            value_size=head_size,
+        )
         self.rope = RotaryTable(build, head_size, rope)
 
     def __call__(
         self, norm: RMSNorm, stream: ResidualStream, positions_T: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """Attention over the norm of the stream: what to add to it, [T, H]."""
-        group, cache = step.groups[self.cache.group], self.cache
+        group = step.groups[self.cache.group]
+        keys, values = self.cache.tensors
         q_norm, k_norm = (n.weight for n in self.norms) if self.norms else (None, None)
         q_TD = self.kernels.rotary_cache(
             self.qkv.after(norm, stream),
@@ -100,14 +86,14 @@ class Attention:
             q_norm,
             k_norm,
             self.eps,
-            cache.keys,
-            cache.values,
+            keys,
+            values,
             group.slots,
         )
         out_TD = self.kernels.attention(
             q_TD,
-            cache.keys,
-            cache.values,
+            keys,
+            values,
             group.block_tables,
             step.query_start,
             step.context_len,

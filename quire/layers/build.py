@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,13 @@ class Kernels(Protocol):
     add_rms_norm: Callable[..., torch.Tensor]
     rotary_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
-    cache_shapes: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]
+    latent_cache: Callable[..., torch.Tensor]
+    latent_attention: Callable[..., torch.Tensor]
+    cache_page: Callable[..., tuple[tuple[int, ...], ...]]
     gated_activation: Callable[..., torch.Tensor]
     gated_linear: Callable[..., torch.Tensor]
     route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    route_groups: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class CpuKernels(Kernels, Protocol):
@@ -46,11 +50,13 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
-    gives for each, products that begin with the addition and norm before them, and gated ones whose
-    results are stored as the next product takes them."""
+    gives for each, each head's product with a weight of its own, products that begin with the
+    addition and norm before them, and gated ones whose results are stored as the next product takes
+    them."""
 
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
+    head_linear: Callable[..., torch.Tensor]
     gated_linear: Callable[..., Any]
     add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]
 
@@ -70,20 +76,32 @@ class Weight(Protocol):
 
 @dataclass
 class CacheLayer:
-    """One attention layer's KV cache, read by `heads` query heads. The runner sets `keys` and
-    `values` once planned.
+    """What one attention layer keeps of every token, in blocks of BLOCK_SIZE tokens.
 
-    `group` is the index of the KV group the layer belongs to.
+    `page`: the shape of one block in each of the layer's tensors; the runner makes `tensors`
+    [blocks, *shape] of it once planned. `heads` query heads read keys of `key_size` and values of
+    `value_size` from `kv_heads` heads. `group` is the index of the KV group the layer belongs to.
     """
 
     layer: int
+    page: tuple[tuple[int, ...], ...]
+    window: int | None
     heads: int
     kv_heads: int
-    head_size: int
-    window: int | None
+    key_size: int
+    value_size: int
     group: int = -1
-    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def latent(self) -> bool:
+        """Whether values are the first part of keys, in one tensor."""
+        return len(self.page) == 1
+
+    @property
+    def page_values(self) -> int:
+        """Values of one block."""
+        return sum(prod(shape) for shape in self.page)
 
 
 @dataclass
@@ -97,8 +115,9 @@ class Build:
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
     `width` (most float32 values per token that a layer works with, besides its input and output)
-    and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the experts
-    [T, K] that a layer chose, by who wants to count them.
+    and `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the names of
+    tensors that checkpoints of the model may have and that it does not read. `on_experts` is called
+    with the experts [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels
@@ -115,6 +134,7 @@ class Build:
     first_layer: int = 0
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
 
     def add_weight(self, weight: Weight) -> None:
         self.weights.append(weight)
@@ -123,9 +143,17 @@ class Build:
         self.width = max(self.width, values)
 
     def add_cache(
-        self, heads: int, kv_heads: int, head_size: int, window: int | None
+        self,
+        page: tuple[tuple[int, ...], ...],
+        window: int | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        key_size: int,
+        value_size: int,
     ) -> CacheLayer:
+        """The next layer's cache; arguments as CacheLayer has them."""
         number = self.first_layer + len(self.caches)
-        cache = CacheLayer(number, heads, kv_heads, head_size, window)
+        cache = CacheLayer(number, page, window, heads, kv_heads, key_size, value_size)
         self.caches.append(cache)
         return cache

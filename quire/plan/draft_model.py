@@ -11,7 +11,7 @@ from quire.errors import PlanError
 from quire.layers.build import Build, CacheLayer
 from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import gpu, memory
-from quire.plan.cpu import NATIVE_HEAD_SIZES, RECORDED_ROWS
+from quire.plan.cpu import RECORDED_ROWS, native_misfit
 from quire.plan.facts import DTYPES, ModelFacts, declared_dtype
 from quire.plan.place import Place, held_formats, sum_weights, tensor_formats
 from quire.plan.plan import Choice, format_bytes
@@ -75,12 +75,12 @@ def _on_cpu(
     options: Options, config: ModelConfig, build: Build, place: Place, formats: Formats
 ) -> tuple[int, int, int]:
     """Bytes of activations, graphs and state."""
-    odd = sorted({cache.head_size for cache in build.caches} - set(NATIVE_HEAD_SIZES))
-    if odd and place.kernels == "native":
+    misfit = native_misfit(build.caches)
+    if misfit and place.kernels == "native":
         raise PlanError(
             "unsupported_head_size",
-            f"the native kernels do not have head size {odd[0]} of the model that drafts",
-            why="multiples of 8 up to 256",
+            "the native kernels cannot compute the model that drafts",
+            why=misfit,
             fix="use --kernels reference",
         )
     # A step's tokens, and one more behind each row.

@@ -4,6 +4,7 @@ for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
 from typing import Any
 
 import pytest
+from models.test_deepseek_v3 import PUBLISHED
 
 from quire.cli.roofline import Ceilings, Layer, Work, ideal, roofline, to_record
 from quire.cli.workload import DECODE, SCENARIOS, TOTAL, Scenario
@@ -93,7 +94,7 @@ def test_pairs_of_a_prompt_are_counted_one_by_one() -> None:
         for start in range(12):
             for end in range(start, 16):
                 by_hand = sum(min(p + 1, window or 10**9) for p in range(start, end))
-                assert Layer(1, 1, 1, window).pairs(start, end) == by_hand, (window, start, end)
+                assert Layer(1, 1, window).pairs(start, end) == by_hand, (window, start, end)
 
 
 def test_experts_count_as_chosen() -> None:
@@ -171,3 +172,10 @@ def test_every_family_with_experts_is_counted() -> None:
     )  # fmt: skip
     work = work_of(hf)
     assert (work.experts, work.per_token, work.sparse) == (4, 2, 2)
+
+
+def test_latents_are_read_once_for_all_heads() -> None:
+    """DeepSeek-V3: 61 layers of 576 values a token; 128 heads multiply with 576 and mix 512."""
+    seen = work_of(PUBLISHED).decoding(1000)
+    assert seen.bytes == 1000 * 61 * 576 * 2
+    assert seen.flops == 1000 * 61 * 128 * 2 * (576 + 512)

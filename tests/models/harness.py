@@ -65,6 +65,9 @@ def checkpoint(path: Path, config: PretrainedConfig, seed: int = 0) -> Any:
                 weight.data.add_(torch.empty_like(weight).uniform_(-0.5, 0.5))
             else:
                 weight.data.normal_(std=0.3 if weight.dim() == 1 else 0.2)
+        for name, values in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of a size that changes the choice
+                values.uniform_(-0.3, 0.3)
         model.tie_weights()
     model.save_pretrained(path)
     return model
@@ -151,8 +154,8 @@ class Loaded:
     def logits(self, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
         """Logits [T, V] of one sequence, computed `chunk` tokens at a time."""
         for cache in self.build.caches:
-            cache.keys.fill_(torch.nan)
-            cache.values.fill_(torch.nan)
+            for tensor in cache.tensors:
+                tensor.fill_(torch.nan)
         ids = list(range(1, 1 + len(self.groups) * self.blocks))
         random.Random(7).shuffle(ids)
         tables = [ids[i * self.blocks : (i + 1) * self.blocks] for i in range(len(self.groups))]

@@ -6,13 +6,16 @@ import torch
 
 from quire.kernels.dense import DenseWeights
 from quire.kernels.reference.activation.gated_activation import limit_of
-from quire.kernels.reference.packed import BLOCK, PackedWeight
+from quire.kernels.reference.packed import PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
+from quire.kernels.triton.attention.latent_attention import latent_attention
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.embedding.embedding import embedding
+from quire.kernels.triton.gemm.head_linear import head_linear
 from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, linear
 from quire.kernels.triton.moe.experts import experts
 from quire.kernels.triton.moe.route import route
+from quire.kernels.triton.moe.route_groups import route_groups
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized.experts import quantized_experts
 from quire.kernels.triton.quantized.linear import (
@@ -22,6 +25,7 @@ from quire.kernels.triton.quantized.linear import (
     quantized_norm_linear,
 )
 from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.kernels.triton.rotary.latent_cache import latent_cache
 from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
 
@@ -41,14 +45,10 @@ class TritonKernels(DenseWeights):
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     rotary_cache = staticmethod(rotary_cache)
+    latent_cache = staticmethod(latent_cache)
+    head_linear = staticmethod(head_linear)
     route = staticmethod(route)
-
-    def cache_shapes(
-        self, blocks: int, kv_heads: int, head_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Keys and values alike: a head's 16 tokens of a block lie together."""
-        shape = (blocks, kv_heads, BLOCK, head_size)
-        return shape, shape
+    route_groups = staticmethod(route_groups)
 
     def embedding(
         self, ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0
@@ -136,6 +136,24 @@ class TritonKernels(DenseWeights):
         return paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_len, scale, window, softcap,
             sinks, decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
+            scratch=self.scratch,
+        )  # fmt: skip
+
+    def latent_attention(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        context_len: torch.Tensor,
+        scale: float,
+        rank: int,
+    ) -> torch.Tensor:
+        """As many tokens as requests: as in `attention`."""
+        assert self.scratch is not None
+        return latent_attention(
+            q, cache, block_tables, query_start, context_len, scale, rank,
+            decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
             scratch=self.scratch,
         )  # fmt: skip
 

@@ -132,8 +132,8 @@ def paged_attention(
     count = (tokens // (tiles.rows // group) + rows) * kv_heads
     launch(
         varlen_kernel, (count,), device, *tensors, rows, block_tables.stride(0), factor,
-        inner_scale, DETERMINISTIC=deterministic, TILE=tiles.keys, TILE_ROWS=tiles.rows, **shared,
-        **tiles.meta,
+        inner_scale, DETERMINISTIC=deterministic, TILE=tiles.keys, TILE_ROWS=tiles.rows, REST=0,
+        REST_COLUMNS=1, **shared, **tiles.meta,
     )  # fmt: skip
     return out
 

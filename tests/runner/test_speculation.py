@@ -128,8 +128,10 @@ def test_every_sampling_parameter_gives_the_tokens_of_a_run_without_speculation(
     assert least <= right / drafts <= most
 
 
-@pytest.mark.parametrize("family", ["tiny_gemma", pytest.param("tiny_moe", marks=pytest.mark.full)])
-def test_windows_and_experts_give_the_same_bits(
+@pytest.mark.parametrize(
+    "family", ["tiny_gemma", "tiny_deepseek", pytest.param("tiny_moe", marks=pytest.mark.full)]
+)
+def test_windows_latents_and_experts_give_the_same_bits(
     family: str, request: pytest.FixtureRequest
 ) -> None:
     if not native.available():

@@ -31,7 +31,7 @@ from quire.plan.place import (
     sum_weights,
 )
 from quire.plan.plan import Choice
-from quire.plan.speculation import sampled_rows, verified_sizes
+from quire.plan.speculation import sampled_rows
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -120,12 +120,7 @@ def place(
     longest = options.model.max_model_len or config.max_len
     groups = len({(c.window, c.page) for c in build.caches})
     sampled = sampled_rows(engine, sequences, tokens)
-    decode: tuple[int, ...] = ()
-    mixed, sampling = decode, decode
-    if runner == "graph":
-        decode, mixed = graph_sizes(tokens, sequences)
-        sampling, _ = graph_sizes(tokens, sampled)
-        mixed = tuple(sorted({*mixed, *verified_sizes(engine, mixed)}))
+    decode, mixed = graph_sizes(tokens, sampled) if runner == "graph" else ((), ())
     widest = 0 if deterministic else widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
@@ -133,7 +128,7 @@ def place(
         + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize),
         "graphs": widest
         + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
-        + GRAPH_BYTES * (len(decode) + 2 * len(sampling) + len(mixed))
+        + GRAPH_BYTES * (3 * len(decode) + len(mixed))
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
@@ -168,7 +163,6 @@ def place(
         max_sampled=sampled,
         decode_graphs=decode,
         mixed_graphs=mixed,
-        sampling_graphs=sampling,
     )
 
 

@@ -53,7 +53,6 @@ class Place:
     max_sampled: int
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
-    sampling_graphs: tuple[int, ...] = ()
     ahead: int = 0
 
     @property

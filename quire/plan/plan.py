@@ -33,7 +33,8 @@ class Plan:
     the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
-    captured, `mixed_graphs` numbers of tokens of other steps, `sampling_graphs` of rows of logits.
+    captured (with drafts, of tokens: each is a row of its own then), `mixed_graphs` numbers of
+    tokens of other steps.
     `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
     model that drafts; its layers' caches are in `groups`, numbered behind the model's.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
@@ -65,7 +66,6 @@ class Plan:
     max_num_batched_tokens: int
     decode_graphs: tuple[int, ...]
     mixed_graphs: tuple[int, ...]
-    sampling_graphs: tuple[int, ...]
     groups: tuple[KVGroup, ...]
     pool_blocks: tuple[int, ...]
     choices: tuple[Choice, ...]

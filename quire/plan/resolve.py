@@ -93,7 +93,6 @@ def resolve(
         max_num_batched_tokens=step,
         decode_graphs=place.decode_graphs,
         mixed_graphs=place.mixed_graphs,
-        sampling_graphs=place.sampling_graphs,
         groups=groups,
         pool_blocks=blocks,
         choices=tuple(choices),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from quire.config.options import EngineOptions
 from quire.config.speculation import Speculation
 from quire.plan.plan import Choice, format_bytes
@@ -22,15 +20,6 @@ def sampled_rows(engine: EngineOptions, sequences: int, tokens: int) -> int:
         return sequences
     with_drafts = min(sequences * (1 + asked.num_speculative_tokens), MOST_SAMPLED)
     return max(sequences, min(with_drafts, tokens))
-
-
-def verified_sizes(engine: EngineOptions, mixed: Sequence[int]) -> set[int]:
-    """Tokens of steps that verify full drafts of few requests, which are worth a graph each."""
-    asked = engine.speculation
-    if asked is None:
-        return set()
-    sizes = {rows * (1 + asked.num_speculative_tokens) for rows in (1, 2, 3, 4, 6, 8)}
-    return {size for size in sizes if size <= max(mixed, default=0)}
 
 
 def describe_speculation(

@@ -114,15 +114,16 @@ class DeviceRunner:
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
         self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
         groups, max_blocks = len(plan.groups), -(-plan.max_model_len // BLOCK_SIZE) + 1
-        # Two tables of rows: those that are computed, and those that sample.
-        sampled = plan.max_sampled
-        self.state = DeviceState.allocate(
-            rows, plan.max_model_len, vocab_size, groups, max_blocks, self.device, rows + sampled
-        )
+        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
+        # Tables of rows: those that are computed, those that sample, those that a drafter reads.
+        sampled = self._sampled = plan.max_sampled
+        drafted = self._size(rows, self._decode_sizes) if draft else 0
+        sizes = (rows, plan.max_model_len, vocab_size, groups, max_blocks)
+        self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
         self._verifying = plan.speculation is not None
         self._diffs = Diffs(self.state.layout)
         self._packets = PacketRing(self.device)
-        self._buffers = StepBuffers.allocate(rows, tokens, groups, max_blocks, self.device)
+        self._buffers = StepBuffers.allocate(sampled, tokens, groups, max_blocks, self.device)
         self._attention_scratch(build.caches + (draft[1].caches if draft else []), plan)
         self._sampling_scratch = SamplingScratch.allocate(sampled, vocab_size, self.device)
         self._outputs = SampleOutputs.allocate(sampled, self.device)
@@ -132,15 +133,14 @@ class DeviceRunner:
         self._logprobs: list[int | None] = [None] * rows  # how many of the top each slot wants
         self._drafter: DeviceDrafter | None = None
         if draft is not None:
-            self._drafter = DeviceDrafter(draft[0], self.state, self._sampling_scratch, plan)
+            table = self.state.rows[2 * sampled : 2 * sampled + drafted]
+            self._drafter = DeviceDrafter(draft[0], self.state, table, self._sampling_scratch, plan)
         drafts = None if self._drafter is None else self._drafter.drafts
         self._ring = [HostOutputs(self._outputs, self._spoiled, drafts) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
-        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
-        self._sampling_sizes = plan.sampling_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted = deque(self._planned())
 
@@ -153,7 +153,7 @@ class DeviceRunner:
             "device": self.device,
         }
         shapes = {
-            (self._rows, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
+            (self._sampled, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
             for c in caches
         }
 
@@ -173,11 +173,11 @@ class DeviceRunner:
         if self.clock is not None:
             self.clock.begin()
         rows, columns = batch.rows, Columns.of(batch.rows, self._drafter is not None)
-        shape = self._shape(columns.num_tokens, len(rows))
-        padded = shape.rows
+        shape = self._shape(columns.num_tokens, columns.num_rows)
+        tables = [self._diffs.rows(columns, shape.rows)]
         if self._drafter is not None:
-            padded = max(padded, self._reading(columns).rows, self._guessing_rows(columns))
-        tables = [self._diffs.rows(columns, padded)]
+            padded = max(self._reading(columns).rows, self._guessing_rows(columns))
+            tables.append(self._diffs.whole_rows(columns, padded, 2 * self._sampled))
         if columns.drafts:
             tables += self._diffs.drafts(columns)
         if not columns.gated:
@@ -212,7 +212,7 @@ class DeviceRunner:
         flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
         logprobs = any(each & LOGPROBS for each in flags)
         if sampled:
-            size = self._size(sampled, self._sampling_sizes)
+            size = self._size(sampled, self._decode_sizes)
             sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
         if self._drafter is not None:
@@ -257,8 +257,8 @@ class DeviceRunner:
         return lambda: drafter.draft(key.rows, key.variant)
 
     def _sampling_table(self, columns: Columns) -> Run:
-        size = self._size(len(columns.sampling), self._sampling_sizes)
-        return self._diffs.sampling_rows(columns, size, first=self._rows)
+        size = self._size(len(columns.sampling), self._decode_sizes)
+        return self._diffs.sampling_rows(columns, size, first=self._sampled)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -295,25 +295,26 @@ class DeviceRunner:
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
             size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
-        most = min(self._rows, self._tokens)
+        most = min(self._sampled, self._tokens)
         # Without graphs, a size of each class of rows that kernels tell apart.
-        classes = sorted({most, *(min(2**i, most) for i in range(7))})
-        keys += [Shape(rows, rows) for rows in reversed(self._decode_sizes or classes)]
-        sizes = self._sampling_sizes or classes
-        for name in ("greedy", "plain"):
-            keys += [Sampling(rows, name, False) for rows in reversed(sizes)]
+        sizes = self._decode_sizes or sorted({most, *(min(2**i, most) for i in range(7))})
+        for rows in reversed(sizes):
+            keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
+        keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
         # The rest is captured where a request asks for it; its kernels are compiled before.
         rest = (("full", False), ("greedy", True), ("full", True))
         keys += [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
-        return keys if self._drafter is None else keys + self._planned_drafts(keys, classes)
+        return keys if self._drafter is None else keys + self._planned_drafts(keys, sizes)
 
-    def _planned_drafts(self, keys: list[Key], classes: list[int]) -> list[Key]:
-        """Of the model that drafts: it reads steps of all sizes, and guesses for all rows."""
+    def _planned_drafts(self, keys: list[Key], sizes: Sequence[int]) -> list[Key]:
+        """Of the model that drafts: it reads steps of all sizes, and guesses for all requests."""
         mixed = [key for key in keys if isinstance(key, Shape) and key.tokens > key.rows]
         found: list[Key] = [Reading(*key) for key in mixed]
-        for rows in reversed(self._decode_sizes or classes):
+        most = self._size(self._rows, self._decode_sizes)
+        guessing = [rows for rows in reversed(sizes) if rows <= most]
+        for rows in guessing:
             found += [Guessing(rows, name) for name in ("greedy", "plain")]
-        return [*found, Guessing((self._decode_sizes or classes)[-1], "full")]
+        return [*found, Guessing(guessing[0], "full")]
 
     def _run(self, key: Key, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
@@ -388,7 +389,7 @@ class DeviceRunner:
     def _sample(self, sampling: Sampling) -> None:
         """Sample for the second table of rows; its second column says whose hidden states."""
         assert self._hidden is not None
-        rows = self.state.rows[self._rows : self._rows + sampling.rows]
+        rows = self.state.rows[self._sampled : self._sampled + sampling.rows]
         logits_BV = self.model.logits(self._hidden.index_select(0, rows[:, 1]))
         sample(
             logits_BV, rows, self.state, sampling.variant, self._outputs.view(sampling.rows),

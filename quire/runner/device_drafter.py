@@ -22,12 +22,21 @@ from quire.plan.plan import Plan
 
 
 class DeviceDrafter:
-    """`drafts` int32 [k, rows]: the last ones made, -1 where there is none."""
+    """Reads the rows of a step from `step_rows` int32 [rows, 4], a part of the state's table.
+    `drafts` int32 [k, rows]: the last ones made, -1 where there is none."""
 
-    def __init__(self, model: Model, state: DeviceState, scratch: SamplingScratch, plan: Plan):
+    def __init__(
+        self,
+        model: Model,
+        state: DeviceState,
+        step_rows: torch.Tensor,
+        scratch: SamplingScratch,
+        plan: Plan,
+    ):
         assert plan.speculation is not None
         self.model, self.state, self._scratch = model, state, scratch
-        rows, device, layout = plan.max_num_seqs, state.device, state.layout
+        self._step_rows = step_rows
+        rows, device, layout = len(step_rows), state.device, state.layout
         tokens = plan.max_num_batched_tokens + rows
         sizes = (rows, tokens, layout.groups, layout.max_blocks)
         self._buffers = StepBuffers.allocate(*sizes, device)
@@ -38,10 +47,10 @@ class DeviceDrafter:
         self.drafts = torch.full((count, rows), -1, dtype=torch.int32, device=device)
 
     def read(self, rows: int, tokens: int) -> None:
-        """Compute what counts of the step's rows, which are in the first `rows` of the state's
-        table, in at most `tokens` tokens: more than there are rows."""
+        """Compute what counts of the step's first `rows` rows, in at most `tokens` tokens: more
+        than there are rows."""
         table, size = self._rows[:rows], len(self._rows)
-        draft_rows(self.state, self.state.rows[:rows], 0, table)
+        draft_rows(self.state, self._step_rows[:rows], 0, table)
         hidden_TH = self._forward(table, tokens)
         if self._last is None:
             shape = (size, hidden_TH.shape[1])
@@ -56,7 +65,7 @@ class DeviceDrafter:
         last = self._last[:rows]
         for behind in range(len(self.drafts)):
             if behind:
-                draft_rows(self.state, self.state.rows[:rows], behind, table)
+                draft_rows(self.state, self._step_rows[:rows], behind, table)
                 last = self._forward(table, rows)
             logits_BV = self.model.logits(last)
             sample(logits_BV, table, self.state, variant, outputs, self._scratch, append=False)

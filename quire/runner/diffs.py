@@ -131,8 +131,14 @@ class Columns(NamedTuple):
 
     @property
     def decode(self) -> bool:
-        """Each row samples from the only token it has."""
-        return self.num_tokens == len(self.sampling) and not self.drafts
+        """Each token is sampled behind: rows have one, and drafts behind it."""
+        return self.num_tokens == len(self.sampling)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are computed: where all decode, a draft is one by itself, as attention reads
+        the keys of a row with one query by many programs."""
+        return len(self.sampling) if self.decode else len(self.slots)
 
     def without(self, rows: Collection[int]) -> Columns:
         """The same step, where `rows` do not sample."""
@@ -228,6 +234,19 @@ class Diffs:
 
     def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
+        if not (rows.decode and rows.drafts):
+            return self.whole_rows(rows, size, 0)
+        values = array("i", (-1, 0, 0, 0)) * size
+        for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
+            flags = _SAMPLE + _DRAFTS * behind
+            values[4 * k : 4 * k + 4] = array(
+                "i", (rows.slots[i], rows.starts[i] + behind, 1, flags)
+            )
+        return self.layout.rows_offset, values
+
+    def whole_rows(self, rows: Columns, size: int, first: int) -> Run:
+        """The run that sets `size` of DeviceState.rows from the `first` on: a row of the step in
+        each, the last of them padding."""
         end = 4 * len(rows.slots)
         values = array("i", (-1, 0, 0, 0)) * size
         values[0:end:4] = array("i", rows.slots)
@@ -238,7 +257,7 @@ class Diffs:
             values[4 * i + 3] += _DRAFTS * len(drafts)
         for i, count in rows.propose.items():
             values[4 * i + 3] += _PROPOSE * count
-        return self.layout.rows_offset, values
+        return self.layout.rows_offset + 4 * first, values
 
     def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:
         """The run that sets `size` of DeviceState.rows from the `first` on: rows that sample, and

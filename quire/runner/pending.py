@@ -118,7 +118,7 @@ class DevicePending:
         assert self._sample is None, "a step with gated rows must be opened first"
         outputs, sampling = self.host.wait(), self.rows.sampling
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
-        special = self.wanted or self.prompts or self.drafted
+        special = self.wanted or self.prompts or self.drafted or self.rows.drafts
         if self.rows.decode and not (any(status) or special):
             return Result(self.step, [RowResult([token]) for token in tokens])
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]

@@ -56,9 +56,8 @@ def test_the_gpus_memory_for_rows_of_logits_and_graphs_of_verifying_steps_is_pla
     few = {"max_num_seqs": 4, "max_num_batched_tokens": 2048}
     without, made = gpu_plan(**few), gpu_plan(speculative_config=NGRAM, **few)
     assert made.max_sampled == 20
-    assert made.sampling_graphs == (1, 2, 4, 8, 16, 20)
-    assert made.decode_graphs == without.decode_graphs == without.sampling_graphs
-    assert set(made.mixed_graphs) - set(without.mixed_graphs) == {5, 10, 15, 20, 30, 40}
+    assert made.decode_graphs == (1, 2, 4, 8, 16, 20), "a draft is a row of its own"
+    assert without.decode_graphs == (1, 2, 4) and made.mixed_graphs == without.mixed_graphs
     more = Scratch.nbytes(20, 151936) - Scratch.nbytes(4, 151936)
     assert made.state_bytes - without.state_bytes == more
     assert made.graph_bytes > without.graph_bytes
@@ -120,8 +119,8 @@ def test_a_draft_models_graphs_and_state_are_planned_on_a_gpu() -> None:
     made = resolve(options, facts[0], GPU_MACHINE, FOUND, draft=facts[1])
     ngram = gpu_plan(speculative_config=NGRAM, **few)
     assert made.draft_bytes == gpu_plan(small, **few).weight_bytes
-    # One graph for each size of mixed steps, two of four passes each for 1, 2 and 4 rows.
-    passes = len(made.mixed_graphs) + 2 * 4 * 3
+    # One graph for each size of mixed steps, two of four passes each for each number of rows.
+    passes = len(made.mixed_graphs) + 2 * 4 * 6
     assert made.graph_bytes - ngram.graph_bytes > GRAPH_BYTES * passes
     assert made.state_bytes - ngram.state_bytes == 4 * (512 * 2 + 4 * 4)
     assert made.total_bytes <= made.kv_bytes + 140 * GIB * 0.9

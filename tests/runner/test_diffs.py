@@ -205,7 +205,7 @@ def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_hist
         Row(1, 9, [3], [[], []], True, propose=3),
     ]
     columns, diffs = Columns.of(rows, drafting=True), Diffs(at.layout)
-    assert not columns.decode and not Columns.of(rows[:1]).decode
+    assert not columns.decode and columns.num_rows == 3
     runs = [diffs.rows(columns, 3), *diffs.drafts(columns), diffs.sampling_rows(columns, 5, 4)]
     apply(at, runs)
     assert at.history[2, 8:10].tolist() == [8, 9]
@@ -217,6 +217,27 @@ def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_hist
         [2, 1, 0, two + RowFlag.BEHIND],
         [2, 2, 0, two + 2 * RowFlag.BEHIND],
         [1, 5, 0, RowFlag.SAMPLE],
+        [-1, 0, 0, 0],
+    ]
+
+
+def test_where_all_rows_decode_each_draft_is_a_row_of_its_own() -> None:
+    at = state()
+    rows = [Row(2, 7, [1, 8, 9], [[], []], True, drafts=2), Row(1, 9, [3], [[], []], True)]
+    columns, diffs = Columns.of(rows), Diffs(at.layout)
+    assert columns.decode and (columns.num_tokens, columns.num_rows) == (4, 4)
+    apply(at, [diffs.rows(columns, 5), diffs.whole_rows(columns, 3, first=6)])
+    sample, draft = int(RowFlag.SAMPLE), int(RowFlag.DRAFTS)
+    assert at.rows[:5].tolist() == [
+        [2, 7, 1, sample],
+        [2, 8, 1, sample + draft],
+        [2, 9, 1, sample + 2 * draft],
+        [1, 9, 1, sample],
+        [-1, 0, 0, 0],
+    ]
+    assert at.rows[6:9].tolist() == [
+        [2, 7, 3, sample + 2 * draft],
+        [1, 9, 1, sample],
         [-1, 0, 0, 0],
     ]
 

@@ -80,7 +80,7 @@ def test_a_spoiled_token_anywhere_in_a_row_is_its_error() -> None:
 
 
 def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft() -> None:
-    rows = [Row(1, 4, [9, 5, 6], [[]], True, drafts=2), *decode(2)]
+    rows = [Row(1, 4, [9, 5, 6], [[]], True, drafts=2), Row(3, 0, [1], [[]], False), *decode(2)]
     ok, nan = Status.OK, Status.NAN
     cases = [
         ([5, 6, 7], [ok, ok, ok], [], [5, 6, 7]),
@@ -93,10 +93,13 @@ def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft(
         ([-1, 6, 7], [nan, ok, ok], [], None),
     ]
     for tokens, status, spoiled, expected in cases:
-        flags = [int(i in spoiled) for i in range(4)]
-        found = pending(rows, outputs([*tokens, 8], [*status, ok]), flags).result().rows
+        flags = [int(i in spoiled) for i in range(5)]
+        made = outputs([*tokens, 8], [*status, ok])
+        found = pending(rows, made, flags).result().rows
         want = RowResult([], error=NAN_ERROR) if expected is None else RowResult(expected)
-        assert found == [want, RowResult([8])], (tokens, spoiled)
+        assert found == [want, RowResult([]), RowResult([8])], (tokens, spoiled)
+        if not spoiled:  # where all decode, logits tell
+            assert pending([rows[0], rows[2]], made, flags).result().rows == [want, RowResult([8])]
 
 
 def test_log_probabilities_come_with_the_rows_that_want_them() -> None:

@@ -27,8 +27,8 @@ from quire.kernels.triton.quantized.quantize import (
     norm_quantize_kernel,
     quantize_kernel,
 )
-from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
 from quire.kernels.triton.quantized.scaled_experts import scaled_tiles
+from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
 from quire.kernels.triton.quantized.scaled_grouped_gemm import scaled_grouped_kernel
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
 from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS

@@ -23,6 +23,8 @@ from quire.kernels.triton.quantized.scaled_experts import (
 from tests.kernels.triton.moe_inputs import poisoned_memory
 from tests.kernels.triton.test_quantized_experts import inputs
 
+EXPERTS = 20  # of which SCALED_FROM times as many pairs are more than the path for few takes
+
 
 def wanting(weight: Any, activation: str = "token", scale: float | None = None) -> PackedQuantized:
     fixed = None if scale is None else torch.tensor(scale, device=weight.codes.device)
@@ -91,17 +93,17 @@ def test_bits_of_a_token_do_not_depend_on_the_others(device: torch.device) -> No
 def test_many_pairs_whose_scheme_says_so_are_quantised(device: torch.device) -> None:
     """And no others: not in deterministic mode, not of few tokens, not by blocks that a tile would
     cut. Tokens that are quantised already give the same."""
-    if not takes_quantized_pairs(*both_wanting("fp8", 32, device), 1000, device):
+    least = SCALED_FROM * EXPERTS
+    if not takes_quantized_pairs(*both_wanting("fp8", 32, device), least, device):
         pytest.skip("this GPU does not multiply e4m3 tokens")
     for format, intermediate, wanted in (
         ("fp8", 32, True), ("fp8_block", 128, True), ("fp8_block", 64, False), ("nvfp4", 32, False),
     ):  # fmt: skip
         found = both_wanting(format, intermediate, device)
-        assert takes_quantized_pairs(*found, 4 * SCALED_FROM, device) is wanted
-        assert not takes_quantized_pairs(*found, 4 * SCALED_FROM - 1, device)
-        assert not takes_quantized_pairs(
-            found[0], replace(found[1], activation="none"), 1000, device
-        )
+        assert takes_quantized_pairs(*found, least, device) is wanted
+        assert not takes_quantized_pairs(*found, least - 1, device)
+        plain = replace(found[1], activation="none")
+        assert not takes_quantized_pairs(found[0], plain, least, device)
     t = module.SMALL_PAIRS + 1
     given, _ = inputs("fp8", t, 4, 1, 64, 32, device)
     x, weights, ids = given[:3]
@@ -109,9 +111,7 @@ def test_many_pairs_whose_scheme_says_so_are_quantised(device: torch.device) -> 
     chosen = quantized_experts(x, weights, ids, gate_up, down, "silu", deterministic=False)
     assert torch.equal(chosen, scaled_experts(x, weights, ids, gate_up, down, "silu"))
     tokens = QuantizedTokens(*quantize(x))
-    again = quantized_experts(
-        x, weights, ids, gate_up, down, "silu", deterministic=False, quantized=tokens
-    )
+    again = quantized_experts(tokens, weights, ids, gate_up, down, "silu", deterministic=False)
     assert torch.equal(again, chosen)
     exact = quantized_experts(x, weights, ids, gate_up, down, "silu", deterministic=True)
     decoded = quantized_experts(x, weights, ids, pack(given[3]), pack(given[4]), "silu",
@@ -122,6 +122,6 @@ def test_many_pairs_whose_scheme_says_so_are_quantised(device: torch.device) -> 
 def both_wanting(
     format: str, intermediate: int, device: torch.device
 ) -> tuple[PackedQuantized, PackedQuantized]:
-    given, _ = inputs(format, 1, 4, 2, 64, intermediate, device)
+    given, _ = inputs(format, 1, EXPERTS, 2, 64, intermediate, device)
     activation = "token" if format.startswith("fp8") else "none"
     return wanting(given[3], activation), wanting(given[4], activation)

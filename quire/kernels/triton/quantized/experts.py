@@ -11,6 +11,7 @@ from quire.kernels.triton.moe.experts import CACHED_BYTES
 from quire.kernels.triton.quantized.experts_small import experts_small
 from quire.kernels.triton.quantized.gemm import QuantizedTile
 from quire.kernels.triton.quantized.grouped_gemm import quantized_grouped_gemm
+from quire.kernels.triton.quantized.linear import Tokens
 from quire.kernels.triton.quantized.operands import check_experts
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.quantize import QuantizedTokens
@@ -48,7 +49,7 @@ def expert_tile(
 
 
 def quantized_experts(
-    x: torch.Tensor,
+    x: Tokens,
     weights: torch.Tensor,
     ids: torch.Tensor,
     gate_up: PackedQuantized,
@@ -59,11 +60,10 @@ def quantized_experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     deterministic: bool,
-    quantized: QuantizedTokens | None = None,
 ) -> torch.Tensor:
     """sum over k of weights[t, k] * (down[e] @ h + down_bias[e]), [T, H] bfloat16; operands as in
-    experts_small, for any number of tokens. `quantized`: x in e4m3 too, where a kernel before made
-    it so because takes_quantized_pairs says that it is wanted.
+    experts_small, for any number of tokens, which may be quantised already where
+    takes_quantized_pairs says so.
 
     The path follows from shapes alone. `deterministic`: one path for every T, with one order of
     sums, on which tokens are never quantised; the experts' results are float32 until summed.
@@ -71,18 +71,20 @@ def quantized_experts(
     together.
     """
     pairs, e = ids.numel(), gate_up.experts
+    assert e is not None
+    if isinstance(x, QuantizedTokens) or (
+        not deterministic and takes_quantized_pairs(gate_up, down, pairs, x.device)
+    ):
+        return scaled_experts(
+            x, weights, ids, gate_up, down, kind, limit=limit,
+            gate_up_bias=gate_up_bias, down_bias=down_bias,
+        )  # fmt: skip
     if pairs <= SMALL_PAIRS and not deterministic:
         return experts_small(
             x, weights, ids, gate_up, down, kind, limit=limit,
             gate_up_bias=gate_up_bias, down_bias=down_bias,
         )  # fmt: skip
     check_experts(x, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
-    assert e is not None
-    if not deterministic and takes_quantized_pairs(gate_up, down, pairs, x.device):
-        return scaled_experts(
-            x if quantized is None else quantized, weights, ids, gate_up, down, kind, limit=limit,
-            gate_up_bias=gate_up_bias, down_bias=down_bias,
-        )  # fmt: skip
     shared = shared_memory(x.device)
     first = expert_tile(pairs, e, gate_up.format, deterministic=deterministic, shared=shared)
     second = expert_tile(pairs, e, down.format, deterministic=deterministic, shared=shared)

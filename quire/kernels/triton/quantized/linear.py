@@ -170,11 +170,8 @@ def quantized_norm_linear(
     normed: Tokens
     tokens, device = residual_TK.shape[0], residual_TK.device
     if not deterministic and takes_quantized_tokens(weight, tokens, device):
-        normed = QuantizedTokens(
-            *quantize.add_rms_norm_quantize(
-                x_TK, residual_TK, norm_weight_K, eps, group_of_tokens(weight), fixed=weight.input_scale
-            )
-        )
+        given = (x_TK, residual_TK, norm_weight_K, eps, group_of_tokens(weight))
+        normed = QuantizedTokens(*quantize.add_rms_norm_quantize(*given, fixed=weight.input_scale))
     elif x_TK is None:
         normed = rms_norm(residual_TK, norm_weight_K, eps)
     else:

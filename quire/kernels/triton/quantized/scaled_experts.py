@@ -10,10 +10,15 @@ import torch
 from quire.kernels.triton.gemm.shared import is_hopper
 from quire.kernels.triton.moe.align import align
 from quire.kernels.triton.moe.combine import combine
-from quire.kernels.triton.moe.experts import CACHED_BYTES
-from quire.kernels.triton.quantized.linear import EXACT, group_of_tokens
+from quire.kernels.triton.moe.experts import CACHED_BYTES, SMALL_PAIRS
+from quire.kernels.triton.quantized.linear import EXACT, Tokens, group_of_tokens
+from quire.kernels.triton.quantized.operands import check_experts
 from quire.kernels.triton.quantized.pack import COLUMNS, PackedQuantized
-from quire.kernels.triton.quantized.quantize import QuantizedTokens, quantize
+from quire.kernels.triton.quantized.quantize import (
+    QuantizedTokens,
+    add_rms_norm_quantize,
+    quantize,
+)
 from quire.kernels.triton.quantized.scaled_grouped_gemm import GroupedTile, scaled_grouped_gemm
 
 # Pairs for each expert in the mean from which tokens are quantised: with fewer, weights that are
@@ -44,11 +49,12 @@ def takes_quantized_pairs(
     as it stores them. Not in deterministic mode, where every number of pairs takes one kernel."""
     assert gate_up.experts is not None
     return (
-        gate_up.format in ("fp8", "fp8_block")
+        pairs > SMALL_PAIRS
+        and pairs >= SCALED_FROM * gate_up.experts
+        and gate_up.format in ("fp8", "fp8_block")
         and gate_up.format == down.format
         and "none" not in (gate_up.activation, down.activation)
         and (is_hopper(device) or device.type == "cpu")  # the interpreter has all instructions
-        and pairs >= SCALED_FROM * gate_up.experts
         and (gate_up.format == "fp8" or down.k % COLUMNS == 0)
     )
 
@@ -61,8 +67,31 @@ def scaled_tiles(pairs: int, experts: int, format: str) -> Tiles:
     return (TILES if format == "fp8" else BLOCK_TILES)[tokens]
 
 
+def norm_for_experts(
+    x_TH: torch.Tensor | None,
+    residual_TH: torch.Tensor,
+    norm_weight_H: torch.Tensor,
+    eps: float,
+    gate_up: PackedQuantized,
+    down: PackedQuantized,
+    slots: int,
+) -> tuple[torch.Tensor, QuantizedTokens] | None:
+    """residual += x in place (not without an x); its RMS norm, which a router reads, and the same
+    as quantized_experts takes it with `slots` experts for each token. None, and nothing is done,
+    where those are not so many that they are quantised."""
+    pairs, device = residual_TH.shape[0] * slots, residual_TH.device
+    if not takes_quantized_pairs(gate_up, down, pairs, device):
+        return None
+    normed = torch.empty(residual_TH.shape, dtype=residual_TH.dtype, device=device)
+    tokens = add_rms_norm_quantize(
+        x_TH, residual_TH, norm_weight_H, eps, group_of_tokens(gate_up),
+        fixed=gate_up.input_scale, normed=normed,
+    )  # fmt: skip
+    return normed, QuantizedTokens(*tokens)
+
+
 def scaled_experts(
-    x: torch.Tensor | QuantizedTokens,
+    x: Tokens,
     weights: torch.Tensor,
     ids: torch.Tensor,
     gate_up: PackedQuantized,
@@ -80,6 +109,8 @@ def scaled_experts(
     gate and up are multiplied with each other in float32, and rounded to bfloat16 before they are
     quantised. `tiles`: others than scaled_tiles'. Raises ValueError for what does not go together.
     """
+    given = x if isinstance(x, torch.Tensor) else None
+    check_experts(given, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
     pairs, e = ids.numel(), gate_up.experts
     assert e is not None
     group = group_of_tokens(gate_up)

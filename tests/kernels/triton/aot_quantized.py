@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from quire.kernels.triton.norm.rms_norm import block_sizes
@@ -154,7 +155,11 @@ def scaled(tile: ScaledTile, blockwise: bool, exact: bool, *targets: str) -> Cas
 
 
 def scaled_grouped(
-    pairs: int, format: str, targets: tuple[str, ...] = ("sm_90",), kind: str = ""
+    pairs: int,
+    format: str,
+    targets: tuple[str, ...] = ("sm_90",),
+    kind: str = "",
+    only_full: bool = False,
 ) -> Case:
     """Of experts of Qwen3-30B-A3B's sizes; `kind`: gate and up, else down."""
     tile = scaled_tiles(pairs, 128, format)[kind == ""]
@@ -180,6 +185,7 @@ def scaled_grouped(
         ("n", "k"),
         targets,
         {"maxnreg": min(255, 65536 // (tile.programs_per_sm * tile.warps * 32))},
+        only_full,
         one_instruction=True,
     )
 
@@ -221,15 +227,14 @@ CASES = [
     scaled(ScaledTile(128, 128, 8, 3, 2), True, True, "sm_90"),
     scaled(ScaledTile(64, 128, 4, 4, 2), True, True, "sm_90"),
     scaled_grouped(128 * 16, "fp8", FP8, "silu"),
-    scaled_grouped(128 * 16, "fp8"),
-    scaled_grouped(128 * 8, "fp8", kind="silu"),
-    scaled_grouped(128 * 64, "fp8", kind="silu"),
-    scaled_grouped(128 * 64, "fp8"),
     scaled_grouped(128 * 512, "fp8", kind="silu"),
     scaled_grouped(128 * 512, "fp8"),
     scaled_grouped(128 * 16, "fp8_block", kind="silu"),
-    scaled_grouped(128 * 512, "fp8_block", kind="silu"),
-    scaled_grouped(128 * 512, "fp8_block"),
+    *(
+        scaled_grouped(128 * each, format, kind=kind, only_full=True)
+        for each in (8, 16, 64, 512)
+        for format, kind in itertools.product(("fp8", "fp8_block"), ("silu", ""))
+    ),
     quantizing(quantize_kernel, 4096, 0),
     quantizing(quantize_kernel, 4096, 0, True),
     quantizing(quantize_kernel, 12288, 128),

@@ -89,12 +89,15 @@ def scaled_grouped_kernel(
     block = group_first + within % group_size
     first = within // group_size * WIDTH
     wait_for_inputs(PDL)
-    if block >= tl.load(count):
-        return
+    # Asked for at once, since each takes as long as several steps; used where there is a block.
+    blocks_used = tl.load(count)
     expert = tl.load(experts + block)
     position_first = tl.load(starts + block)
+    position_end = tl.load(ends + block)
+    if block >= blocks_used:
+        return
     position = position_first + tl.arange(0, T)
-    inside = position < tl.load(ends + block)
+    inside = position < position_end
     pair = tl.load(pairs + position, mask=inside, other=0)
     x_row = pair // SLOTS if FROM_TOKENS else position
     depth = tl.arange(0, 128)

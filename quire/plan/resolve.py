@@ -19,7 +19,7 @@ from quire.plan.plan import Choice, Plan, format_bytes
 from quire.plan.speculation import describe_speculation
 
 # Bumped by hand whenever any kernel's bits can change.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 # A default KV cache on a CPU holds one request of the model's longest context, within these
 # bounds, if half of what is left allows.
 DEFAULT_CONTEXT_TOKENS = range(16384, 32769)

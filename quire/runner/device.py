@@ -280,8 +280,11 @@ class DeviceRunner:
         return len(self._wanted)
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
-        sizes = (*self._decode_sizes, *self._mixed_sizes)
-        if self._graphs is None or (isinstance(key, Shape | Reading) and key.tokens not in sizes):
+        captured = self._graphs is not None
+        if isinstance(key, Shape | Reading):
+            alike = self._decode_sizes if key.tokens == key.rows else self._mixed_sizes
+            captured &= key.tokens in alike
+        if self._graphs is None or not captured:
             compute()
         elif not self._graphs.known(key):
             self._graphs.capture(key, compute)
@@ -291,7 +294,7 @@ class DeviceRunner:
         size, keys = self._tokens, list[Key]()
         # What gets no graph is computed at every doubling: between them kernels are the same
         # (gemm_tiles.size_class).
-        while size > max((*self._decode_sizes, *self._mixed_sizes, 1)):
+        while size > max((*self._mixed_sizes, 1)):
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
             size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
@@ -309,7 +312,8 @@ class DeviceRunner:
     def _planned_drafts(self, keys: list[Key], sizes: Sequence[int]) -> list[Key]:
         """Of the model that drafts: it reads steps of all sizes, and guesses for all requests."""
         mixed = [key for key in keys if isinstance(key, Shape) and key.tokens > key.rows]
-        found: list[Key] = [Reading(*key) for key in mixed]
+        found: list[Key] = [Reading(self._tokens + self._rows, self._rows)]
+        found += [Reading(*key) for key in mixed]
         most = self._size(self._rows, self._decode_sizes)
         guessing = [rows for rows in reversed(sizes) if rows <= most]
         for rows in guessing:

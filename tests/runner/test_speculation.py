@@ -229,7 +229,8 @@ def test_graphs_give_every_request_the_cpu_runners_tokens(
             check_mixed(run(made, adds, seed=seed, aborts=0.02), expected, adds)
             while made.core.warm():  # graphs that requests have asked for
                 pass
-        assert accepted(made)[0] > 20
+        right, drafts = accepted(made)
+        assert drafts > 50 and (right > 20 or drafter == "ngram")
 
 
 @pytest.mark.gpu
@@ -271,7 +272,7 @@ def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
             run(made, adds, seed=seed)
     finally:
         knobs.jit_post_compile_hook = None
-    assert accepted(made)[0] > 20
+    assert accepted(made)[1] > 20
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
     assert not compiled
 

@@ -8,8 +8,11 @@ is vLLM's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from quire.config.speculation import Speculation, parse_speculation, speculation_text
 
 
 def option(
@@ -22,11 +25,13 @@ def option(
     live: bool = False,
     secret: bool = False,
     size: bool = False,
+    parse: Callable[[Any], str] | None = None,
 ) -> Any:
     """A dataclass field with what flags and docs need.
 
     `live`: can change while the engine runs. `size`: bytes, also written like "4GiB".
-    `low`, `high`: inclusive range of a number.
+    `low`, `high`: inclusive range of a number. `parse`: checks a value of structure and gives the
+    text that stands for it, or raises UsageError.
     """
     meta = {
         "help": help,
@@ -36,6 +41,7 @@ def option(
         "live": live,
         "secret": secret,
         "size": size,
+        "parse": parse,
     }
     return field(default=default, metadata=meta)
 
@@ -124,6 +130,12 @@ class EngineOptions:
         None,
         "schedule the next step before the last one's tokens are known; by default on a GPU",
     )
+    speculative_config: str | None = option(
+        None,
+        "draft tokens that the model then verifies many at a time, as JSON with vLLM's keys; see "
+        "docs/speculative.md",
+        parse=speculation_text,
+    )
     moe_routing: str = option(
         "model",
         "which experts tokens go to: the model's choice, or evenly at random (for benchmarks with "
@@ -133,6 +145,12 @@ class EngineOptions:
     max_queue: int = option(
         256, "waiting requests beyond which new ones are refused (503)", low=0, live=True
     )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What `speculative_config` says."""
+        asked = self.speculative_config
+        return None if asked is None else parse_speculation(asked)
 
 
 @dataclass(frozen=True)

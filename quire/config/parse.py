@@ -45,6 +45,8 @@ def convert(name: str, item: Field[Any], value: Any, where: str = "") -> Any:
     """
     if value is None and "None" in str(item.type):
         return None
+    if item.metadata["parse"]:
+        return item.metadata["parse"](value)
     try:
         return _in_range(_to_type(base_type(item), value, item.metadata["size"]), item.metadata)
     except ValueError as error:

@@ -13,6 +13,7 @@ import torch
 from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
+from quire.engine.drafting import Drafting
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
@@ -35,6 +36,7 @@ from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
+from quire.speculative.proposer import make_proposer
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -82,6 +84,29 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
+    facts = _facts(options, files, source)
+    drafter = draft_options(options)
+    draft = None
+    if drafter is not None:
+        theirs = find_model(drafter)
+        draft = _facts(drafter, theirs, open_weights(drafter, theirs))
+    machine = detect(gpu=options.engine.device != "cpu")
+    return resolve(options, facts, machine, found, draft=draft)
+
+
+def draft_options(options: Options) -> Options | None:
+    """The options of the model that --speculative-config has draft, as if it were the model."""
+    asked = options.engine.speculation
+    if asked is None or asked.model is None:
+        return None
+    return replace(
+        options,
+        model=replace(options.model, model=asked.model, revision=asked.revision, quantization=None),
+        engine=replace(options.engine, speculative_config=None),
+    )
+
+
+def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> ModelFacts:
     hf, scheme, online = (
         files.config(),
         checkpoint_scheme(files),
@@ -110,7 +135,7 @@ def make_plan(
         facts = replace(
             facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
         )
-    return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
+    return facts
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
@@ -155,16 +180,16 @@ def assemble(
         device=device,
         moe_routing=options.engine.moe_routing,
     )
-    model = build_model(files.config(), build)
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
-        load_weights(build, source, lambda done: say("loading weights", done))
-    source.close()
+        model = _load(build, files, source, lambda done: say("loading weights", done))
+        draft = _load_draft_model(options, build)
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
-        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
-        runner = _make_runner(plan, found, build, model, info)
+        more = [] if draft is None else draft[1].caches
+        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype], more)
+        runner = _make_runner(plan, found, build, model, draft, info)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
     if plan.device != "cpu":
@@ -172,6 +197,42 @@ def assemble(
         with explained(plan, "the largest step was computed for the first time"):
             runner.warm()  # most kernels are there then, and memory has sufficed
     return Engine(core, plan, info, files, build)
+
+
+def _load(
+    build: Build,
+    files: ModelFiles,
+    source: WeightSource,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
+    model = build_model(files.config(), build)
+    load_weights(build, source, progress)
+    source.close()
+    return model
+
+
+def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | None:
+    """The model that --speculative-config has draft, built like the target and beside it."""
+    theirs = draft_options(options)
+    if theirs is None:
+        return None
+    files = find_model(theirs)
+    source = open_weights(theirs, files)
+    if source is None:
+        if theirs.model.load_format != "dummy":
+            raise no_weights(files)
+        source = dummy_source(theirs, files, target.device)
+    build = Build(
+        target.kernels,
+        dtype=target.dtype,
+        group=target.group,
+        widened=DTYPES[declared_dtype(files.config())],
+        max_len=target.max_len,
+        device=target.device,
+        moe_routing=target.moe_routing,
+        first_layer=len(target.caches),
+    )
+    return _load(build, files, source), build
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:
@@ -187,14 +248,19 @@ def _cpu_kernels(plan: Plan, found: KernelFacts) -> CpuKernels:
 
 
 def _make_runner(
-    plan: Plan, found: KernelFacts, build: Build, model: Model, info: EngineInfo
+    plan: Plan,
+    found: KernelFacts,
+    build: Build,
+    model: Model,
+    draft: tuple[Model, Build] | None,
+    info: EngineInfo,
 ) -> Runner:
     if plan.device == "cpu":
-        kernels = _cpu_kernels(plan, found)
-        return EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+        sizes = (len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+        return EagerRunner(model, _cpu_kernels(plan, found), *sizes, draft and draft[0])
     from quire.runner.device import DeviceRunner
 
-    return DeviceRunner(model, build, plan, info.vocab_size)
+    return DeviceRunner(model, build, plan, info.vocab_size, draft)
 
 
 def set_threads(threads: int) -> None:
@@ -218,7 +284,17 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
     )
     identity = BlockIdentity(plan.cache_fingerprint)
     caching = options.engine.enable_prefix_caching
-    return Scheduler(limits, KVManager(plan.groups, plan.pool_blocks, identity, caching))
+    kv = KVManager(plan.groups, plan.pool_blocks, identity, caching)
+    return Scheduler(limits, kv, drafting=make_drafting(plan))
+
+
+def make_drafting(plan: Plan) -> Drafting | None:
+    """What the scheduler needs for drafts."""
+    asked = plan.speculation
+    if asked is None:
+        return None
+    drafts = asked.num_speculative_tokens
+    return Drafting(make_proposer(asked), drafts, plan.max_sampled, asked.ahead)
 
 
 def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quire.config.speculation import Speculation
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 
@@ -32,8 +33,11 @@ class Plan:
     the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
-    captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
-    and of the config's values; `ranks` share the model.
+    captured (with drafts, of tokens: each is a row of its own then), `mixed_graphs` numbers of
+    tokens of other steps.
+    `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
+    model that drafts; its layers' caches are in `groups`, numbered behind the model's.
+    `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
     """
 
     model: str
@@ -66,12 +70,17 @@ class Plan:
     pool_blocks: tuple[int, ...]
     choices: tuple[Choice, ...]
     numerics_version: int
+    max_sampled: int
+    speculation: Speculation | None = None
+    draft_bytes: int = 0
+    draft_fingerprint: str = ""
     ranks: int = 1
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
-        return sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
+        rest = (self.graph_bytes, self.state_bytes, self.reserve_bytes, self.draft_bytes)
+        return sum(parts) + sum(rest)
 
     @property
     def cache_fingerprint(self) -> bytes:
@@ -91,6 +100,8 @@ class Plan:
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes) for g in self.groups],
         ]
+        if self.draft_fingerprint:
+            fields.append(self.draft_fingerprint)
         return hashlib.blake2b(msgspec.json.encode(fields), digest_size=32).digest()
 
     @property

@@ -16,6 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
+from quire.kv import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from quire.layers.build import Build
@@ -54,11 +55,11 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's attention: query and KV heads, their size, and the window (None: all tokens)."""
+    """One layer's attention: cached values per token, operations per query and key, and the window
+    (None: all tokens)."""
 
-    heads: int
-    kv_heads: int
-    head_size: int
+    values: int
+    operations: int
     window: int | None
 
     def pairs(self, start: int, end: int) -> float:
@@ -102,7 +103,12 @@ class Work:
             layers=total - expert - embedding - (own_head or 0),
             head=head,
             attention=tuple(
-                Layer(c.heads, c.kv_heads, c.head_size, c.window) for c in build.caches
+                Layer(
+                    c.page_values // BLOCK_SIZE,
+                    2 * c.heads * (c.key_size + c.value_size),
+                    c.window,
+                )
+                for c in build.caches
             ),
             value_bytes=weight_bytes / total,
             kv_bytes=kv_itemsize,
@@ -132,13 +138,13 @@ class Work:
         need = [0.0, 0.0]
         for layer in self.attention:
             seen = min(context, layer.window or context)
-            need[0] += 2 * layer.kv_heads * layer.head_size * self.kv_bytes * seen
-            need[1] += 4 * layer.heads * layer.head_size * seen
+            need[0] += layer.values * self.kv_bytes * seen
+            need[1] += layer.operations * seen
         return Need(*need)
 
     def reading(self, start: int, end: int) -> Need:
         """The attention of a prompt's tokens from `start` to `end`, all layers."""
-        parts = (4 * a.heads * a.head_size * a.pairs(start, end) for a in self.attention)
+        parts = (a.operations * a.pairs(start, end) for a in self.attention)
         return Need(0.0, sum(parts))
 
 

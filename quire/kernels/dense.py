@@ -12,6 +12,7 @@ from quire.formats.layout import is_quantized
 from quire.formats.quantized import QuantTensor
 from quire.kernels import capabilities
 from quire.kernels.reference.packed import (
+    BLOCK,
     DENSE_TYPES,
     GgufWeight,
     PackedWeight,
@@ -23,7 +24,7 @@ from quire.kernels.triton.quantized.pack import PackedQuantized, pack, quantized
 
 class DenseWeights:
     """Packing for kernels that want weights [N, K] on `device`: dense ones row-major in `dtype`,
-    quantised ones as codes where capabilities.py says so."""
+    quantised ones as codes where capabilities.py says so. Caches are row-major, too."""
 
     dense = True
 
@@ -70,6 +71,12 @@ class DenseWeights:
                 stacked[place] = part.data
         assert stacked is not None
         return stacked
+
+    @staticmethod
+    def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:
+        """One block of keys and of values: a head's 16 tokens lie together."""
+        shape = (kv_heads, BLOCK, head_size)
+        return shape, shape
 
     def packed_nbytes(self, format: str, n: int, k: int) -> int:
         """Bytes that `pack` will hold. Raises ValueError for a format it does not have."""

@@ -84,14 +84,22 @@ class Attention:
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         kv_share = share.stop - share.start
-        self.cache = build.add_cache(heads * kv_share // kv_heads, kv_share, head_size, window)
+        self.cache = build.add_cache(
+            build.kernels.cache_page(kv_share, head_size),
+            window,
+            heads=heads * kv_share // kv_heads,
+            kv_heads=kv_share,
+            key_size=head_size,
+            value_size=head_size,
+        )
         self.rope = RotaryTable(build, head_size, rope)
 
     def __call__(
         self, norm: RMSNorm, stream: ResidualStream, positions_T: torch.Tensor, step: StepInputs
     ) -> torch.Tensor:
         """Attention over the norm of the stream: what to add to it, [T, H]."""
-        group, cache = step.groups[self.cache.group], self.cache
+        group = step.groups[self.cache.group]
+        keys, values = self.cache.tensors
         q_norm, k_norm = (n.weight for n in self.norms) if self.norms else (None, None)
         q_TD = self.kernels.rotary_cache(
             self.qkv.after(norm, stream),
@@ -100,14 +108,14 @@ class Attention:
             q_norm,
             k_norm,
             self.eps,
-            cache.keys,
-            cache.values,
+            keys,
+            values,
             group.slots,
         )
         out_TD = self.kernels.attention(
             q_TD,
-            cache.keys,
-            cache.values,
+            keys,
+            values,
             group.block_tables,
             step.query_start,
             step.context_len,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Kernels(Protocol):
     add_rms_norm: Callable[..., torch.Tensor]
     rotary_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
-    cache_shapes: Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]
+    cache_page: Callable[..., tuple[tuple[int, ...], ...]]
     gated_activation: Callable[..., torch.Tensor]
     gated_linear: Callable[..., torch.Tensor]
     route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -70,20 +71,27 @@ class Weight(Protocol):
 
 @dataclass
 class CacheLayer:
-    """One attention layer's KV cache, read by `heads` query heads. The runner sets `keys` and
-    `values` once planned.
+    """What one attention layer keeps of every token, in blocks of BLOCK_SIZE tokens.
 
-    `group` is the index of the KV group the layer belongs to.
+    `page`: the shape of one block in each of the layer's tensors; the runner makes `tensors`
+    [blocks, *shape] of it once planned. `heads` query heads read keys of `key_size` and values of
+    `value_size` from `kv_heads` heads. `group` is the index of the KV group the layer belongs to.
     """
 
     layer: int
+    page: tuple[tuple[int, ...], ...]
+    window: int | None
     heads: int
     kv_heads: int
-    head_size: int
-    window: int | None
+    key_size: int
+    value_size: int
     group: int = -1
-    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def page_values(self) -> int:
+        """Values of one block."""
+        return sum(prod(shape) for shape in self.page)
 
 
 @dataclass
@@ -121,8 +129,16 @@ class Build:
         self.width = max(self.width, values)
 
     def add_cache(
-        self, heads: int, kv_heads: int, head_size: int, window: int | None
+        self,
+        page: tuple[tuple[int, ...], ...],
+        window: int | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        key_size: int,
+        value_size: int,
     ) -> CacheLayer:
-        cache = CacheLayer(len(self.caches), heads, kv_heads, head_size, window)
+        """The next layer's cache; arguments as CacheLayer has them."""
+        cache = CacheLayer(len(self.caches), page, window, heads, kv_heads, key_size, value_size)
         self.caches.append(cache)
         return cache

@@ -47,7 +47,7 @@ def place(
     dtype = DTYPES.get(options.model.dtype)
     shapes = Build(found.reference, dtype=dtype, group=group)
     build_model(hf, shapes)
-    head_sizes = {cache.head_size for cache in shapes.caches}
+    head_sizes = {cache.key_size for cache in shapes.caches}
     name, kernels = _choose_kernels(options, found, head_sizes, choices)
     build = Build(kernels, dtype=dtype, group=group)
     build_model(hf, build)

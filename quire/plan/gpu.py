@@ -109,7 +109,7 @@ def place(
     decode, mixed = graph_sizes(tokens, sequences) if runner == "graph" else ((), ())
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
-    groups = len({(c.window, c.kv_heads, c.head_size) for c in build.caches})
+    groups = len({(c.window, c.page) for c in build.caches})
     widest = 0 if deterministic else _widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
@@ -232,7 +232,7 @@ def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], s
 
 
 def _check_head_sizes(build: Build) -> None:
-    odd = sorted({c.head_size for c in build.caches} - set(HEAD_SIZES))
+    odd = sorted({c.key_size for c in build.caches} - set(HEAD_SIZES))
     if odd:
         raise PlanError(
             "unsupported_head_size",

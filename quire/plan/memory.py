@@ -18,23 +18,23 @@ RESERVE_BYTES = 400 * 2**20
 LOGIT_ROWS = 64
 # Vectors of the vocabulary's size that sampling one token works with, as float32.
 SAMPLING_VECTORS = 16
+Page = tuple[tuple[int, ...], ...]  # as in CacheLayer
 
 
 def kv_groups(caches: Sequence[CacheLayer], itemsize: int) -> tuple[KVGroup, ...]:
-    """Layers of equal window and head shape share a group; groups of as many layers of equal head
-    shape share a pool and its memory."""
-    members: dict[tuple[int | None, int, int], list[int]] = {}
+    """Layers of equal window and page share a group; groups of as many layers of equal page share
+    a pool and its memory."""
+    members: dict[tuple[int | None, Page], list[CacheLayer]] = {}
     for cache in caches:
-        key = (cache.window, cache.kv_heads, cache.head_size)
-        members.setdefault(key, []).append(cache.layer)
+        members.setdefault((cache.window, cache.page), []).append(cache)
     groups: list[KVGroup] = []
-    pools: list[tuple[int, int, int]] = []
-    for (window, heads, size), layers in members.items():
-        page = 2 * heads * size * BLOCK_SIZE * itemsize * len(layers)
-        shape = (heads, size, len(layers))
-        if shape not in pools:
-            pools.append(shape)
-        groups.append(KVGroup(len(groups), window, tuple(layers), page, pools.index(shape)))
+    pools: list[tuple[Page, int]] = []
+    for (window, page), layers in members.items():
+        size = itemsize * sum(cache.page_values for cache in layers)
+        if (page, len(layers)) not in pools:
+            pools.append((page, len(layers)))
+        pool = pools.index((page, len(layers)))
+        groups.append(KVGroup(len(groups), window, tuple(c.layer for c in layers), size, pool))
     return tuple(groups)
 
 

@@ -46,22 +46,22 @@ class EagerPending:
 def allocate_caches(
     build: Build, groups: Sequence[KVGroup], pool_blocks: Sequence[int], dtype: torch.dtype
 ) -> None:
-    """Memory for every attention layer, in the shapes of its kernels.
+    """Memory for every attention layer: its tensors, of as many blocks as its pool has.
 
     Groups of one pool share its memory, as each block belongs to one of them at a time. Pages are
     touched when first written, so a large cache costs nothing until it is used.
     """
-    memory: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    memory: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
     for group in groups:
         blocks = pool_blocks[group.pool]
         for i, layer in enumerate(group.layers):
             cache = build.caches[layer]
             if (group.pool, i) not in memory:
-                shapes = build.kernels.cache_shapes(blocks, cache.kv_heads, cache.head_size)
-                keys, values = (torch.empty(s, dtype=dtype, device=build.device) for s in shapes)
-                memory[group.pool, i] = (keys, values)
-            cache.group = group.index
-            cache.keys, cache.values = memory[group.pool, i]
+                memory[group.pool, i] = tuple(
+                    torch.empty((blocks, *shape), dtype=dtype, device=build.device)
+                    for shape in cache.page
+                )
+            cache.group, cache.tensors = group.index, memory[group.pool, i]
 
 
 class EagerRunner:

@@ -93,7 +93,7 @@ def test_pairs_of_a_prompt_are_counted_one_by_one() -> None:
         for start in range(12):
             for end in range(start, 16):
                 by_hand = sum(min(p + 1, window or 10**9) for p in range(start, end))
-                assert Layer(1, 1, 1, window).pairs(start, end) == by_hand, (window, start, end)
+                assert Layer(1, 1, window).pairs(start, end) == by_hand, (window, start, end)
 
 
 def test_experts_count_as_chosen() -> None:

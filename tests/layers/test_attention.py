@@ -73,8 +73,7 @@ def test_several_requests_in_one_step_equal_each_alone(settings: dict[str, objec
     tensors = {t.name: torch.randn(t.shape) * 0.4 for w in build.weights for t in w.tensors()}
     load(build, dict(tensors))
     layer.cache.group = 0
-    layer.cache.keys = torch.full((9, KV, D, BLOCK_SIZE), torch.nan)
-    layer.cache.values = torch.full((9, KV, BLOCK_SIZE, D), torch.nan)
+    layer.cache.tensors = tuple(torch.full((9, *page), torch.nan) for page in layer.cache.page)
     sequences = [torch.randn(length, H) for length in (1, 20, 37)]
     tables = torch.tensor([[4, 0, 0], [2, 7, 0], [1, 8, 3]], dtype=torch.int32)
     found: list[list[torch.Tensor]] = [[], [], []]

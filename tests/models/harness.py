@@ -151,8 +151,8 @@ class Loaded:
     def logits(self, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
         """Logits [T, V] of one sequence, computed `chunk` tokens at a time."""
         for cache in self.build.caches:
-            cache.keys.fill_(torch.nan)
-            cache.values.fill_(torch.nan)
+            for tensor in cache.tensors:
+                tensor.fill_(torch.nan)
         ids = list(range(1, 1 + len(self.groups) * self.blocks))
         random.Random(7).shuffle(ids)
         tables = [ids[i * self.blocks : (i + 1) * self.blocks] for i in range(len(self.groups))]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quire.kernels.reference.ops import cache_page
 from quire.kv.groups import KVGroup
 from quire.layers.build import CacheLayer
 from quire.plan import memory
@@ -9,7 +10,8 @@ from quire.plan import memory
 
 def caches(*layers: tuple[int | None, int, int]) -> list[CacheLayer]:
     return [
-        CacheLayer(i, heads, heads, size, window) for i, (window, heads, size) in enumerate(layers)
+        CacheLayer(i, cache_page(heads, size), window, heads, heads, size, size)
+        for i, (window, heads, size) in enumerate(layers)
     ]
 
 
@@ -27,6 +29,14 @@ def test_windows_make_groups_and_as_many_equal_layers_share_a_pool() -> None:
     # Pages of equal size but another shape cannot lie in the same tensors.
     shapes = memory.kv_groups(caches((8, 2, 16), (None, 1, 32)), 4)
     assert [g.pool for g in shapes] == [0, 1]
+
+
+def test_a_layer_of_one_tensor_counts_it_alone() -> None:
+    latent = CacheLayer(
+        0, ((1, 16, 576),), None, heads=128, kv_heads=1, key_size=576, value_size=512
+    )
+    [group] = memory.kv_groups([latent], itemsize=2)
+    assert group.page_bytes == 16 * 1152
 
 
 FULL = KVGroup(0, None, (0,), page_bytes=1000, pool=0)

@@ -35,8 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Loaded]:
 
 def runner(loaded: Loaded) -> EagerRunner:
     for cache in loaded.build.caches:
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
+        for tensor in cache.tensors:
+            tensor.fill_(torch.nan)
     return EagerRunner(loaded.model, loaded.build.kernels, len(loaded.groups), 4, 256)
 
 
@@ -68,8 +68,8 @@ def submit(runner: EagerRunner, *rows: Row, enter: list[Enter] | None = None) ->
 def test_groups_of_one_pool_share_its_memory(model: tuple[object, Loaded]) -> None:
     sliding, full = model[1].build.caches
     assert (sliding.group, full.group) == (0, 1)
-    assert sliding.keys.data_ptr() == full.keys.data_ptr()
-    assert sliding.values.data_ptr() == full.values.data_ptr()
+    for one, other in zip(sliding.tensors, full.tensors, strict=True):
+        assert one.data_ptr() == other.data_ptr()
 
 
 def test_requests_in_one_step_get_the_tokens_they_would_get_alone(
@@ -130,7 +130,7 @@ def test_nan_in_one_requests_cache_is_an_error_of_that_request_only(
     rows = [Row(i, 0, p, [[], []], True) for i, p in enumerate(prompts)]
     good = [r.tokens[0] for r in submit(engine, *rows, enter=enters)]
     poisoned = enters[0].blocks[1][0]
-    loaded.build.caches[1].values[poisoned] = torch.nan
+    loaded.build.caches[1].tensors[1][poisoned] = torch.nan
     rows = [Row(i, 20, [t], [[], []], True, prompt_logprobs=False) for i, t in enumerate(good)]
     first, second = submit(engine, *rows)
     assert (first.tokens, first.error) == ([], NAN_ERROR)

@@ -23,7 +23,7 @@ from quire.kernels.reference.packed import (
 )
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_shapes", "dense",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "dense",
     "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
     "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "route", "set_isa",
     "set_num_threads", "unpack_rows", "why_widened",
@@ -204,11 +204,9 @@ def gated_linear(
     return gated_activation(linear(x, weight, bias), kind)
 
 
-def cache_shapes(
-    blocks: int, kv_heads: int, head_size: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a layer's key and value caches."""
-    return (blocks, kv_heads, head_size, BLOCK), (blocks, kv_heads, BLOCK, head_size)
+def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one block of keys and of values."""
+    return (kv_heads, head_size, BLOCK), (kv_heads, BLOCK, head_size)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from quire.kernels.dense import DenseWeights
 from quire.kernels.reference.activation.gated_activation import limit_of
-from quire.kernels.reference.packed import BLOCK, PackedWeight
+from quire.kernels.reference.packed import PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.embedding.embedding import embedding
@@ -42,13 +42,6 @@ class TritonKernels(DenseWeights):
     add_rms_norm = staticmethod(add_rms_norm)
     rotary_cache = staticmethod(rotary_cache)
     route = staticmethod(route)
-
-    def cache_shapes(
-        self, blocks: int, kv_heads: int, head_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Keys and values alike: a head's 16 tokens of a block lie together."""
-        shape = (blocks, kv_heads, BLOCK, head_size)
-        return shape, shape
 
     def embedding(
         self, ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0

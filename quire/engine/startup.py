@@ -34,7 +34,7 @@ from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
-from quire.runner.eager import EagerRunner, allocate_caches
+from quire.runner.eager import EagerRunner, allocate_caches, allocate_states
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -164,6 +164,7 @@ def assemble(
     info = engine_info(options, files, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
         allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
+        allocate_states(build, plan.max_num_seqs)
         runner = _make_runner(plan, found, build, model, info)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
@@ -191,7 +192,15 @@ def _make_runner(
 ) -> Runner:
     if plan.device == "cpu":
         kernels = _cpu_kernels(plan, found)
-        return EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+        return EagerRunner(
+            model,
+            kernels,
+            len(plan.groups),
+            plan.max_num_seqs,
+            plan.max_model_len,
+            block_sizes=[group.block_size for group in plan.groups],
+            stateful=bool(build.states),
+        )
     from quire.runner.device import DeviceRunner
 
     return DeviceRunner(model, build, plan, info.vocab_size)
@@ -215,6 +224,7 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
         eos_token_ids=tuple(info.eos_token_ids),
         priority=options.engine.scheduling_policy == "priority",
         max_queue=options.engine.max_queue,
+        recomputed_tokens=plan.recomputed_tokens,
     )
     identity = BlockIdentity(plan.cache_fingerprint)
     caching = options.engine.enable_prefix_caching

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from quire.comm.group import Group
+from quire.kv import BLOCK_SIZE
 from quire.weights.source import TensorInfo, WeightSource
 
 
@@ -71,11 +72,12 @@ class Weight(Protocol):
 
 @dataclass
 class CacheLayer:
-    """What one attention layer keeps of every token, in blocks of BLOCK_SIZE tokens.
+    """What one attention layer keeps of every token, in blocks of `block_size` tokens.
 
     `page`: the shape of one block in each of the layer's tensors; the runner makes `tensors`
     [blocks, *shape] of it once planned. `heads` query heads read keys of `key_size` and values of
-    `value_size` from `kv_heads` heads. `group` is the index of the KV group the layer belongs to.
+    `value_size` from `kv_heads` heads. `by_kernels`: Kernels.attention reads it, and not code of
+    the model's own. `group` is the index of the KV group the layer belongs to.
     """
 
     layer: int
@@ -85,6 +87,8 @@ class CacheLayer:
     kv_heads: int
     key_size: int
     value_size: int
+    block_size: int = BLOCK_SIZE
+    by_kernels: bool = True
     group: int = -1
     tensors: tuple[torch.Tensor, ...] = ()
 
@@ -92,6 +96,18 @@ class CacheLayer:
     def page_values(self) -> int:
         """Values of one block."""
         return sum(prod(shape) for shape in self.page)
+
+
+@dataclass
+class StateLayer:
+    """What one layer keeps of each running request besides its cache: float32 [slots, *shape],
+    which the runner makes once planned. It is not kept with cached prefixes: after a hit the last
+    `recomputed` tokens before it are computed again, which makes it whole.
+    """
+
+    shape: tuple[int, ...]
+    recomputed: int
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass
@@ -103,7 +119,7 @@ class Build:
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
-    `width` (most float32 values per token that a layer works with, besides its input and output)
+    `states`, `width` (most float32 values per token that a layer works with, besides its input and output)
     and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the experts
     [T, K] that a layer chose, by who wants to count them.
     """
@@ -121,6 +137,7 @@ class Build:
     on_experts: Callable[[torch.Tensor], None] | None = None
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
+    states: list[StateLayer] = field(default_factory=list)
 
     def add_weight(self, weight: Weight) -> None:
         self.weights.append(weight)
@@ -137,8 +154,17 @@ class Build:
         kv_heads: int,
         key_size: int,
         value_size: int,
+        block_size: int = BLOCK_SIZE,
+        by_kernels: bool = True,
     ) -> CacheLayer:
         """The next layer's cache; arguments as CacheLayer has them."""
-        cache = CacheLayer(len(self.caches), page, window, heads, kv_heads, key_size, value_size)
+        sizes = heads, kv_heads, key_size, value_size, block_size, by_kernels
+        cache = CacheLayer(len(self.caches), page, window, *sizes)
         self.caches.append(cache)
         return cache
+
+    def add_state(self, shape: tuple[int, ...], recomputed: int) -> StateLayer:
+        """State of the next layer that has any; arguments as StateLayer has them."""
+        state = StateLayer(shape, recomputed)
+        self.states.append(state)
+        return state

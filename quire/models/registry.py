@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
     "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
 }
 CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of

@@ -23,6 +23,7 @@ MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
     "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",
     "activations": "lower --max-num-batched-tokens or --max-num-seqs",
+    "request state": "lower --max-num-seqs",
     "interpreter and libraries": "free memory",
 }
 
@@ -47,7 +48,7 @@ def place(
     dtype = DTYPES.get(options.model.dtype)
     shapes = Build(found.reference, dtype=dtype, group=group)
     build_model(hf, shapes)
-    head_sizes = {cache.key_size for cache in shapes.caches}
+    head_sizes = {cache.key_size for cache in shapes.caches if cache.by_kernels}
     name, kernels = _choose_kernels(options, found, head_sizes, choices)
     build = Build(kernels, dtype=dtype, group=group)
     build_model(hf, build)
@@ -63,6 +64,9 @@ def place(
     recorded = 0
     if name == "reference":
         activations += memory.reference_bytes(build, formats)
+    elif build.states:
+        reason = "layers keep state of requests, which no step may change twice"
+        choices.append(Choice("decode steps", "computed one by one", reason))
     else:
         rows = min(RECORDED_ROWS, sequences)
         recorded = memory.recorded_bytes(config, build.width, rows)
@@ -76,6 +80,7 @@ def place(
     parts = {
         "weights": weights,
         "activations": activations + recorded,
+        "request state": memory.state_bytes(build, sequences),
         "interpreter and libraries": memory.RESERVE_BYTES,
     }
     kv_dtype = options.model.kv_cache_dtype
@@ -98,7 +103,7 @@ def place(
         weight_bytes=weights,
         activation_bytes=activations,
         graph_bytes=recorded,
-        state_bytes=0,
+        state_bytes=parts["request state"],
         reserve_bytes=memory.RESERVE_BYTES,
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,

@@ -12,6 +12,7 @@ from quire.layers.build import Build
 from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
+from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -61,7 +62,7 @@ def held_formats(
     widened to `dtype` while loading."""
     widened: dict[str, str] = {}
     for weight in build.weights:
-        if isinstance(weight, Linear | Embedding | StackedExperts):
+        if isinstance(weight, Linear | Embedding | StackedExperts | GroupedLinear):
             widened |= weight.widened(formats)
     if widened:
         counts = Counter(widened.values())

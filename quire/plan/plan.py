@@ -33,7 +33,8 @@ class Plan:
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
     captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
-    and of the config's values; `ranks` share the model.
+    and of the config's values; `ranks` share the model. `recomputed_tokens`: so many before a prefix
+    hit are computed again.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Plan:
     choices: tuple[Choice, ...]
     numerics_version: int
     ranks: int = 1
+    recomputed_tokens: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -89,7 +91,7 @@ class Plan:
             self.numerics_version,
             self.ranks,
             BLOCK_SIZE,
-            [(g.window, g.layers, g.page_bytes) for g in self.groups],
+            [(g.window, g.layers, g.page_bytes, g.block_size) for g in self.groups],
         ]
         return hashlib.blake2b(msgspec.json.encode(fields), digest_size=32).digest()
 

@@ -53,6 +53,7 @@ def resolve(
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
     blocks = memory.pool_blocks(groups, tokens, step, sequences)
+    _describe_caches(groups, place, choices)
     plan = Plan(
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -85,6 +86,7 @@ def resolve(
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
         ranks=(group or Group()).size,
+        recomputed_tokens=memory.recomputed_tokens(place.build),
     )
     downgrades = [c for c in choices if c.downgrade]
     if options.engine.strict and downgrades:
@@ -117,6 +119,37 @@ def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:
             if len(info.shape) == 2:
                 counts[formats(info.name)] = counts.get(formats(info.name), 0) + 1
     return ", ".join(f"{k} x {n}" for k, n in sorted(counts.items(), key=lambda i: -i[1]))
+
+
+def _describe_caches(groups: Sequence[KVGroup], place: Place, choices: list[Choice]) -> None:
+    """What a request's KV consists of, where it is more than one kind."""
+    checkpoint = next((g.checkpoint for g in groups if g.checkpoint is not None), None)
+    if checkpoint is None:
+        return
+    compressed = [group for group in groups if group.window is None]
+    tokens = max(group.block_size for group in groups)
+    window = format_bytes(memory.window_bytes(groups))
+    for what, chosen, reason in (
+        (
+            "compressed entries",
+            f"{memory.entry_bytes(groups):.0f} bytes for each token",
+            f"{sum(len(group.layers) for group in compressed)} layers, in pages of {tokens} tokens",
+        ),
+        ("windows", f"{window} for each request", "every layer keeps the last tokens as they are"),
+        (
+            "open windows",
+            f"{format_bytes(memory.state_bytes(place.build, 1))} for each request",
+            "tokens that are not in an entry yet; after a prefix hit the last "
+            f"{memory.recomputed_tokens(place.build)} tokens before it are computed again",
+        ),
+        (
+            "checkpoints",
+            f"{window} for each",
+            f"windows are kept for prefix hits at the end of prompts and every {checkpoint} "
+            f"tokens; hits end at multiples of {tokens} tokens",
+        ),
+    ):
+        choices.append(Choice(what, chosen, reason))
 
 
 def _choose_context(

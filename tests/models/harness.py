@@ -26,7 +26,7 @@ from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.checkpoint import open_checkpoint
 from quire.models.registry import build_model, load_weights
 from quire.plan.memory import kv_groups
-from quire.runner.eager import allocate_caches
+from quire.runner.eager import allocate_caches, allocate_states
 from quire.weights.hub import resolve
 
 if TYPE_CHECKING:
@@ -146,13 +146,23 @@ class Loaded:
         self.blocks = -(-max_len // BLOCK_SIZE)
         pools = [1 + len(self.groups) * self.blocks] * len(self.groups)
         allocate_caches(self.build, self.groups, pools, torch.float32)
+        allocate_states(self.build, 3)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
         """Logits [T, V] of one sequence, computed `chunk` tokens at a time."""
+        return self.computed(tokens, chunk)[0]
+
+    @torch.inference_mode()
+    def computed(
+        self, tokens: list[int], chunk: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [T, V] and hidden states [T, H] before the head."""
         for cache in self.build.caches:
             for tensor in cache.tensors:
                 tensor.fill_(torch.nan)
+        for state in self.build.states:
+            state.tensor.fill_(torch.nan)
         ids = list(range(1, 1 + len(self.groups) * self.blocks))
         random.Random(7).shuffle(ids)
         tables = [ids[i * self.blocks : (i + 1) * self.blocks] for i in range(len(self.groups))]
@@ -160,7 +170,8 @@ class Loaded:
         for start in range(0, len(tokens), chunk or len(tokens)):
             part = tokens[start : start + (chunk or len(tokens))]
             found.append(self._step(part, start, tables))
-        return torch.cat(found)
+        hidden = torch.cat(found)
+        return self.model.logits(hidden), hidden
 
     def _step(self, tokens: list[int], start: int, tables: list[list[int]]) -> torch.Tensor:
         end = start + len(tokens)
@@ -168,13 +179,15 @@ class Loaded:
         inputs = []
         for group, table in zip(self.groups, tables, strict=True):
             table[: group.first_needed(start)] = [NULL_BLOCK] * group.first_needed(start)
-            used = torch.tensor(table[: -(-end // BLOCK_SIZE)])
-            slots = used[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            size = group.block_size
+            used = torch.tensor(table[: -(-end // size)])
+            slots = used[positions // size] * size + positions % size
             inputs.append(GroupInputs(used[None].to(torch.int32), slots))
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        step = StepInputs(bounds, torch.tensor([end], dtype=torch.int32), inputs)
-        hidden = self.model.forward(torch.tensor(tokens), positions, step)
-        return self.model.logits(hidden)
+        step = StepInputs(
+            bounds, torch.tensor([end], dtype=torch.int32), inputs, torch.tensor([1])
+        )
+        return self.model.forward(torch.tensor(tokens), positions, step)
 
 
 def text(length: int, seed: int = 0, vocab: int = TINY["vocab_size"]) -> list[int]:

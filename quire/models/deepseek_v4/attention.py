@@ -1,0 +1,97 @@
+"""Attention over a sliding window and compressed entries, by latent queries and one key that is
+the value too."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
+from quire.kernels.reference.compressed.sparse_attention import sparse_attention
+from quire.kv import BLOCK_SIZE
+from quire.layers.build import Build, CacheLayer
+from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import RotaryTable
+from quire.models.deepseek_v4.compressor import Compressor, Indexer
+from quire.models.deepseek_v4.config import Config, Layer
+from quire.models.deepseek_v4.parts import GroupedLinear, Values
+from quire.models.deepseek_v4.places import Places
+
+
+class Attention:
+    """x [T, H] -> [T, H]. Every rank computes all of it."""
+
+    def __init__(self, config: Config, build: Build, name: str, layer: Layer):
+        self.config, self.kernels, self.layer = config, build.kernels, layer
+        c = config
+        width = c.heads * c.head_size
+        names = [f"{name}.wq_a", f"{name}.wkv"]
+        self.latent = Linear(build, names, c.hidden, [c.query_rank, c.head_size])
+        self.query_norm = RMSNorm(build, f"{name}.q_norm", c.query_rank, c.eps)
+        self.key_norm = RMSNorm(build, f"{name}.kv_norm", c.head_size, c.eps)
+        self.queries = Linear(build, [f"{name}.wq_b"], c.query_rank, [width])
+        self.sinks = Values(build, f"{name}.attn_sink", c.heads)
+        self.mix = GroupedLinear(
+            build, f"{name}.wo_a", c.output_groups, width // c.output_groups, c.output_rank
+        )
+        ranks = c.output_groups * c.output_rank
+        self.out = Linear(build, [f"{name}.wo_b"], ranks, [c.hidden])
+        compressed = layer.ratio > 0
+        self.rope = RotaryTable(build, c.rotary_size, c.compressed_rope if compressed else c.rope)
+        self.ones = torch.ones(c.head_size, device=build.device)
+        self.window = _cache(c, build, ((BLOCK_SIZE, c.head_size),), c.window + c.overlap)
+        self.entries: CacheLayer | None = None
+        self.compressor: Compressor | None = None
+        self.indexer: Indexer | None = None
+        if compressed:
+            sizes = [c.head_size, c.index_size] if layer.sparse else [c.head_size]
+            count = c.block_tokens // layer.ratio
+            page = tuple((count, size) for size in sizes)
+            self.entries = _cache(c, build, page, None, c.block_tokens)
+            self.compressor = Compressor(c, build, f"{name}.compressor", layer, c.head_size)
+        if layer.sparse:
+            self.indexer = Indexer(c, build, f"{name}.indexer", layer)
+        build.add_width(6 * width + ranks)
+
+    def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
+        c, positions_T, table = self.config, places.positions_T, self.rope()
+        latent_TR, key_TD = self.latent(x_TH).split([c.query_rank, c.head_size], dim=1)
+        latent_TR = self.query_norm(latent_TR.contiguous())
+        q_ND = self.queries(latent_TR).view(-1, c.head_size)
+        q_THD = self.kernels.rms_norm(q_ND, self.ones, c.eps).view(-1, c.heads, c.head_size)
+        q_THD = rotate_pairs(q_THD, table, positions_T)
+        key_TD = rotate_pairs(self.key_norm(key_TD.contiguous()), table, positions_T)
+        memory = self.window.tensors[0].view(-1, c.head_size)
+        memory[places.group(self.window).slots] = key_TD.to(memory.dtype)
+        caches = [(memory, places.window(self.window, c.window))]
+        if self.entries is not None:
+            slots = self._entry_slots(x_TH, latent_TR, places, self.entries)
+            caches.append((self.entries.tensors[0].view(-1, c.head_size), slots))
+        mixed_THD = sparse_attention(q_THD, caches, self.sinks.data, c.head_size**-0.5)
+        mixed_THD = rotate_pairs(mixed_THD, table, positions_T, inverse=True)
+        return self.out(self.mix(mixed_THD.flatten(1)))
+
+    def _entry_slots(
+        self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places, cache: CacheLayer
+    ) -> torch.Tensor:
+        """Compresses the step's tokens; the slots of entries that each of them attends to."""
+        assert self.compressor is not None
+        ratio = self.layer.ratio
+        self.compressor(x_TH, places, cache, tensor=0)
+        if self.indexer is None:
+            return places.all_entries(cache, ratio)
+        return places.entries(cache, ratio, self.indexer(x_TH, latent_TR, places, cache))
+
+
+def _cache(
+    config: Config,
+    build: Build,
+    page: tuple[tuple[int, ...], ...],
+    window: int | None,
+    block_size: int = BLOCK_SIZE,
+) -> CacheLayer:
+    size = config.head_size
+    return build.add_cache(
+        page, window, heads=config.heads, kv_heads=1, key_size=size, value_size=size,
+        block_size=block_size, by_kernels=False,
+    )  # fmt: skip

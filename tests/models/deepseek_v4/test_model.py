@@ -1,0 +1,25 @@
+"""DeepSeek V4 against transformers: logits and streams of tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.deepseek_v4.oracle import CASES, Oracle
+from models.harness import TOLERANCE, Loaded, text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_streams_equal_transformers_whole_chunked_and_token_by_token(
+    case: str, kernels: str, tmp_path: Path
+) -> None:
+    oracle, tokens = Oracle(tmp_path, **CASES[case]), text(75)
+    logits, streams = oracle.expected(tokens)
+    assert logits.std() > 0.5, "the logits have no spread: the comparison would prove little"
+    ours = Loaded(oracle.path, kernels)
+    for chunk in (None, 1, 7, 16, 33):
+        found, hidden = ours.computed(tokens, chunk)
+        assert (hidden - streams).abs().max() < TOLERANCE, f"chunks of {chunk}"
+        assert (found - logits).abs().max() < TOLERANCE, f"chunks of {chunk}"

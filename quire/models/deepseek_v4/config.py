@@ -94,15 +94,9 @@ class Config:
             index_heads=whole(hf, "index_n_heads"),
             index_size=whole(hf, "index_head_dim"),
             index_topk=whole(hf, "index_topk"),
-            rope=_rope(hf, "main", {"rope_theta": hf.get("rope_theta")}),
+            rope=_rope(hf, "main", hf.get("rope_theta"), None),
             compressed_rope=_rope(
-                hf,
-                "compress",
-                {
-                    "rope_theta": hf.get("compress_rope_theta"),
-                    "rope_scaling": hf.get("rope_scaling"),
-                    "max_position_embeddings": hf.get("max_position_embeddings"),
-                },
+                hf, "compress", hf.get("compress_rope_theta"), hf.get("rope_scaling")
             ),
             streams=whole(hf, "hc_mult"),
             sinkhorn_steps=whole(hf, "hc_sinkhorn_iters"),
@@ -189,12 +183,16 @@ def _rotary_size(hf: dict[str, Any], head_size: int) -> int:
     return size
 
 
-def _rope(hf: dict[str, Any], name: str, older: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters of one kind of layer. Of a head only the rotary part goes into the table,
-    and YaRN changes angles alone: no temperature."""
+def _rope(hf: dict[str, Any], name: str, theta: Any, scaling: Any) -> dict[str, Any]:
+    """Rotary parameters of one kind of layer: `theta` and `scaling` as published, or the table of
+    this name as transformers has it. Of a head only the rotary part goes into the table, and YaRN
+    changes angles alone: no temperature."""
     both = hf.get("rope_parameters")
     given = both.get(name) if isinstance(both, dict) else None
-    found = rope_parameters(older if given is None else {"rope_parameters": given})
+    if given is None:
+        given = {**(scaling if isinstance(scaling, dict) else {}), "rope_theta": theta}
+    longest = {"max_position_embeddings": hf.get("max_position_embeddings")}
+    found = rope_parameters({"rope_parameters": given, **longest})
     return {**found, "partial_rotary_factor": 1.0, "attention_factor": 1.0}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ class Oracle:
 
     def __init__(self, path: Path, **changes: Any):
         self.path, self.published = path / "saved", path / "published"
-        self.config = DeepseekV4Config(**{**TINY, **changes})
+        # A copy: transformers adds to the tables that it is given.
+        self.config = DeepseekV4Config(**deepcopy({**TINY, **changes}))
         with torch.random.fork_rng():
             self.model = DeepseekV4ForCausalLM(self.config).eval()
             self.drafting = Drafting(self.config).eval()

@@ -10,6 +10,7 @@ from quire.quant.expressions import Expression
 
 # Parts that tools leave as they are without saying so: tables of tokens and what chooses experts.
 USUALLY_DENSE = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
+EXPERTS = "experts"  # the part of a name under which a layer's experts stand
 MAX_NAME = 512  # names of files, too, can be made to take long
 
 

@@ -222,7 +222,7 @@ def _published_kinds(hf: dict[str, Any], count: int) -> list[tuple[str, int]]:
             "bad_config", f"config.json: compress_ratios of MTP modules are {ratios[count:]}"
         )
     for ratio in ratios:
-        if isinstance(ratio, bool) or ratio not in PUBLISHED_RATIOS:
+        if not isinstance(ratio, int) or ratio not in PUBLISHED_RATIOS:
             raise ModelError(
                 "bad_config",
                 f"config.json: compress_ratios has {ratio!r}",
@@ -251,7 +251,7 @@ def _hashed(hf: dict[str, Any], count: int) -> list[bool]:
     if not isinstance(kinds, list):
         hashed = int(number(hf, "num_hash_layers", 0))
         return [i < hashed for i in range(count)]
-    if len(kinds) != count or not set(kinds) <= {"hash_moe", "moe"}:
+    if len(kinds) != count or any(kind not in ("hash_moe", "moe") for kind in kinds):
         raise ModelError(
             "bad_config", f"config.json: mlp_layer_types of {count} layers is {kinds!r}"
         )

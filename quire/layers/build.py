@@ -119,9 +119,9 @@ class Build:
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
-    `states`, `width` (most float32 values per token that a layer works with, besides its input and output)
-    and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the experts
-    [T, K] that a layer chose, by who wants to count them.
+    `states`, `width` (most float32 values per token that a layer works with, besides its input and
+    output) and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the
+    experts [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels

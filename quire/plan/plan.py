@@ -33,8 +33,8 @@ class Plan:
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
     captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
-    and of the config's values; `ranks` share the model. `recomputed_tokens`: so many before a prefix
-    hit are computed again.
+    and of the config's values; `ranks` share the model. `recomputed_tokens`: so many before a
+    prefix hit are computed again.
     """
 
     model: str

@@ -74,7 +74,8 @@ class EagerRunner:
     """Owns the slots; the model and its caches are given built, loaded and allocated.
 
     `block_sizes`: as in Slots. `stateful`: layers keep state of requests, so that no step can be
-    computed twice to be recorded. `submit` raises whatever the computation raises; the caller then calls `reset`.
+    computed twice to be recorded. `submit` raises whatever the computation raises; the caller then
+    calls `reset`.
     """
 
     def __init__(

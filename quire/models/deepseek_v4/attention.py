@@ -55,7 +55,7 @@ class Attention:
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
         c, positions_T, table = self.config, places.positions_T, self.rope()
-        latent_TR, key_TD = self.latent(x_TH).split([c.query_rank, c.head_size], dim=1)
+        latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
         latent_TR = self.query_norm(latent_TR.contiguous())
         q_ND = self.queries(latent_TR).view(-1, c.head_size)
         q_THD = self.kernels.rms_norm(q_ND, self.ones, c.eps).view(-1, c.heads, c.head_size)

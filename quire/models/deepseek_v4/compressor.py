@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from quire.kernels.reference.compressed.compress import compress
@@ -30,9 +32,7 @@ class Compressor:
     def __init__(self, config: Config, build: Build, name: str, layer: Layer, size: int):
         self.layer, self.size = layer, size
         width = 2 * size if layer.sparse else size
-        self.rows = Linear(
-            build, [f"{name}.wkv", f"{name}.wgate"], config.hidden, [width, width]
-        )
+        self.rows = Linear(build, [f"{name}.wkv", f"{name}.wgate"], config.hidden, [width, width])
         self.positions = Values(build, f"{name}.ape", layer.ratio, width)
         self.norm = RMSNorm(build, f"{name}.norm", size, config.eps)
         self.rope = RotaryTable(build, config.rotary_size, config.compressed_rope)
@@ -43,12 +43,10 @@ class Compressor:
         )
         build.add_width(4 * width + 2 * span * width // layer.ratio)
 
-    def __call__(
-        self, x_TH: torch.Tensor, places: Places, cache: CacheLayer, tensor: int
-    ) -> None:
+    def __call__(self, x_TH: torch.Tensor, places: Places, cache: CacheLayer, tensor: int) -> None:
         """Takes in a step's tokens and writes the entries that they complete to a cache."""
         ratio, step = self.layer.ratio, places.step
-        rows_T2W = self.rows(x_TH).unflatten(1, (2, -1))
+        rows_T2W = self.rows(x_TH).view(len(x_TH), 2, -1)
         rows_T2W[:, 1] += self.positions.data[places.positions_T % ratio]
         pooled_ED, token_E = compress(
             rows_T2W, self.state.tensor, places.state_slots_B, step.query_start, step.context_len,
@@ -88,7 +86,7 @@ class Indexer:
         visible_T, starts = places.visible(ratio), places.step.query_start.tolist()
         width = min(c.index_topk, int(visible_T.max())) if len(visible_T) else 0
         found = torch.full((len(x_TH), width), -1)
-        for row, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+        for row, (first, last) in enumerate(pairwise(starts)):
             if first < last:
                 mine = slice(first, last)
                 slots = places.entry_slots(cache, ratio, row, int(visible_T[last - 1]))

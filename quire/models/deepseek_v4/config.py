@@ -79,7 +79,10 @@ class Config:
         _refuse_others(hf)
         heads, head_size = whole(hf, "num_attention_heads"), whole(hf, "head_dim")
         rotary = _rotary_size(hf, head_size)
-        groups, experts = whole(hf, "o_groups"), whole({"num_experts": hf.get("n_routed_experts")}, "num_experts")
+        groups, experts = (
+            whole(hf, "o_groups"),
+            whole({"num_experts": hf.get("n_routed_experts")}, "num_experts"),
+        )
         return cls(
             vocab_size=whole(hf, "vocab_size"),
             hidden=whole(hf, "hidden_size"),

@@ -64,5 +64,5 @@ class Model:
         return streams_TND.flatten(1)
 
     def logits(self, streams: torch.Tensor) -> torch.Tensor:
-        streams_TND = streams.unflatten(1, (self.config.streams, -1))
+        streams_TND = streams.view(len(streams), self.config.streams, -1)
         return self.head(self.norm(self.collapse(streams_TND)))

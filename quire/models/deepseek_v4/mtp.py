@@ -62,5 +62,5 @@ class Drafter:
         return self.block(streams_TND + token_TD[:, None], next_tokens, places).flatten(1)
 
     def logits(self, streams: torch.Tensor) -> torch.Tensor:
-        streams_TND = streams.unflatten(1, (self.config.streams, -1))
+        streams_TND = streams.view(len(streams), self.config.streams, -1)
         return self.target.head(self.norm(self.collapse(streams_TND)))

@@ -56,7 +56,9 @@ class Places:
         if key not in self._entries:
             visible_T = self.visible(ratio)
             entry_E = torch.arange(int(visible_T.max()) if len(visible_T) else 0)
-            entries = entry_E.expand(len(visible_T), -1).masked_fill(entry_E >= visible_T[:, None], -1)
+            entries = entry_E.expand(len(visible_T), -1).masked_fill(
+                entry_E >= visible_T[:, None], -1
+            )
             self._entries[key] = self.entries(cache, ratio, entries)
         return self._entries[key]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from models.deepseek_v4.oracle import CASES, Oracle
 from models.harness import TOLERANCE, Loaded, text

@@ -15,7 +15,8 @@ def rotate_pairs(
     cosine, sine = table.chunk(2, dim=-1)
     if inverse:
         sine = -sine
-    rest, turned = x.split([x.shape[-1] - table.shape[-1], table.shape[-1]], dim=-1)
+    start = x.shape[-1] - table.shape[-1]
+    rest, turned = x[..., :start], x[..., start:]
     a, b = turned[..., 0::2], turned[..., 1::2]
     pairs = torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
     return torch.cat([rest, pairs.flatten(-2)], dim=-1)

@@ -53,10 +53,10 @@ def _attend(
     scores_THK = (q_THD[:, :, None] * keys_TKD[:, None]).sum(-1) * scale
     scores_THK = scores_THK.masked_fill(~seen_TK[:, None], -torch.inf)
     highest_TH = torch.maximum(scores_THK.amax(-1), sinks_H)
-    weights = torch.exp(scores_THK - highest_TH[:, :, None]).split(PIECE, dim=-1)
+    weights = torch.split(torch.exp(scores_THK - highest_TH[:, :, None]), PIECE, dim=-1)
     sums = total(piece.contiguous().sum(-1) for piece in weights)
     sums = sums + torch.exp(sinks_H - highest_TH)
-    values = keys_TKD.transpose(1, 2).contiguous().split(PIECE, dim=-1)
+    values = torch.split(keys_TKD.transpose(1, 2).contiguous(), PIECE, dim=-1)
     mixed = total(
         (piece[:, :, None] * value[:, None]).sum(-1)
         for piece, value in zip(weights, values, strict=True)

@@ -64,8 +64,8 @@ class ModelOptions:
     kv_cache_dtype: str = option(
         "auto",
         "number format of the KV cache; auto is the model's on a GPU; on a CPU float32 with "
-        "--dtype float32, else bfloat16",
-        choices=("auto", "float32", "bfloat16"),
+        "--dtype float32, else bfloat16; fp8 is for DeepSeek V4, whose training rounded to it",
+        choices=("auto", "float32", "bfloat16", "fp8"),
     )
     max_model_len: int | None = option(
         None, "longest context in tokens; by default the model's, or what memory allows", low=1

@@ -29,7 +29,7 @@ from quire.models.registry import (
     load_weights,
     read_config,
 )
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
@@ -154,6 +154,7 @@ def assemble(
         max_len=plan.max_model_len,
         device=device,
         moe_routing=options.engine.moe_routing,
+        kv_dtype=plan.kv_dtype,
     )
     model = build_model(files.config(), build)
     say("loading weights", 0.0)
@@ -163,7 +164,7 @@ def assemble(
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
-        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
+        allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype])
         allocate_states(build, plan.max_num_seqs)
         runner = _make_runner(plan, found, build, model, info)
     scheduler = make_scheduler(options, plan, info)

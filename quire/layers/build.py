@@ -114,8 +114,9 @@ class StateLayer:
 class Build:
     """Context of building one model: kernels, dense dtype (None keeps the checkpoint's, and makes
     quantised weights that the kernels do not have `widened`), device, ranks, the longest context
-    in tokens (the size of rotary tables), and whether experts are chosen by the "model" or evenly
-    at random ("uniform", for benchmarks).
+    in tokens (the size of rotary tables), whether experts are chosen by the "model" or evenly
+    at random ("uniform", for benchmarks), and the format of the caches, of which "fp8" is packed by
+    layers of some families (`packs_fp8`, once they are built), in bytes.
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
@@ -130,10 +131,12 @@ class Build:
     max_len: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     moe_routing: str = "model"
+    kv_dtype: str = "auto"
     widened: torch.dtype = torch.bfloat16
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    packs_fp8: bool = False
     on_experts: Callable[[torch.Tensor], None] | None = None
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)

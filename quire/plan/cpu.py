@@ -45,12 +45,19 @@ def place(
             "--runner graph: there is nothing to capture on a CPU",
             fix="use --runner auto",
         )
-    dtype = DTYPES.get(options.model.dtype)
-    shapes = Build(found.reference, dtype=dtype, group=group)
+    dtype, kv_dtype = DTYPES.get(options.model.dtype), _choose_kv_dtype(options)
+    shapes = Build(found.reference, dtype=dtype, group=group, kv_dtype=kv_dtype)
     build_model(hf, shapes)
+    if kv_dtype == "fp8" and not shapes.packs_fp8:
+        raise PlanError(
+            "unsupported_kv_dtype",
+            "--kv-cache-dtype fp8: this model's layers do not pack their cache",
+            why="of the families here DeepSeek V4 has a packed form of its cache",
+            fix="use --kv-cache-dtype auto",
+        )
     head_sizes = {cache.key_size for cache in shapes.caches if cache.by_kernels}
     name, kernels = _choose_kernels(options, found, head_sizes, choices)
-    build = Build(kernels, dtype=dtype, group=group)
+    build = Build(kernels, dtype=dtype, group=group, kv_dtype=kv_dtype)
     build_model(hf, build)
     deterministic = _choose_determinism(options, name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
@@ -83,9 +90,6 @@ def place(
         "request state": memory.state_bytes(build, sequences),
         "interpreter and libraries": memory.RESERVE_BYTES,
     }
-    kv_dtype = options.model.kv_cache_dtype
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if options.model.dtype == "float32" else "bfloat16"
     return Place(
         device="cpu",
         device_name=machine.name,
@@ -108,6 +112,12 @@ def place(
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
     )
+
+
+def _choose_kv_dtype(options: Options) -> str:
+    if options.model.kv_cache_dtype != "auto":
+        return options.model.kv_cache_dtype
+    return "float32" if options.model.dtype == "float32" else "bfloat16"
 
 
 def _choose_kernels(

@@ -12,7 +12,7 @@ from quire.kv.groups import KVGroup
 from quire.layers.build import Build
 from quire.models.registry import read_config
 from quire.plan import cpu, gpu, memory
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.facts import KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.place import DENSE, Place
 from quire.plan.plan import Choice, Plan, format_bytes
 
@@ -47,7 +47,7 @@ def resolve(
     if model.kv_cache:
         reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
         choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
-    groups = memory.kv_groups(place.build.caches, DTYPES[place.kv_dtype].itemsize)
+    groups = memory.kv_groups(place.build.caches, KV_DTYPES[place.kv_dtype].itemsize)
     table_bytes = sum(place.build.rotary_bytes.values())
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)

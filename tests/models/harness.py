@@ -26,6 +26,7 @@ from quire.layers.build import Build
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.checkpoint import open_checkpoint
 from quire.models.registry import build_model, load_weights
+from quire.plan.facts import KV_DTYPES
 from quire.plan.memory import kv_groups
 from quire.runner.eager import allocate_caches, allocate_states
 from quire.weights.hub import resolve
@@ -134,12 +135,20 @@ def expected_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 class Loaded:
     """A checkpoint in our own model, and one sequence's cache."""
 
-    def __init__(self, path: Path, kernels: str, group: Group | None = None, max_len: int = 256):
+    def __init__(
+        self,
+        path: Path,
+        kernels: str,
+        group: Group | None = None,
+        max_len: int = 256,
+        kv_dtype: str = "float32",
+    ):
         facts = kernel_facts()
         chosen = facts.native if kernels == "native" else facts.reference
         assert chosen is not None
         files = resolve(str(path))
-        self.build = Build(chosen, torch.float32, group or Group(), max_len)
+        self.kv_dtype = KV_DTYPES[kv_dtype]
+        self.build = Build(chosen, torch.float32, group or Group(), max_len, kv_dtype=kv_dtype)
         self.model = build_model(files.config(), self.build)
         with open_checkpoint(files) as source:
             load_weights(self.build, source)
@@ -148,9 +157,9 @@ class Loaded:
 
     def allocate(self) -> None:
         """Memory for the caches of all layers that were built."""
-        self.groups = kv_groups(self.build.caches, itemsize=4)
+        self.groups = kv_groups(self.build.caches, self.kv_dtype.itemsize)
         pools = [1 + len(self.groups) * self.blocks] * len(self.groups)
-        allocate_caches(self.build, self.groups, pools, torch.float32)
+        allocate_caches(self.build, self.groups, pools, self.kv_dtype)
         allocate_states(self.build, 3)
 
     @torch.inference_mode()
@@ -178,7 +187,7 @@ class Loaded:
         All memory holds NaN before."""
         for cache in self.build.caches:
             for tensor in cache.tensors:
-                tensor.fill_(torch.nan)
+                tensor.view(torch.uint8).fill_(255)  # NaN in every format
         for state in self.build.states:
             state.tensor.fill_(torch.nan)
         ids = list(range(1, 1 + len(self.groups) * self.blocks))

@@ -7,11 +7,11 @@ import torch
 
 from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
 from quire.kernels.reference.compressed.sparse_attention import sparse_attention
-from quire.kv import BLOCK_SIZE
-from quire.layers.build import Build, CacheLayer
+from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import RotaryTable
+from quire.models.deepseek_v4 import stored
 from quire.models.deepseek_v4.compressor import Compressor, Indexer
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import GroupedLinear, Values
@@ -39,18 +39,14 @@ class Attention:
         compressed = layer.ratio > 0
         self.rope = RotaryTable(build, c.rotary_size, c.compressed_rope if compressed else c.rope)
         self.ones = torch.ones(c.head_size, device=build.device)
-        self.window = _cache(c, build, ((BLOCK_SIZE, c.head_size),), c.window + c.overlap)
-        self.entries: CacheLayer | None = None
+        self.window = stored.window(c, build)
         self.compressor: Compressor | None = None
         self.indexer: Indexer | None = None
         if compressed:
-            sizes = [c.head_size, c.index_size] if layer.sparse else [c.head_size]
-            count = c.block_tokens // layer.ratio
-            page = tuple((count, size) for size in sizes)
-            self.entries = _cache(c, build, page, None, c.block_tokens)
-            self.compressor = Compressor(c, build, f"{name}.compressor", layer, c.head_size)
-        if layer.sparse:
-            self.indexer = Indexer(c, build, f"{name}.indexer", layer)
+            entries, *index = stored.compressed(c, build, layer)
+            self.compressor = Compressor(c, build, f"{name}.compressor", layer, entries)
+            if layer.sparse:
+                self.indexer = Indexer(c, build, f"{name}.indexer", layer, index[0])
         build.add_width(6 * width + ranks)
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
@@ -61,37 +57,28 @@ class Attention:
         q_THD = self.kernels.rms_norm(q_ND, self.ones, c.eps).view(-1, c.heads, c.head_size)
         q_THD = rotate_pairs(q_THD, table, positions_T)
         key_TD = rotate_pairs(self.key_norm(key_TD.contiguous()), table, positions_T)
-        memory = self.window.tensors[0].view(-1, c.head_size)
-        memory[places.group(self.window).slots] = key_TD.to(memory.dtype)
-        caches = [(memory, places.window(self.window, c.window))]
-        if self.entries is not None:
-            slots = self._entry_slots(x_TH, latent_TR, places, self.entries)
-            caches.append((self.entries.tensors[0].view(-1, c.head_size), slots))
-        mixed_THD = sparse_attention(q_THD, caches, self.sinks.data, c.head_size**-0.5)
+        window = self.window
+        window.write(places.group(window.cache).slots, key_TD)
+        caches = [(window.memory, places.window(window.cache, c.window))]
+        if self.compressor is not None:
+            slots = self._entry_slots(self.compressor, x_TH, latent_TR, places)
+            caches.append((self.compressor.entries.memory, slots))
+        mixed_THD = sparse_attention(
+            q_THD, caches, window.entries, self.sinks.data, c.head_size**-0.5
+        )
         mixed_THD = rotate_pairs(mixed_THD, table, positions_T, inverse=True)
         return self.out(self.mix(mixed_THD.flatten(1)))
 
     def _entry_slots(
-        self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places, cache: CacheLayer
+        self,
+        compressor: Compressor,
+        x_TH: torch.Tensor,
+        latent_TR: torch.Tensor,
+        places: Places,
     ) -> torch.Tensor:
         """Compresses the step's tokens; the slots of entries that each of them attends to."""
-        assert self.compressor is not None
-        ratio = self.layer.ratio
-        self.compressor(x_TH, places, cache, tensor=0)
+        cache, ratio = compressor.entries.cache, self.layer.ratio
+        compressor(x_TH, places)
         if self.indexer is None:
             return places.all_entries(cache, ratio)
-        return places.entries(cache, ratio, self.indexer(x_TH, latent_TR, places, cache))
-
-
-def _cache(
-    config: Config,
-    build: Build,
-    page: tuple[tuple[int, ...], ...],
-    window: int | None,
-    block_size: int = BLOCK_SIZE,
-) -> CacheLayer:
-    size = config.head_size
-    return build.add_cache(
-        page, window, heads=config.heads, kv_heads=1, key_size=size, value_size=size,
-        block_size=block_size, by_kernels=False,
-    )  # fmt: skip
+        return places.entries(cache, ratio, self.indexer(x_TH, latent_TR, places))

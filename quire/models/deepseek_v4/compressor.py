@@ -9,13 +9,14 @@ import torch
 from quire.kernels.reference.compressed.compress import compress
 from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
 from quire.kernels.reference.compressed.select_entries import select_entries
-from quire.layers.build import Build, CacheLayer
+from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import RotaryTable
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import Values
 from quire.models.deepseek_v4.places import Places
+from quire.models.deepseek_v4.stored import Stored
 
 # Rows that a request's open windows have room for beyond what an entry pools: with them a token
 # that was drafted and refused has overwritten nothing that is still needed.
@@ -23,14 +24,15 @@ SPARE_ROWS = 16
 
 
 class Compressor:
-    """Pools every `layer.ratio` tokens into an entry of `size` values.
+    """Pools every `layer.ratio` tokens into one of the layer's `entries`.
 
     What tokens of an open window give is kept for each request in `state`, a row of values and
     logits at the token's position modulo the number of rows.
     """
 
-    def __init__(self, config: Config, build: Build, name: str, layer: Layer, size: int):
-        self.layer, self.size = layer, size
+    def __init__(self, config: Config, build: Build, name: str, layer: Layer, entries: Stored):
+        self.layer, self.entries = layer, entries
+        size = entries.entries.size
         width = 2 * size if layer.sparse else size
         self.rows = Linear(build, [f"{name}.wkv", f"{name}.wgate"], config.hidden, [width, width])
         self.positions = Values(build, f"{name}.ape", layer.ratio, width)
@@ -43,8 +45,8 @@ class Compressor:
         )
         build.add_width(4 * width + 2 * span * width // layer.ratio)
 
-    def __call__(self, x_TH: torch.Tensor, places: Places, cache: CacheLayer, tensor: int) -> None:
-        """Takes in a step's tokens and writes the entries that they complete to a cache."""
+    def __call__(self, x_TH: torch.Tensor, places: Places) -> None:
+        """Takes in a step's tokens and writes the entries that they complete to the cache."""
         ratio, step = self.layer.ratio, places.step
         rows_T2W = self.rows(x_TH).view(len(x_TH), 2, -1)
         rows_T2W[:, 1] += self.positions.data[places.positions_T % ratio]
@@ -54,44 +56,40 @@ class Compressor:
         )  # fmt: skip
         begun_E = places.positions_T[token_E] - (ratio - 1)
         entries_ED = rotate_pairs(self.norm(pooled_ED), self.rope(), begun_E)
-        slots_E = places.group(cache).slots[token_E] // ratio
-        memory = cache.tensors[tensor].view(-1, self.size)
-        memory[slots_E] = entries_ED.to(memory.dtype)
+        self.entries.write(places.group(self.entries.cache).slots[token_E] // ratio, entries_ED)
 
 
 class Indexer:
     """Chooses the entries that each token attends to, by keys of its own."""
 
-    def __init__(self, config: Config, build: Build, name: str, layer: Layer):
+    def __init__(self, config: Config, build: Build, name: str, layer: Layer, keys: Stored):
         self.config, self.layer = config, layer
         heads, size = config.index_heads, config.index_size
         self.queries = Linear(build, [f"{name}.wq_b"], config.query_rank, [heads * size])
         self.weights = Linear(build, [f"{name}.weights_proj"], config.hidden, [heads])
-        self.keys = Compressor(config, build, f"{name}.compressor", layer, size)
+        self.keys = Compressor(config, build, f"{name}.compressor", layer, keys)
         self.rope = RotaryTable(build, config.rotary_size, config.compressed_rope)
         self.scale = (size * heads) ** -0.5
         build.add_width(2 * heads * size + heads)
 
-    def __call__(
-        self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places, cache: CacheLayer
-    ) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places) -> torch.Tensor:
         """Entries [T, E] in ascending order, -1 where there are fewer. `latent`: what the
-        attention's own queries are made of. Index keys are the cache's second tensor."""
+        attention's own queries are made of."""
         c, ratio = self.config, self.layer.ratio
-        self.keys(x_TH, places, cache, tensor=1)
+        keys = self.keys.entries
+        self.keys(x_TH, places)
         queries = self.queries(latent_TR).view(-1, c.index_heads, c.index_size)
         queries = rotate_pairs(queries, self.rope(), places.positions_T)
         weights = self.weights(x_TH) * self.scale
-        keys = cache.tensors[1].view(-1, c.index_size)
         visible_T, starts = places.visible(ratio), places.step.query_start.tolist()
         width = min(c.index_topk, int(visible_T.max())) if len(visible_T) else 0
         found = torch.full((len(x_TH), width), -1)
         for row, (first, last) in enumerate(pairwise(starts)):
             if first < last:
                 mine = slice(first, last)
-                slots = places.entry_slots(cache, ratio, row, int(visible_T[last - 1]))
+                slots = places.entry_slots(keys.cache, ratio, row, int(visible_T[last - 1]))
                 chosen = select_entries(
-                    queries[mine], weights[mine], keys[slots].float(), visible_T[mine], c.index_topk
+                    queries[mine], weights[mine], keys.read(slots), visible_T[mine], c.index_topk
                 )
                 found[mine, : chosen.shape[1]] = chosen
         return found

@@ -124,7 +124,10 @@ def tight_memory(oracle: Oracle, options: dict[str, Any]) -> int:
     return bytes_for_tokens(plan.groups, plan.max_model_len, step, sequences)
 
 
-def test_a_hit_computes_four_tokens_again_and_gives_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "fp8"])
+def test_a_hit_computes_four_tokens_again_and_gives_the_same_bits(
+    kv_cache_dtype: str, tmp_path: Path
+) -> None:
     """The published ratios: pages of 128 tokens, and entries that end in another request's page."""
     oracle = Oracle(
         tmp_path, compress_rates={SPARSE: 4, HEAVY: 128}, hc_sinkhorn_iters=3,
@@ -132,8 +135,9 @@ def test_a_hit_computes_four_tokens_again_and_gives_the_same_bits(tmp_path: Path
     )  # fmt: skip
     common = text(300)
     params = SamplingParams(temperature=0.0, max_tokens=10, logprobs=2, ignore_eos=True)
-    llm = load(oracle, max_model_len=512)
-    cold = load(oracle, max_model_len=512, enable_prefix_caching=False)
+    options = {"max_model_len": 512, "kv_cache_dtype": kv_cache_dtype}
+    llm = load(oracle, **options)
+    cold = load(oracle, enable_prefix_caching=False, **options)
     prompts = [common, common, common[:270] + text(30, 1), common[:200], common[:128]]
     given = [(prompt, params) for prompt in prompts]
     assert [run(llm, [case]) for case in given] == [run(cold, [case]) for case in given]

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 from plan.test_gpu import plan as gpu_plan
 from plan.test_resolve import MACHINE, NATIVE
+from plan.test_resolve import plan as llama_plan
 
 from models.deepseek_v4.published import FLASH
 from quire.config.parse import build_options
 from quire.errors import PlanError
 from quire.models.checkpoint import declared_formats
+from quire.plan import memory
 from quire.plan.facts import ModelFacts
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
@@ -90,3 +92,23 @@ def test_a_gpu_refuses_it_with_the_reason() -> None:
         gpu_plan({**FLASH, "n_routed_experts": 8})
     assert caught.value.code == "unsupported_model"
     assert "--device cpu" in caught.value.fix
+
+
+def test_an_fp8_cache_takes_3850_bytes_for_each_token_of_flash() -> None:
+    facts = ModelFacts("m", FLASH, declared_formats(FLASH, read_scheme(FLASH)))
+    machine = replace(MACHINE, memory_bytes=2 * TIB, available_bytes=2 * TIB)
+    made = resolve(build_options({"kv_cache_dtype": "fp8"}), facts, machine, NATIVE)
+    assert [g.page_bytes for g in made.groups] == [
+        16 * 584 * LAYERS, 32 * (584 + 132) * SPARSE, 584 * HEAVY
+    ]  # fmt: skip
+    assert memory.entry_bytes(made.groups) == 3850.25
+    assert made.kv_dtype == "fp8"
+    found = {choice.what: choice.chosen for choice in made.choices}
+    assert found["compressed entries"] == "3850 bytes for each token"
+    assert found["windows"] == "3.8 MiB for each request"
+
+
+def test_other_families_do_not_pack_their_cache() -> None:
+    with pytest.raises(PlanError) as caught:
+        llama_plan(kv_cache_dtype="fp8")
+    assert caught.value.code == "unsupported_kv_dtype"

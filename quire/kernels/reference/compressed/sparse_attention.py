@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.reference.compressed.entries import Entries
 from quire.kernels.reference.streams.mixing import total
 
 PIECE = 64  # keys whose part of a sum is made at a time
@@ -13,12 +14,13 @@ AT_ONCE = 1 << 23  # products that are in memory at a time
 def sparse_attention(
     q_THD: torch.Tensor,
     caches: list[tuple[torch.Tensor, torch.Tensor]],
+    entries: Entries,
     sinks_H: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """float32 [T, H, D]. `caches`: pairs of a cache [slots, D] and the slots int64 [T, K] that each
-    token sees of it, negative ones being none. The softmax goes over all of them and `sinks`, a
-    logit for each head, which has no value.
+    """float32 [T, H, D]. `caches`: pairs of a cache [slots, width] of `entries` and the slots int64
+    [T, K] that each token sees of it, negative ones being none. The softmax goes over all of them
+    and `sinks`, a logit for each head, which has no value.
 
     Sums go over keys in pieces of a fixed size, in order, so that a token's bits do not depend on
     how many keys others have: none add zeros at the end.
@@ -30,16 +32,16 @@ def sparse_attention(
     step = max(1, AT_ONCE // max(1, each))
     for first in range(0, len(q_THD), step):
         part = slice(first, first + step)
-        keys = [_gather(cache, slots[part]) for cache, slots in caches]
+        keys = [_gather(cache, slots[part], entries) for cache, slots in caches]
         keys_TKD = torch.nn.functional.pad(torch.cat(keys, dim=1), (0, 0, 0, pad))
         seen_TK = torch.nn.functional.pad(slots_TK[part] >= 0, (0, pad))
         out[part] = _attend(q_THD[part], keys_TKD, seen_TK, sinks_H, scale)
     return out
 
 
-def _gather(cache_SD: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+def _gather(cache_SW: torch.Tensor, slots_TK: torch.Tensor, entries: Entries) -> torch.Tensor:
     """Keys [T, K, D], zeros where there are none: what lies in memory there may be NaN."""
-    found = cache_SD[slots_TK.clamp(min=0)].float()
+    found = entries.unpack(cache_SW[slots_TK.clamp(min=0)])
     return found.masked_fill((slots_TK < 0)[:, :, None], 0.0)
 
 

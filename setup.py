@@ -40,6 +40,7 @@ native = Extension(
             "kernels",
             "linear",
             "attention",
+            "latent",
             "noise",
             "rows",
             "vector_math",

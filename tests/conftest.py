@@ -82,3 +82,19 @@ def tiny_moe(write_model: WriteModel) -> str:
         decoder_sparse_step=1,
         norm_topk_prob=True,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_latents(write_model: WriteModel) -> str:
+    """One latent per token, no experts."""
+    from runner.engines import FAMILIES
+
+    return write_model(**{**FAMILIES["deepseek_v3"], "first_k_dense_replace": 2})
+
+
+@pytest.fixture(scope="session")
+def tiny_deepseek(write_model: WriteModel) -> str:
+    """One latent per token, experts in groups beside a shared one."""
+    from runner.engines import FAMILIES
+
+    return write_model(**FAMILIES["deepseek_v3"])

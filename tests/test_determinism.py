@@ -81,9 +81,11 @@ WAYS: list[dict[str, Any]] = [
         ("tiny_llama", "bfloat16", 14),
         ("tiny_gemma", "float32", 14),
         ("tiny_moe", "float32", 8),
+        ("tiny_deepseek", "float32", 8),
         pytest.param("tiny_llama", "float32", 40, marks=pytest.mark.full),
         pytest.param("tiny_gemma", "bfloat16", 40, marks=pytest.mark.full),
         pytest.param("tiny_moe", "bfloat16", 20, marks=pytest.mark.full),
+        pytest.param("tiny_deepseek", "bfloat16", 20, marks=pytest.mark.full),
     ],
 )
 def test_bits_do_not_depend_on_batch_chunks_preemption_or_prefix_hits(

@@ -49,7 +49,23 @@ BATCHES = (
 )
 
 
-def case(model: Model, batch: list[tuple[int, int, int]], deterministic: bool) -> Timed:
+Batch = list[tuple[int, int, int]]
+
+
+def describe(batch: Batch) -> str:
+    return " + ".join(f"{requests} x {new} of {tokens}" for requests, new, tokens in batch)
+
+
+def block_tables(blocks: list[int]) -> torch.Tensor:
+    """Of requests with so many blocks each, in random order from block 1 on."""
+    tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=DEVICE)
+    order = (torch.randperm(sum(blocks)) + 1).to(DEVICE, torch.int32)
+    for row, part in enumerate(order.split(blocks)):
+        tables[row, : len(part)] = part
+    return tables
+
+
+def case(model: Model, batch: Batch, deterministic: bool) -> Timed:
     """Bytes are counted where every request has one new token; else operations, of causal pairs."""
     counts = [new for requests, new, _ in batch for _ in range(requests)]
     contexts = [tokens for requests, _, tokens in batch for _ in range(requests)]
@@ -67,10 +83,7 @@ def case(model: Model, batch: list[tuple[int, int, int]], deterministic: bool) -
     runs = []
     for _ in range(copies(nbytes)):
         k_cache, v_cache = (random(sum(blocks) + 1, model.kv_heads, BLOCK, d) for _ in range(2))
-        tables = torch.zeros(rows, max(blocks), dtype=torch.int32, device=DEVICE)
-        order = (torch.randperm(sum(blocks)) + 1).to(DEVICE, torch.int32)
-        for row, part in enumerate(order.split(blocks)):
-            tables[row, : len(part)] = part
+        tables = block_tables(blocks)
         runs.append(
             partial(
                 paged_attention, random(tokens, model.heads * d), k_cache, v_cache, tables, start,
@@ -78,8 +91,7 @@ def case(model: Model, batch: list[tuple[int, int, int]], deterministic: bool) -
                 scratch=scratch,
             )
         )  # fmt: skip
-    parts = " + ".join(f"{requests} x {new} of {tokens}" for requests, new, tokens in batch)
-    name = f"{model.name} {parts}{' deterministic' * deterministic}"
+    name = f"{model.name} {describe(batch)}{' deterministic' * deterministic}"
     if decode:
         return Timed(name, runs, nbytes=nbytes)
     return Timed(name, runs, flops=4.0 * pairs * model.heads * d)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,29 +10,8 @@ from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
 from quire.layers.norm import ResidualStream, RMSNorm
-from quire.layers.read import read_vector
 from quire.layers.rotary import RotaryTable
-from quire.weights.source import TensorInfo, WeightSource
-
-
-class Sinks:
-    """One logit for each query head, shared over ranks as the heads are: float32 [heads]."""
-
-    def __init__(self, build: Build, name: str, heads: int):
-        self.build, self.name, self.heads = build, name, heads
-        self._share = build.group.shard(heads, name)
-        self.values = torch.empty(0)
-        build.add_weight(self)
-
-    def tensors(self) -> list[TensorInfo]:
-        return [TensorInfo(self.name, (self.heads,), "bf16")]
-
-    def nbytes(self, formats: Callable[[str], str]) -> int:
-        share: int = self._share.stop - self._share.start
-        return 4 * share
-
-    def load(self, source: WeightSource) -> None:
-        self.values = read_vector(self.build, source, self.name, self._share)
+from quire.layers.vector import Vector
 
 
 class Attention:
@@ -80,7 +58,7 @@ class Attention:
                 RMSNorm(build, f"{name}.q_norm", head_size, norm_eps, norm_offset),
                 RMSNorm(build, f"{name}.k_norm", head_size, norm_eps, norm_offset),
             )
-        self.sinks = Sinks(build, f"{name}.sinks", heads) if sinks else None
+        self.sinks = Vector(build, f"{name}.sinks", heads, shared=True) if sinks else None
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         kv_share = share.stop - share.start

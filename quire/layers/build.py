@@ -32,10 +32,13 @@ class Kernels(Protocol):
     add_rms_norm: Callable[..., torch.Tensor]
     rotary_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
+    latent_cache: Callable[..., torch.Tensor]
+    latent_attention: Callable[..., torch.Tensor]
     cache_page: Callable[..., tuple[tuple[int, ...], ...]]
     gated_activation: Callable[..., torch.Tensor]
     gated_linear: Callable[..., torch.Tensor]
     route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    route_groups: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class CpuKernels(Kernels, Protocol):
@@ -48,11 +51,13 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
-    gives for each, products that begin with the addition and norm before them, and gated ones whose
-    results are stored as the next product takes them."""
+    gives for each, each head's product with a weight of its own, products that begin with the
+    addition and norm before them, and gated ones whose results are stored as the next product takes
+    them."""
 
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
+    head_linear: Callable[..., torch.Tensor]
     gated_linear: Callable[..., Any]
     add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]
 
@@ -93,6 +98,11 @@ class CacheLayer:
     tensors: tuple[torch.Tensor, ...] = ()
 
     @property
+    def latent(self) -> bool:
+        """Whether values are the first part of keys, in one tensor."""
+        return len(self.page) == 1 and self.by_kernels
+
+    @property
     def page_values(self) -> int:
         """Values of one block."""
         return sum(prod(shape) for shape in self.page)
@@ -121,8 +131,9 @@ class Build:
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
     `states`, `width` (most float32 values per token that a layer works with, besides its input and
-    output) and `rotary_bytes` (of each rotary table, per position). `on_experts` is called with the
-    experts [T, K] that a layer chose, by who wants to count them.
+    output) and `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the
+    names of tensors that checkpoints of the model may have and that it does not read. `on_experts`
+    is called with the experts [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels
@@ -141,6 +152,7 @@ class Build:
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
     states: list[StateLayer] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
 
     def add_weight(self, weight: Weight) -> None:
         self.weights.append(weight)

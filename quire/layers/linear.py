@@ -10,6 +10,7 @@ import torch
 from quire.formats import quantized
 from quire.formats.blocks import BlockTensor, concatenate_rows
 from quire.formats.quantized import QuantTensor
+from quire.kernels.reference.packed import PackedWeight
 from quire.layers.build import Build, DenseKernels, Kernels
 from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.read import read_matrix, read_vector
@@ -128,13 +129,7 @@ class Linear:
         """The product with the norm of a stream, gated where an `activation` is named; what is
         gated is for the layer `then`, as in `gated`."""
         if self.kernels.dense and len(self._parts) == 1:
-            kernels = cast(DenseKernels, self.kernels)
-            y_TN, stream.value = kernels.add_norm_linear(
-                stream.pending, stream.value, norm.weight, norm.eps, self._parts[0][0], self._bias,
-                activation, None if then is None else then.only,
-            )  # fmt: skip
-            stream.pending = None
-            return cast(torch.Tensor, y_TN)
+            return self._add_norm(norm, stream, activation, None if then is None else then.only)
         x_TH = norm.read(stream)
         return self.gated(x_TH, activation, then) if activation else self(x_TH)
 
@@ -151,6 +146,23 @@ class Linear:
                 torch.Tensor, cast(DenseKernels, self.kernels).gated_linear(*given, then.only)
             )
         return self.kernels.gated_linear(*given)
+
+    def beside(self, norm: RMSNorm, stream: ResidualStream) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the product with the norm of a stream, the norm itself), in one kernel where that can
+        be."""
+        if not (self.kernels.dense and isinstance(self.only, PackedWeight)):
+            x_TH = norm.read(stream)
+            return self(x_TH), x_TH
+        normed_TH = torch.empty_like(stream.value)
+        return self._add_norm(norm, stream, "", None, normed_TH), normed_TH
+
+    def _add_norm(self, norm: RMSNorm, stream: ResidualStream, *more: Any) -> torch.Tensor:
+        """Read a stream through the one weight: the dense kernels' add_norm_linear."""
+        y_TN, stream.value = cast(DenseKernels, self.kernels).add_norm_linear(
+            stream.pending, stream.value, norm.weight, norm.eps, self.only, self._bias, *more
+        )
+        stream.pending = None
+        return cast(torch.Tensor, y_TN)
 
     @property
     def only(self) -> Any:

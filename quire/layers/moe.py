@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from quire.layers.build import Build
 from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
+from quire.layers.mlp import GatedMLP
 from quire.layers.norm import ResidualStream, RMSNorm
+from quire.layers.vector import Vector
 
 # Rows of router logits that "uniform" routing draws from, by a token's place in the step.
 UNIFORM_ROWS = 4096
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Experts are chosen within the best `chosen` of `groups` groups, by their softmax or, with
+    `corrected`, by their sigmoid and a learnt correction of each; weights are times `scale`."""
+
+    groups: int
+    chosen: int
+    corrected: bool
+    scale: float
+
+
 class MoE:
-    """Softmax router and gated experts, each expert's intermediate size shared over ranks.
+    """Router and gated experts, each expert's intermediate size shared over ranks.
 
     `normalize`: the chosen experts' weights are scaled to sum to 1. `router`: its name. `bias`:
-    router and experts add biases.
+    router and experts add biases. `grouped`: how experts are chosen where it is not by softmax
+    among all. `shared`: intermediate size of an expert that every token goes through besides, with
+    biases where `shared_bias`.
     """
 
     def __init__(
@@ -33,6 +50,9 @@ class MoE:
         activation: str = "silu",
         router: str = "gate",
         bias: bool = False,
+        grouped: Grouped | None = None,
+        shared: int = 0,
+        shared_bias: bool = False,
     ):
         self.build, self.experts_per_token, self.normalize = build, experts_per_token, normalize
         self.num_experts = experts
@@ -41,6 +61,13 @@ class MoE:
         stacked = build.kernels.dense
         make = StackedExperts if stacked else SeparateExperts
         self.experts: Experts = make(build, *sizes, bias)
+        self.grouped, self.correction = grouped, None
+        if grouped is not None and grouped.corrected:
+            self.correction = Vector(build, f"{name}.{router}.e_score_correction_bias", experts)
+        self.shared: GatedMLP | None = None
+        if shared:
+            of_shared = f"{name}.shared_experts", hidden, shared, activation, shared_bias
+            self.shared = GatedMLP(build, *of_shared, reduce=False)
         self._uniform_TE: torch.Tensor | None = None
         # Each slot's result and its product with the weight; router logits, probabilities in two
         # orders, ids; one expert may get all tokens, stacked ones keep inner values of all slots.
@@ -49,20 +76,33 @@ class MoE:
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""
-        return self(norm.read(stream))
+        logits_TE, x_TH = self.router.beside(norm, stream)
+        return self._of(x_TH, logits_TE)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        weights_TK, ids_TK = self.route(x_TH)
+        return self._of(x_TH, self.router(x_TH))
+
+    def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+        weights_TK, ids_TK = self.choose(logits_TE)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
-        return self.build.group.all_reduce(self.experts(x_TH, weights_TK, ids_TK))
+        y_TH = self.experts(x_TH, weights_TK, ids_TK)
+        if self.shared is not None:
+            y_TH += self.shared(x_TH)
+        return self.build.group.all_reduce(y_TH)
 
-    def route(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights float32 [T, K] and expert ids [T, K], the most probable first."""
-        logits_TE = self.router(x_TH)
         if self.build.moe_routing == "uniform":
             logits_TE = self._uniform(logits_TE)
-        return self.build.kernels.route(logits_TE, self.experts_per_token, self.normalize)
+        kernels, per_token, how = self.build.kernels, self.experts_per_token, self.grouped
+        if how is None:
+            return kernels.route(logits_TE, per_token, self.normalize)
+        correction = None if self.correction is None else self.correction.values
+        return kernels.route_groups(
+            logits_TE, correction, per_token, how.groups, how.chosen, how.corrected,
+            self.normalize, how.scale,
+        )  # fmt: skip
 
     def _uniform(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """Logits that choose experts evenly at random, the router's own having been computed."""

@@ -119,14 +119,17 @@ def attention_factor(parameters: dict[str, Any]) -> float:
         return 1.0
     if parameters.get("attention_factor") is not None:
         return _value(parameters, "attention_factor")
-    factor = _value(parameters, "factor")
-
-    def grown(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return grown(_value(parameters, "mscale")) / grown(_value(parameters, "mscale_all_dim"))
-    return grown(1.0)
+        return yarn_growth(parameters, "mscale") / yarn_growth(parameters, "mscale_all_dim")
+    return yarn_growth({**parameters, "mscale": 1.0}, "mscale")
+
+
+def yarn_growth(parameters: dict[str, Any], key: str) -> float:
+    """0.1 m ln(factor) + 1 of YaRN (Peng et al. 2023, equation 22) with m the value of `key`, by
+    which DeepSeek weighs it; 1 where the key is missing or 0, and for other scalings."""
+    if parameters["rope_type"] != "yarn" or not parameters.get(key):
+        return 1.0
+    return 0.1 * _value(parameters, key) * math.log(max(1.0, _value(parameters, "factor"))) + 1.0
 
 
 class RotaryTable:

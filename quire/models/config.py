@@ -15,7 +15,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 # What planning takes time for has bounds far above every known model (DeepSeek V3: 61 layers of
 # 256 experts).
-MOST = {"num_hidden_layers": 1024, "num_experts": 4096}
+MOST = {"num_hidden_layers": 1024, "num_experts": 4096, "n_routed_experts": 4096}
 MOST_EXPERTS = 2**17  # of all layers together
 
 
@@ -33,6 +33,24 @@ def whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
             fix="check that the model's files are complete and of one version",
         )
     return value
+
+
+def expert_counts(config: dict[str, Any], layers: int, key: str = "num_experts") -> tuple[int, int]:
+    """Experts of a layer, and of each token; transformers 5 writes `key` as `num_local_experts`.
+    Raises ModelError for more of a token than there are, and for too many altogether."""
+    count = whole({key: config.get("num_local_experts"), **config}, key)
+    per_token = whole(config, "num_experts_per_tok")
+    if per_token > count:
+        raise ModelError(
+            "bad_config", f"config.json: {per_token} of {count} experts for each token"
+        )
+    if count * layers > MOST_EXPERTS:
+        raise ModelError(
+            "bad_config",
+            f"config.json: {layers} layers of {count} experts",
+            why=f"all layers together may have {MOST_EXPERTS}",
+        )
+    return count, per_token
 
 
 # Names of activations in config.json, and what our layers call them.

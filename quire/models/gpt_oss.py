@@ -12,7 +12,7 @@ from quire.layers.build import Build
 from quire.layers.moe import MoE
 from quire.layers.rotary import rope_parameters
 from quire.models import llama
-from quire.models.config import MOST_EXPERTS, number, whole
+from quire.models.config import expert_counts, number, whole
 from quire.models.llama import Block, common
 from quire.weights.fused_experts import FusedExperts
 from quire.weights.source import WeightSource
@@ -48,14 +48,7 @@ class Config(llama.Config):
             hf["layer_types"] = [kinds[i % 2] for i in range(layers)]
         if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
             hf["rope_parameters"] = ROPE
-        experts = whole({"num_experts": hf.get("num_local_experts"), **hf}, "num_experts")
-        per_token = whole(hf, "num_experts_per_tok")
-        if per_token > experts or experts * layers > MOST_EXPERTS:
-            raise ModelError(
-                "bad_config",
-                f"config.json: {per_token} of {experts} experts for each token in {layers} layers",
-                why=f"all layers together may have {MOST_EXPERTS}",
-            )
+        experts, per_token = expert_counts(hf, layers)
         for key, only in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
             if number(hf, key, only) != only:
                 raise ModelError(

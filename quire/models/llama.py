@@ -83,6 +83,14 @@ def common(hf: dict[str, Any], sliding: bool = False, first_window: int = 0) -> 
     }
 
 
+class Mixer(Protocol):
+    """Attention: of a stream's norm [T, H] to [T, H], with what the cache has of other tokens."""
+
+    def __call__(
+        self, norm: RMSNorm, stream: ResidualStream, positions_T: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor: ...
+
+
 class Block(Protocol):
     """A feed-forward layer: of a stream's norm [T, H] to [T, H], each token by itself."""
 
@@ -92,12 +100,19 @@ class Block(Protocol):
 class Layer:
     """Attention and feed-forward, each after a norm and added to the residual."""
 
-    def __init__(self, config: Config, build: Build, index: int):
+    def __init__(self, config: Any, build: Build, index: int):
         name = f"model.layers.{index}"
         self.input_norm = RMSNorm(build, f"{name}.input_layernorm", config.hidden, config.eps)
-        self.attention = Attention(
+        self.attention = self.make_attention(config, build, f"{name}.self_attn", index)
+        self.post_norm = RMSNorm(
+            build, f"{name}.post_attention_layernorm", config.hidden, config.eps
+        )
+        self.mlp = self.make_mlp(config, build, f"{name}.mlp")
+
+    def make_attention(self, config: Any, build: Build, name: str, index: int) -> Mixer:
+        return Attention(
             build,
-            f"{name}.self_attn",
+            name,
             hidden=config.hidden,
             heads=config.heads,
             kv_heads=config.kv_heads,
@@ -110,10 +125,6 @@ class Layer:
             norm_eps=config.eps,
             sinks=config.sinks,
         )
-        self.post_norm = RMSNorm(
-            build, f"{name}.post_attention_layernorm", config.hidden, config.eps
-        )
-        self.mlp = self.make_mlp(config, build, f"{name}.mlp")
 
     def make_mlp(self, config: Any, build: Build, name: str) -> Block:
         return GatedMLP(
@@ -130,7 +141,7 @@ class Model:
 
     layer_class: type[Layer] = Layer
 
-    def __init__(self, config: Config, build: Build):
+    def __init__(self, config: Any, build: Build):
         self.config = config
         self.embed = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden)
         self.layers = [self.layer_class(config, build, i) for i in range(config.layers)]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quire.errors import ModelError
 from quire.layers.build import Build
 from quire.layers.moe import MoE
 from quire.models import llama
-from quire.models.config import MOST_EXPERTS, activation, whole
+from quire.models.config import activation, expert_counts, whole
 from quire.models.llama import Block, common
 
 
@@ -26,22 +25,11 @@ class Config(llama.Config):
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """Qwen3-MoE's config.json: every `decoder_sparse_step`-th layer has experts, those in
-        `mlp_only_layers` have none. transformers 5 writes `num_experts` as `num_local_experts`."""
+        `mlp_only_layers` have none."""
         bias = bool(hf.get("attention_bias", False))
         values = common(hf, bool(hf.get("use_sliding_window", False)))
         every, dense = whole(hf, "decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-        experts = whole({"num_experts": hf.get("num_local_experts"), **hf}, "num_experts")
-        per_token = whole(hf, "num_experts_per_tok")
-        if per_token > experts:
-            raise ModelError(
-                "bad_config", f"config.json: {per_token} of {experts} experts for each token"
-            )
-        if experts * values["layers"] > MOST_EXPERTS:
-            raise ModelError(
-                "bad_config",
-                f"config.json: {values['layers']} layers of {experts} experts",
-                why=f"all layers together may have {MOST_EXPERTS}",
-            )
+        experts, per_token = expert_counts(hf, values["layers"])
         return cls(
             **values,
             qkv_bias=bias,

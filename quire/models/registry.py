@@ -27,6 +27,8 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
     "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV2ForCausalLM": "deepseek_v3",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "DeepseekV4ForCausalLM": "deepseek_v4",
 }
 CAUSAL = "ForCausalLM"
@@ -144,6 +146,8 @@ def _check_tensors(build: Build, source: WeightSource) -> None:
                 f"tensor {want.name!r} has shape {list(shape)}, the config says {list(want.shape)}",
                 fix="check that config.json and weights belong together",
             )
+    spare = tuple(build.spare)
+    left = {name for name in left if not name.startswith(spare)}
     unknown = sorted(name for name in left if not _says_nothing(source, name))
     if unknown:
         raise ModelError(

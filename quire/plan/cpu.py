@@ -9,16 +9,16 @@ from quire.comm.group import Group
 from quire.config.options import Options
 from quire.errors import PlanError
 from quire.hardware.machine import Machine
-from quire.layers.build import Build, Kernels
+from quire.layers.build import Build, CacheLayer, Kernels
 from quire.models.registry import build_model, read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
-from quire.plan.place import Place, held_formats, remaining, sum_weights
+from quire.plan.place import Place, choose_latent_form, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
-NATIVE_HEAD_SIZES = range(8, 257, 8)
+NATIVE_HEAD_SIZES, NATIVE_LATENT = range(8, 257, 8), 1024
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
     "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",
@@ -55,10 +55,11 @@ def place(
             why="of the families here DeepSeek V4 has a packed form of its cache",
             fix="use --kv-cache-dtype auto",
         )
-    head_sizes = {cache.key_size for cache in shapes.caches if cache.by_kernels}
-    name, kernels = _choose_kernels(options, found, head_sizes, choices)
+    read = [cache for cache in shapes.caches if cache.by_kernels]
+    name, kernels = _choose_kernels(options, found, read, choices)
     build = Build(kernels, dtype=dtype, group=group, kv_dtype=kv_dtype)
     build_model(hf, build)
+    choose_latent_form(build, choices)
     deterministic = _choose_determinism(options, name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(hf)
@@ -121,13 +122,16 @@ def _choose_kv_dtype(options: Options) -> str:
 
 
 def _choose_kernels(
-    options: Options, found: KernelFacts, head_sizes: set[int], choices: list[Choice]
+    options: Options, found: KernelFacts, caches: list[CacheLayer], choices: list[Choice]
 ) -> tuple[str, Kernels]:
     asked, why_not = options.engine.kernels, found.why_not
     fix = "install a C++ compiler and reinstall quire, or use --kernels reference"
-    odd = sorted(head_sizes - set(NATIVE_HEAD_SIZES))
-    if found.native is not None and odd:
-        why_not = f"they do not have head size {odd[0]}: multiples of 8 up to 256"
+    odd = sorted({c.key_size for c in caches if not c.latent} - set(NATIVE_HEAD_SIZES))
+    wide = max((c.key_size for c in caches if c.latent), default=0)
+    if found.native is not None and (odd or wide > NATIVE_LATENT):
+        why_not = f"they do not have latents of {wide} values: up to {NATIVE_LATENT}"
+        if odd:
+            why_not = f"they do not have head size {odd[0]}: multiples of 8 up to 256"
         fix = "use --kernels reference"
     if asked == "native" and why_not:
         raise PlanError(

@@ -22,7 +22,14 @@ from quire.models.registry import ModelConfig, build_model, read_config
 from quire.plan import memory
 from quire.plan.architectures import describe
 from quire.plan.facts import DTYPES, KernelFacts
-from quire.plan.place import Place, held_formats, matrices, remaining, sum_weights
+from quire.plan.place import (
+    Place,
+    choose_latent_form,
+    held_formats,
+    matrices,
+    remaining,
+    sum_weights,
+)
 from quire.plan.plan import Choice
 
 DENSE = ("f32", "f16", "bf16")
@@ -30,6 +37,7 @@ MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
 # Ampere is the first to have bfloat16 and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
 HEAD_SIZES = range(16, 257, 8)
+MAX_RANK, MAX_REST = 512, 128  # as in kernels/triton/attention/latent_attention.py
 MOST_EXPERTS, MOST_EXPERTS_PER_TOKEN = 512, 16
 # Beyond this many tokens a step computes for longer than its kernels take to launch.
 LARGEST_MIXED_GRAPH = 2048
@@ -103,6 +111,7 @@ def place(
     deterministic = bool(engine.deterministic)
     runner = _choose_runner(options, choices)
     _choose_kernels(deterministic, found, choices)
+    choose_latent_form(build, choices)
     _choose_quantized(build, formats, deterministic, gpu, choices)
     config = read_config(hf)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
@@ -243,7 +252,16 @@ def _check_kernels(build: Build) -> None:
 
 
 def _check_head_sizes(build: Build) -> None:
-    odd = sorted({c.key_size for c in build.caches} - set(HEAD_SIZES))
+    for latent in (cache for cache in build.caches if cache.latent):
+        if latent.value_size > MAX_RANK or latent.key_size - latent.value_size > MAX_REST:
+            raise PlanError(
+                "unsupported_head_size",
+                f"the GPU kernels do not have latents of {latent.value_size} and "
+                f"{latent.key_size - latent.value_size} values",
+                why=f"at most {MAX_RANK}, and {MAX_REST} that rotate",
+                fix="use --device cpu",
+            )
+    odd = sorted({c.key_size for c in build.caches if not c.latent} - set(HEAD_SIZES))
     if odd:
         raise PlanError(
             "unsupported_head_size",

@@ -11,6 +11,7 @@ from quire.formats.layout import is_quantized
 from quire.layers.build import Build
 from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
+from quire.layers.latent import HeadProducts
 from quire.layers.linear import Linear
 from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.plan.plan import Choice, format_bytes
@@ -61,9 +62,12 @@ def held_formats(
     """The format in which each tensor is held: quantised ones that the kernels do not have are
     widened to `dtype` while loading."""
     widened: dict[str, str] = {}
+    products: dict[str, str] = {}
     for weight in build.weights:
         if isinstance(weight, Linear | Embedding | StackedExperts | GroupedLinear):
             widened |= weight.widened(formats)
+        elif isinstance(weight, HeadProducts):
+            products |= weight.widened(formats)
     if widened:
         counts = Counter(widened.values())
         reason = "; ".join(f"{n} weights: {why}" for why, n in counts.items())
@@ -73,11 +77,24 @@ def held_formats(
         some = "" if count == len(widened) else f"{len(widened)} of {count} "
         chosen = f"{some}widened to {dtype}"
         choices.append(Choice("quantised weights", chosen, reason, downgrade=True))
+    for reason in sorted(set(products.values())):
+        # No kernel could do better: not a downgrade.
+        choices.append(Choice("kv_b_proj", f"widened to {dtype}", reason))
 
     def held(name: str) -> str:
-        return DENSE[dtype] if name in widened else formats(name)
+        return DENSE[dtype] if name in widened or name in products else formats(name)
 
     return held
+
+
+def choose_latent_form(build: Build, choices: list[Choice]) -> None:
+    """How attention over latents is computed, where a model has it."""
+    if any(cache.latent for cache in build.caches):
+        reason = (
+            "prompts and decoding alike: queries are taken to the latents' space, so that keys and "
+            "values are never made and a token's bits do not depend on how a prompt is cut"
+        )
+        choices.append(Choice("latent attention", "absorbed", reason))
 
 
 def sum_weights(build: Build, formats: Callable[[str], str]) -> int:

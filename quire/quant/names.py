@@ -8,8 +8,17 @@ from collections.abc import Sequence
 
 from quire.quant.expressions import Expression
 
-# Parts that tools leave as they are without saying so: tables of tokens and what chooses experts.
-USUALLY_DENSE = ("lm_head", "embed_tokens", "gate", "router", "shared_expert_gate")
+# Parts that tools leave as they are without saying so: tables of tokens, what chooses experts, and
+# the ends of DeepSeek-V3's layers that predict further tokens.
+USUALLY_DENSE = (
+    "lm_head",
+    "embed_tokens",
+    "gate",
+    "router",
+    "shared_expert_gate",
+    "eh_proj",
+    "head",
+)
 EXPERTS = "experts"  # the part of a name under which a layer's experts stand
 MAX_NAME = 512  # names of files, too, can be made to take long
 

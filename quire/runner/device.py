@@ -116,7 +116,10 @@ class DeviceRunner:
             "deterministic": self._kernels.deterministic,
             "device": self.device,
         }
-        shapes = {(self._rows, c.heads, c.kv_heads, c.key_size) for c in build.caches}
+        shapes = {
+            (self._rows, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
+            for c in build.caches
+        }
 
         def size() -> int:
             return max(AttentionScratch.nbytes(*shape, **common) for shape in shapes)

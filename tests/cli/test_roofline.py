@@ -4,6 +4,7 @@ for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
 from typing import Any
 
 import pytest
+from models.test_deepseek_v3 import PUBLISHED
 
 from quire.cli.roofline import Ceilings, Layer, Work, ideal, roofline, to_record
 from quire.cli.workload import DECODE, SCENARIOS, TOTAL, Scenario
@@ -171,3 +172,10 @@ def test_every_family_with_experts_is_counted() -> None:
     )  # fmt: skip
     work = work_of(hf)
     assert (work.experts, work.per_token, work.sparse) == (4, 2, 2)
+
+
+def test_latents_are_read_once_for_all_heads() -> None:
+    """DeepSeek-V3: 61 layers of 576 values a token; 128 heads multiply with 576 and mix 512."""
+    seen = work_of(PUBLISHED).decoding(1000)
+    assert seen.bytes == 1000 * 61 * 576 * 2
+    assert seen.flops == 1000 * 61 * 128 * 2 * (576 + 512)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models.harness import TINY, checkpoint
+from models.test_deepseek_v3 import V3
 from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
 from safetensors.torch import load_file
 from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
@@ -31,6 +32,7 @@ MODELS: dict[str, Any] = {
     "gpt-oss": GptOssConfig(
         **{**TINY, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
+    "deepseek": V3.config(**V3.base),
 }
 # Quantised ones: the scheme, and the config.
 QUANTIZED: dict[str, Any] = {

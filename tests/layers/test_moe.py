@@ -61,7 +61,7 @@ def test_the_sum_of_the_chosen_experts(tokens: int, k: int, normalize: bool) -> 
 
 def test_equal_probabilities_go_to_the_lower_experts() -> None:
     layer, _ = make(ops, 3, True)
-    weights, experts = layer.route(torch.zeros(4, H))
+    weights, experts = layer.choose(torch.zeros(4, E))
     assert experts.tolist() == [[0, 1, 2]] * 4
     assert torch.allclose(weights, torch.full((4, 3), 1 / 3))
 

@@ -67,6 +67,9 @@ def checkpoint(path: Path, config: PretrainedConfig, seed: int = 0) -> Any:
                 weight.data.add_(torch.empty_like(weight).uniform_(-0.5, 0.5))
             else:
                 weight.data.normal_(std=0.3 if weight.dim() == 1 else 0.2)
+        for name, values in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of a size that changes the choice
+                values.uniform_(-0.3, 0.3)
         model.tie_weights()
     model.save_pretrained(path)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, write
+from quant.checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, of_scheme, write
 from quant.stored import SCHEMES
 
 from models.harness import Loaded, text
@@ -32,6 +32,13 @@ def test_logits_of_a_quantised_llama_are_those_of_its_values(
     scheme: str, kernels: str, tmp_path: Path
 ) -> None:
     check_same(of_scheme(tmp_path, scheme), kernels)
+
+
+@pytest.mark.parametrize("scheme", ["fp8 blocks", "ct nvfp4", "gptq"])
+def test_logits_of_a_quantised_deepseek_are_those_of_its_values(
+    scheme: str, kernels: str, tmp_path: Path
+) -> None:
+    check_same(of_scheme(tmp_path, scheme, DEEPSEEK), kernels)
 
 
 @pytest.mark.parametrize("scheme", MOE_SCHEMES)

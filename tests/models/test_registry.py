@@ -10,12 +10,25 @@ from models.test_config import LLAMA
 from quire.errors import ModelError
 from quire.kernels.reference import ops
 from quire.layers.build import Build
-from quire.models import deepseek_v4, gemma3, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
+from quire.models import (
+    deepseek_v3,
+    deepseek_v4,
+    gemma3,
+    gpt_oss,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from quire.models.registry import ARCHITECTURES, build_model, load_weights, read_config
 from quire.weights.dummy import DummySource
 from quire.weights.source import TensorInfo
 
-FILES = [llama, mistral, qwen2, qwen3, qwen3_moe, gemma3, gpt_oss, deepseek_v4]
+FILES = [
+    *(llama, mistral, qwen2, qwen3, qwen3_moe, gemma3, gpt_oss),
+    *(deepseek_v3, deepseek_v3, deepseek_v4),
+]
 # Families whose config has nothing in common with the others'.
 OWN = {"DeepseekV4ForCausalLM": {**FLASH, "n_routed_experts": 6}}
 EXTRA = {
@@ -23,6 +36,11 @@ EXTRA = {
     "num_experts_per_tok": 1,
     "moe_intermediate_size": 8,
     "sliding_window": 8,
+    "n_routed_experts": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
 }
 
 

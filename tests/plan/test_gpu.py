@@ -7,17 +7,20 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from models.test_deepseek_v3 import PUBLISHED
 
 from quire.config.parse import build_options
 from quire.errors import PlanError
 from quire.hardware.machine import Gpu, Machine
 from quire.kernels.reference import ops
 from quire.layers.build import Build
+from quire.models.checkpoint import declared_formats
 from quire.models.registry import build_model
 from quire.plan.facts import KernelFacts, ModelFacts
 from quire.plan.gpu import graph_sizes
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
+from quire.quant.config import read_scheme
 
 GIB = 2**30
 H200 = Gpu("NVIDIA H200", "sm_90", (9, 0), 132, 232448, 140 * GIB, 139 * GIB)
@@ -213,3 +216,32 @@ def test_experts_with_biases_must_be_quantised() -> None:
         with pytest.raises(PlanError, match="biases") as caught:
             quantized(GPT_OSS, **given)
         assert caught.value.code == "unsupported_experts"
+
+
+def test_deepseek_v3_is_planned_with_its_latents() -> None:
+    """On one GPU that has never been built: 671 GB of FP8 do not fit those that have."""
+    huge = replace(H200, memory_bytes=1000 * GIB, available_bytes=990 * GIB)
+    formats = declared_formats(PUBLISHED, read_scheme(PUBLISHED))
+    found = plan(PUBLISHED, gpu=huge, formats=formats, strict=True)
+    # 58 layers of 257 experts, 3 dense ones, and attention but for kv_b_proj, a byte a value.
+    expert, dense = 3 * 7168 * 2048, 3 * 7168 * 18432
+    attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 128 * 128 * 7168
+    codes = 58 * 257 * expert + 3 * dense + 61 * attention
+    # Two bytes: kv_b_proj, embedding, head and routers. A float32 scale for each 128 x 128.
+    wide = 61 * 128 * 256 * 512 + 2 * 129280 * 7168 + 58 * 256 * 7168
+    assert found.weight_bytes == pytest.approx(codes * (1 + 4 / 128**2) + 2 * wide, rel=1e-3)
+    assert found.kv_bytes == found.pool_blocks[0] * 16 * 61 * 1152
+    assert reasons(found)["latent attention"] == "absorbed"
+    assert reasons(found)["kv_b_proj"] == "widened to bfloat16"
+    with pytest.raises(PlanError, match="does not fit"):
+        plan(PUBLISHED, formats=formats)
+
+
+def test_latents_that_kernels_do_not_have_are_refused() -> None:
+    for changes, says in (
+        ({"kv_lora_rank": 768}, "768 and 64"),
+        ({"qk_rope_head_dim": 136}, "136"),
+    ):
+        with pytest.raises(PlanError, match=says) as caught:
+            plan({**PUBLISHED, **changes})
+        assert caught.value.code == "unsupported_head_size"

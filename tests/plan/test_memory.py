@@ -1,10 +1,13 @@
 """Memory arithmetic by hand."""
 
 import pytest
+from models.test_deepseek_v3 import PUBLISHED
 
+from quire.kernels.reference import ops
 from quire.kernels.reference.ops import cache_page
 from quire.kv.groups import KVGroup
-from quire.layers.build import CacheLayer
+from quire.layers.build import Build, CacheLayer
+from quire.models.registry import build_model
 from quire.plan import memory
 
 
@@ -29,6 +32,14 @@ def test_windows_make_groups_and_as_many_equal_layers_share_a_pool() -> None:
     # Pages of equal size but another shape cannot lie in the same tensors.
     shapes = memory.kv_groups(caches((8, 2, 16), (None, 1, 32)), 4)
     assert [g.pool for g in shapes] == [0, 1]
+
+
+def test_deepseek_v3_keeps_one_latent_per_token_and_layer() -> None:
+    build = Build(ops)
+    build_model(PUBLISHED, build)
+    [group] = memory.kv_groups(build.caches, itemsize=2)
+    assert group.page_bytes == 16 * 61 * 1152  # (512 + 64) * 2 bytes
+    assert memory.bytes_for_tokens([group], 163840, 8192, 1) == (10240 + 2) * group.page_bytes
 
 
 def test_a_layer_of_one_tensor_counts_it_alone() -> None:

@@ -37,6 +37,23 @@ QWEN3_MOE: dict[str, Any] = {
     "moe_intermediate_size": 96,
     "norm_topk_prob": True,
 }
+# A head's rows of kv_b_proj are a block of 128, and what else is as small as groups allow.
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "q_lora_rank": 160,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 DENSE = ("embed_tokens", "lm_head", "gate")
 
 

@@ -67,6 +67,25 @@ def test_nan_that_no_logits_show_fails_its_request_in_the_step_that_computes_it(
     assert len(found) == 2 and core.idle
 
 
+@pytest.mark.parametrize("deterministic", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_tiny_deepseek_equals_the_cpu_runner(
+    write_model: WriteModel, deterministic: bool
+) -> None:
+    """A prompt in chunks, decoding, two requests; queries with and without a latent."""
+    sizes = {"first_k_dense_replace": 0, "q_lora_rank": None if deterministic else 24}
+    sizes |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
+    model = write_model(**{**FAMILIES["deepseek_v3"], **TINY, **sizes})
+    adds = [
+        Add("a", list(range(3, 23)), SamplingParams(temperature=0.0, max_tokens=2, logprobs=1), 0),
+        Add("b", [7, 9], SamplingParams(temperature=1.0, max_tokens=2, ignore_eos=True), seed=5),
+    ]
+    expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
+    found = run(engine(model, "cuda", deterministic=deterministic, **SMALL), adds)
+    for name, want in expected.items():
+        assert found[name].tokens == want.tokens
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
 def test_a_tiny_quantised_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
     model = write_model(
         num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme, write
+from quant.checkpoints import DEEPSEEK, LLAMA, QWEN3_MOE, of_scheme, write
 from quant.stored import SCHEMES
 
 from quire.engine.startup import Engine
@@ -96,6 +96,16 @@ def test_a_tiny_gpt_oss_equals_the_cpu_runner(write_model: Any) -> None:
     model = write_model(**SMALL, **GPT_OSS)
     made = check(model, (3,), BFLOAT16, load_format="dummy", **ROOM | {"max_num_batched_tokens": 4})
     assert held(made) == {"mxfp4"}
+
+
+@pytest.mark.full
+def test_a_tiny_deepseek_equals_the_cpu_runner(tmp_path: Path) -> None:
+    """Blocks of 128 by 128, of which kv_b_proj is widened; queries through a latent and a norm."""
+    sizes = {"n_routed_experts": 2, "n_group": 1, "moe_intermediate_size": 128}
+    sizes |= {"num_experts_per_tok": 1, "first_k_dense_replace": 0, "q_lora_rank": 64}
+    path, _ = of_scheme(tmp_path, "fp8 blocks", {**DEEPSEEK, **SMALL, **sizes})
+    made = check(str(path), (18, 1), E4M3, **ROOM)
+    assert held(made) == {"fp8_block"}
 
 
 LARGER = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "max_model_len": 128}
@@ -188,10 +198,21 @@ def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["ct fp8 channel", "fp8 blocks", "ct nvfp4", "gptq zeros"])
-def test_deterministic_bits_depend_on_the_request_alone(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "config"),
+    [
+        ("ct fp8 channel", MOE),
+        ("fp8 blocks", MOE),
+        ("ct nvfp4", MOE),
+        ("gptq zeros", MOE),
+        ("fp8 blocks", {**DEEPSEEK, "moe_intermediate_size": 128, "vocab_size": 320}),
+    ],
+)
+def test_deterministic_bits_depend_on_the_request_alone(
+    scheme: str, config: dict[str, Any], tmp_path: Path
+) -> None:
     """Alone, batched and in other chunks, for which tiles of all widths serve."""
-    path, _ = of_scheme(tmp_path, scheme, MOE)
+    path, _ = of_scheme(tmp_path, scheme, config)
     given = {
         "load_format": "auto",
         "dtype": "bfloat16",

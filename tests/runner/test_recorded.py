@@ -31,7 +31,7 @@ def answers(llm: LLM, count: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma", "tiny_latents"])
 def test_recorded_and_computed_steps_give_the_same_bits(
     model: str, request: pytest.FixtureRequest
 ) -> None:

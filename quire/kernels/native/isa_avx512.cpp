@@ -27,12 +27,13 @@
 #include "linear.h"
 #include "rows.h"
 #include "attention.h"
+#include "latent.h"
 #include "noise.h"
 
 namespace quire {
 
 const Kernels* avx512_kernels() {
-    static const Kernels table{kName, linear, norm, rotary_cache, attention, gated_activation, argmax, logsumexp, gumbel};
+    static const Kernels table{kName, linear, norm, rotary_cache, attention, latent_cache, latent_attention, gated_activation, argmax, logsumexp, gumbel};
     return &table;
 }
 

@@ -21,6 +21,7 @@ struct LinearArgs {  // out[rows, n] = x[rows, k] * weight[n, k]^T + bias
 
 struct NormArgs {  // residual (if any) += x; out = rms_norm(residual or x) * weight
     const float* x;
+    Index x_stride;
     float* residual;
     const float* weight;
     double epsilon;
@@ -57,6 +58,32 @@ struct AttentionArgs {
     float* out;
 };
 
+struct LatentCacheArgs {
+    const float* q;  // [rows, heads * (nope + rotary)]
+    const float* latents;  // [rows, rank + rotary]
+    Index latents_stride;
+    float* out;  // [rows, heads * (rank + rotary)], of which the rotated parts are written
+    const int64_t* positions;
+    const float *cos_sin, *norm;  // [*, rotary]: cosines, then sines; [rank]
+    double epsilon;
+    void* cache;  // [blocks, 1, 16, rank + rotary]
+    Index cache_is_bf16;
+    const int64_t* slots;  // negative: not written
+    Index rows, heads, nope, rank, rotary, interleaved;
+};
+
+struct LatentAttentionArgs {
+    const float* q;  // [tokens, heads * width]
+    const void* cache;
+    Index cache_is_bf16;
+    const int32_t* block_tables;
+    Index table_stride;
+    const int32_t *query_start, *context_len;
+    Index sequences, heads, width, rank;
+    double scale;
+    float* out;  // [tokens, heads * rank]
+};
+
 struct GatedArgs {
     const float* x;  // [rows, 2 * width]
     Index kind;       // 0: silu, 1: gelu_tanh
@@ -77,6 +104,8 @@ struct Kernels {
     void (*norm)(const NormArgs&);
     void (*rotary_cache)(const RotaryArgs&);
     void (*attention)(const AttentionArgs&);
+    void (*latent_cache)(const LatentCacheArgs&);
+    void (*latent_attention)(const LatentAttentionArgs&);
     void (*gated_activation)(const GatedArgs&);
     void (*argmax)(const ReduceArgs&);
     void (*logsumexp)(const ReduceArgs&);

@@ -115,11 +115,16 @@ QUIRE_OP(op_linear) {
 
 QUIRE_OP(op_norm) {
     Arguments in(values, count);
-    NormArgs a{in, in, in, in.real(), in, in, in};
+    NormArgs a{in, in, in, in, in.real(), in, in, in};
     if (!in.done()) return nullptr;
     Unlocked unlocked(a.rows * a.width);
     current->norm(a);
     Py_RETURN_NONE;
+}
+
+const char* write_problem(const int64_t* positions, Index position_limit, const int64_t* slots, Index slot_limit, Index rows) {
+    if (positions && !within(positions, rows, 0, position_limit)) return "positions: outside the rotary table";
+    return within(slots, rows, INT64_MIN, slot_limit) ? nullptr : "slots: beyond the cache";
 }
 
 QUIRE_OP(op_rotary_cache) {
@@ -127,8 +132,8 @@ QUIRE_OP(op_rotary_cache) {
     RotaryArgs a{in, in, in, in, in, in, in, in.real(), in, in, in, in, in, in, in, in};
     const Index position_limit = in, slot_limit = in;
     if (!in.done()) return nullptr;
-    if (a.rotary_size && !within(a.positions, a.rows, 0, position_limit)) return fail("positions: outside the rotary table");
-    if (!within(a.slots, a.rows, INT64_MIN, slot_limit)) return fail("slots: beyond the cache");
+    const char* problem = write_problem(a.rotary_size ? a.positions : nullptr, position_limit, a.slots, slot_limit, a.rows);
+    if (problem) return fail(problem);
     Unlocked unlocked(a.rows * a.query_heads * a.head_size);
     current->rotary_cache(a);
     Py_RETURN_NONE;
@@ -151,16 +156,45 @@ const char* attention_problem(const AttentionArgs& a, Index tokens, Index blocks
     return nullptr;
 }
 
+Index keys_seen(const AttentionArgs& a) {
+    Index seen = 0;
+    for (Index i = 0; i < a.sequences; ++i) seen += (a.query_start[i + 1] - a.query_start[i]) * a.context_len[i];
+    return seen;
+}
+
 QUIRE_OP(op_attention) {
     Arguments in(values, count);
     AttentionArgs a{in, in, in, in, in, in, in, in, in, in, in, in, in.real(), in, in.real(), in, in};
     const Index tokens = in, blocks = in;
     if (!in.done()) return nullptr;
     if (const char* problem = attention_problem(a, tokens, blocks)) return fail(problem);
-    Index work = 0;
-    for (Index i = 0; i < a.sequences; ++i) work += (a.query_start[i + 1] - a.query_start[i]) * a.context_len[i];
-    Unlocked unlocked(work * a.query_heads * a.head_size);
+    Unlocked unlocked(keys_seen(a) * a.query_heads * a.head_size);
     current->attention(a);
+    Py_RETURN_NONE;
+}
+
+QUIRE_OP(op_latent_cache) {
+    Arguments in(values, count);
+    LatentCacheArgs a{in, in, in, in, in, in, in, in.real(), in, in, in, in, in, in, in, in, in};
+    const Index position_limit = in, slot_limit = in;
+    if (!in.done()) return nullptr;
+    if (const char* problem = write_problem(a.positions, position_limit, a.slots, slot_limit, a.rows)) return fail(problem);
+    Unlocked unlocked(a.rows * (a.rank + a.heads * a.rotary));
+    current->latent_cache(a);
+    Py_RETURN_NONE;
+}
+
+QUIRE_OP(op_latent_attention) {
+    Arguments in(values, count);
+    LatentAttentionArgs a{in, in, in, in, in, in, in, in, in, in, in, in.real(), in};
+    const Index tokens = in, blocks = in;
+    if (!in.done()) return nullptr;
+    AttentionArgs paged{};
+    paged.block_tables = a.block_tables, paged.table_stride = a.table_stride;
+    paged.query_start = a.query_start, paged.context_len = a.context_len, paged.sequences = a.sequences;
+    if (const char* problem = attention_problem(paged, tokens, blocks)) return fail(problem);
+    Unlocked unlocked(keys_seen(paged) * a.heads * a.width);
+    current->latent_attention(a);
     Py_RETURN_NONE;
 }
 
@@ -261,7 +295,8 @@ PyObject* op_set_isa(PyObject*, PyObject* value) {
 
 #define QUIRE_FAST(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(op_##name)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    QUIRE_FAST(linear), QUIRE_FAST(norm), QUIRE_FAST(rotary_cache), QUIRE_FAST(attention), QUIRE_FAST(gated_activation),
+    QUIRE_FAST(linear), QUIRE_FAST(norm), QUIRE_FAST(rotary_cache), QUIRE_FAST(attention), QUIRE_FAST(latent_cache),
+    QUIRE_FAST(latent_attention), QUIRE_FAST(gated_activation),
     QUIRE_FAST(argmax), QUIRE_FAST(logsumexp), QUIRE_FAST(gumbel), QUIRE_FAST(pack), QUIRE_FAST(unpack_rows), QUIRE_FAST(packed_nbytes),
     {"set_num_threads", op_set_num_threads, METH_O, nullptr},
     {"num_threads", op_num_threads, METH_NOARGS, nullptr},

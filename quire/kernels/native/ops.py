@@ -13,6 +13,7 @@ from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.reference.moe.route import route
+from quire.kernels.reference.moe.route_groups import route_groups
 from quire.kernels.reference.packed import (
     BLOCK,
     GgufWeight,
@@ -23,9 +24,10 @@ from quire.kernels.reference.packed import (
 
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "dense",
-    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
+    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "latent_attention",
+    "latent_cache", "linear", "logsumexp",
     "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache",
-    "route", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
+    "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False
@@ -37,6 +39,7 @@ set_isa = _native.set_isa
 
 _FORMATS = _native.FORMATS
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+MAX_LATENT = 1024  # as in latent.h
 _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -147,13 +150,13 @@ def linear(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [T, H]."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [T, H]; x may be columns."""
     rows, width = x.shape
     if out is None:
         out = torch.empty(rows, width)
     call(
         _native.norm,
-        _address("x", x, torch.float32, rows, width), 0,
+        *_rows("x", x, width), 0,
         _address("weight", weight, torch.float32, width), eps,
         _address("out", out, torch.float32, rows, width), rows, width,
     )  # fmt: skip
@@ -168,7 +171,7 @@ def add_rms_norm(
     out = torch.empty(rows, width)
     call(
         _native.norm,
-        _address("x", x, torch.float32, rows, width),
+        *_rows("x", x, width),
         _address("residual", residual, torch.float32, rows, width),
         _address("weight", weight, torch.float32, width), eps, out.data_ptr(), rows, width,
     )  # fmt: skip
@@ -277,6 +280,89 @@ def attention(
         sequences, query_heads, kv_heads, head_size, scale, window or 0, softcap or 0.0,
         _optional("sinks", sinks, query_heads),
         _address("out", out, torch.float32, rows, width), rows, blocks,
+    )  # fmt: skip
+    return out
+
+
+def _latents(cache: torch.Tensor, rank: int) -> tuple[int, int, int]:
+    """Address of a cache of latents, its blocks, values of a latent."""
+    blocks, _, _, width = cache.shape
+    if cache.dtype not in _CACHE_TYPES or not 0 < rank < width <= MAX_LATENT:
+        expected = f"fp32 or bf16 [blocks, 1, {BLOCK}, W] with {rank} < W <= {MAX_LATENT}"
+        raise _reject("cache", cache, expected)
+    return _address("cache", cache, cache.dtype, blocks, 1, BLOCK, width), blocks, width
+
+
+def latent_cache(
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    interleaved: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Latents normed, rotated and written to the cache; of queries the rotated parts, in the result
+    [T, heads * (rank + rotary)], of which the rest is not written.
+
+    Shapes as in quire/kernels/reference/rotary/latent_cache.py; rows of latents may be apart.
+    """
+    (rows, query), (limit, rotary), (rank,) = q.shape, cos_sin.shape, norm.shape
+    address, blocks, width = _latents(cache, rank)
+    nope, rest = query // heads - rotary, query % heads
+    if rotary % 2 or rank + rotary != width or nope < 0 or rest:
+        raise ValueError(
+            f"q {list(q.shape)} of {heads} heads, cos_sin {list(cos_sin.shape)}, norm of {rank} "
+            f"and latents of {width} do not fit together"
+        )
+    latents_address, stride = _rows("latents", latents, width)
+    if out is None:
+        out = torch.empty(rows, heads * width)
+    call(
+        _native.latent_cache,
+        _address("q", q, torch.float32, rows, query), latents_address, stride,
+        _address("out", out, torch.float32, rows, heads * width),
+        _address("positions", positions, torch.int64, rows),
+        _address("cos_sin", cos_sin, torch.float32, limit, rotary),
+        _address("norm", norm, torch.float32, rank), eps, address, _CACHE_TYPES[cache.dtype],
+        _address("slots", slots, torch.int64, rows),
+        rows, heads, nope, rank, rotary, int(interleaved), limit, blocks * BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def latent_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_len: torch.Tensor,
+    scale: float,
+    rank: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of q [T, heads * W] over latents [blocks, 1, 16, W], of which the first
+    `rank` values are mixed: [T, heads * rank]. Sequences as in `attention`.
+    """
+    address, blocks, width = _latents(cache, rank)
+    (rows, query), (sequences, table_width) = q.shape, block_tables.shape
+    heads, rest = divmod(query, width)
+    if rest or not heads:
+        raise _reject("q", q, f"fp32 [T, heads * {width}]")
+    if out is None:
+        out = torch.empty(rows, heads * rank)
+    call(
+        _native.latent_attention,
+        _address("q", q, torch.float32, rows, query), address, _CACHE_TYPES[cache.dtype],
+        _address("block_tables", block_tables, torch.int32, sequences, table_width), table_width,
+        _address("query_start", query_start, torch.int32, sequences + 1),
+        _address("context_len", context_len, torch.int32, sequences),
+        sequences, heads, width, rank, scale,
+        _address("out", out, torch.float32, rows, heads * rank), rows, blocks,
     )  # fmt: skip
     return out
 

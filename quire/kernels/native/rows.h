@@ -43,7 +43,7 @@ inline void norm_row(const float* x, const float* weight, Index width, double ep
 void norm(const quire::NormArgs& a) {
     parallel_rows(a.rows, a.width, [&](Index first, Index last) {
         for (Index row = first; row < last; ++row) {
-            const float* x = a.x + row * a.width;
+            const float* x = a.x + row * a.x_stride;
             if (a.residual) {
                 float* residual = a.residual + row * a.width;
                 for_lanes(a.width, [&](Index i, Index n) {

@@ -12,7 +12,9 @@ from torch.nn import functional
 from quire.kernels import capabilities
 from quire.kernels.reference.activation import gated_activation as activation
 from quire.kernels.reference.activation.gated_activation import limit_of
+from quire.kernels.reference.attention.latent_attention import latent_attention
 from quire.kernels.reference.moe.route import route
+from quire.kernels.reference.moe.route_groups import route_groups
 from quire.kernels.reference.packed import (
     BLOCK,
     DENSE_TYPES,
@@ -21,12 +23,14 @@ from quire.kernels.reference.packed import (
     check_format,
     weight_source,
 )
+from quire.kernels.reference.rotary.latent_cache import latent_cache
 
 __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "dense",
-    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache", "route", "set_isa",
-    "set_num_threads", "unpack_rows", "why_widened",
+    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "latent_attention",
+    "latent_cache", "linear", "logsumexp",
+    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache",
+    "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False

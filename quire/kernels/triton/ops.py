@@ -8,11 +8,14 @@ from quire.kernels.dense import DenseWeights
 from quire.kernels.reference.activation.gated_activation import limit_of
 from quire.kernels.reference.packed import PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
+from quire.kernels.triton.attention.latent_attention import latent_attention
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.embedding.embedding import embedding
+from quire.kernels.triton.gemm.head_linear import head_linear
 from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, linear
 from quire.kernels.triton.moe.experts import experts
 from quire.kernels.triton.moe.route import route
+from quire.kernels.triton.moe.route_groups import route_groups
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized.experts import quantized_experts
 from quire.kernels.triton.quantized.linear import (
@@ -22,6 +25,7 @@ from quire.kernels.triton.quantized.linear import (
     quantized_norm_linear,
 )
 from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.kernels.triton.rotary.latent_cache import latent_cache
 from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
 
@@ -41,7 +45,10 @@ class TritonKernels(DenseWeights):
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     rotary_cache = staticmethod(rotary_cache)
+    latent_cache = staticmethod(latent_cache)
+    head_linear = staticmethod(head_linear)
     route = staticmethod(route)
+    route_groups = staticmethod(route_groups)
 
     def embedding(
         self, ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0
@@ -91,19 +98,23 @@ class TritonKernels(DenseWeights):
         bias: torch.Tensor | None,
         kind: str,
         then: PackedWeight | PackedQuantized | None = None,
+        normed: torch.Tensor | None = None,
     ) -> tuple[Tokens, torch.Tensor]:
         """(product with the norm of residual + x, that sum), gated where a `kind` is named, then
-        stored as in gated_linear. The residual given may be overwritten."""
+        stored as in gated_linear. The residual given may be overwritten; the norm itself is also
+        written to `normed` where that is given, which takes a dense weight."""
         given = (x, residual, norm_weight, eps)
         if isinstance(weight, PackedQuantized):
+            assert normed is None
             return quantized_norm_linear(
                 *given, weight, bias, kind, limit=limit_of(kind),
                 deterministic=self.deterministic, then=_quantized(then),
             )  # fmt: skip
         limited = limit_of(kind) > 0
         y, residual = add_norm_linear(
-            *given, weight.data, bias, "" if limited else kind, deterministic=self.deterministic
-        )
+            *given, weight.data, bias, "" if limited else kind, normed,
+            deterministic=self.deterministic,
+        )  # fmt: skip
         return self.gated_activation(y, kind) if limited else y, residual
 
     def attention(
@@ -125,6 +136,24 @@ class TritonKernels(DenseWeights):
         return paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_len, scale, window, softcap,
             sinks, decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
+            scratch=self.scratch,
+        )  # fmt: skip
+
+    def latent_attention(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        context_len: torch.Tensor,
+        scale: float,
+        rank: int,
+    ) -> torch.Tensor:
+        """As many tokens as requests: as in `attention`."""
+        assert self.scratch is not None
+        return latent_attention(
+            q, cache, block_tables, query_start, context_len, scale, rank,
+            decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
             scratch=self.scratch,
         )  # fmt: skip
 

@@ -8,11 +8,15 @@ import torch
 
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
+from quire.kernels.triton.attention.latent_attention import MERGED_AT_ONCE, merged_heads
+from quire.kernels.triton.attention.latent_decode import latent_decode_kernel, latent_merge_kernel
 from quire.kernels.triton.attention.tiles import (
     Target,
     Tiles,
     columns,
     decode_tiles,
+    head_tiles,
+    latent_tiles,
     power_of_2,
     varlen_tiles,
 )
@@ -86,7 +90,7 @@ def case(
     if kernel is decode_kernel:
         constants |= {"PIECE": tiles.piece}
     if kernel is varlen_kernel:
-        constants |= {"DETERMINISTIC": deterministic}
+        constants |= {"DETERMINISTIC": deterministic, "REST": 0, "REST_COLUMNS": 1}
     name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
     name += " deterministic" * deterministic + " small" * small + " one row" * one_row
     name += " mixed" * (not decode and kind == "decode") + " extras" * (softcap or sinks)
@@ -103,6 +107,64 @@ def case(
     )
 
 
+RANK, REST = 512, 64  # of DeepSeek's latents
+
+
+def latents(
+    kind: str,
+    target: str,
+    heads: int = 128,
+    *,
+    deterministic: bool = False,
+    decode: bool = True,
+    only_full: bool = False,
+) -> Case:
+    """The "decode", "merge" or "varlen" kernel as latent_attention would launch it on `target`."""
+    dtype = torch.bfloat16
+    count = head_tiles(heads, AHEAD[target], deterministic)
+    group, width = heads // count, RANK + REST
+    tiles = latent_tiles(group, dtype.itemsize, AHEAD[target], deterministic)
+    kernels = {
+        "decode": latent_decode_kernel, "merge": latent_merge_kernel, "varlen": varlen_kernel,
+    }  # fmt: skip
+    kernel = kernels[kind]
+    values: dict[str, Any] = {
+        "Q_STRIDE": heads * width, "OUT_STRIDE": heads * RANK, "CACHE_STRIDE": 16 * width,
+        "K_STRIDE": 16 * width, "V_STRIDE": 16 * width, "HEAD_TILES": count, "KV_HEADS": count,
+        "GROUP": group, "D": RANK, "REST": REST, "BLOCK": 16, "WINDOW": 0, "SOFTCAP": False,
+        "HAS_SINKS": False, "ORDERED": deterministic, "DETERMINISTIC": deterministic,
+        "ONE_QUERY": decode, "ONE_ROW": False, "TILE": tiles.keys, "TILE_ROWS": tiles.rows,
+        "D_COLUMNS": RANK, "REST_COLUMNS": REST, "SEARCH": 32 if decode else 256,
+        "PRECISION": "tf32", "HEADS": merged_heads(1 if decode else 256, group),
+        "ROUND": MERGED_AT_ONCE,
+    }  # fmt: skip
+    types = _types(dtype, dtype, kernel) | {"cache_ptr": NAMES[dtype], "marks_ptr": "*i32"}
+    warps, stages = (4, 3) if kind == "merge" else (tiles.warps, tiles.stages)
+    return Case(
+        f"latents {kind} {heads}" + " deterministic" * deterministic + " mixed" * (not decode),
+        kernel,
+        types,
+        {name: values[name] for name in kernel.arg_names if name in values},
+        warps,
+        stages,
+        targets=(target,),
+        only_full=only_full,
+        one_instruction=kind != "merge" and not deterministic,
+    )
+
+
+def _latents_for_target(target: str) -> list[Case]:
+    rest: dict[str, Any] = {"only_full": target != "sm_90"}
+    return [
+        latents("decode", target),
+        latents("varlen", target, only_full=True),
+        latents("merge", target, **rest),
+        latents("decode", target, 16, deterministic=True, decode=False, **rest),
+        latents("varlen", target, 16, deterministic=True, decode=False, **rest),
+        latents("merge", target, 16, deterministic=True, decode=False, only_full=True),
+    ]
+
+
 def _for_target(target: str) -> list[Case]:
     rest: dict[str, Any] = {"only_full": target != "sm_90"}
     extras: dict[str, Any] = {"window": 1024, "softcap": True, "sinks": True} | rest
@@ -117,7 +179,7 @@ def _for_target(target: str) -> list[Case]:
     ]
 
 
-CASES = [new for target in AHEAD for new in _for_target(target)] + [
+CASES = [new for target in AHEAD for new in _for_target(target) + _latents_for_target(target)] + [
     case("decode", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
     case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
     case("varlen", "sm_90", 32, 8, 128, small=True, only_full=True),

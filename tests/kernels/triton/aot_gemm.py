@@ -10,6 +10,7 @@ from quire.kernels.triton.gemm.gemv import (
     norm_gemv_kernel,
     norm_gemv_tiles,
 )
+from quire.kernels.triton.gemm.head_linear import head_linear_kernel, tile_sizes
 from quire.kernels.triton.gemm.tall import add_parts_kernel, tall_kernel, tall_tiles
 from tests.kernels.triton.aot import SHARED, Case
 
@@ -20,7 +21,7 @@ OTHERS = tuple(target for target in SHARED if target != "sm_90")
 
 
 def types(dtype: str, bias: bool) -> dict[str, str]:
-    pointers = ("x", "weight", "out", "weight_data", "residual", "residual_out")
+    pointers = ("x", "weight", "out", "weight_data", "residual", "residual_out", "normed_out")
     found = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
     found |= {"parts": "*fp32", "norm_weight": "*fp32", "eps": "fp32"}
     return found | ({"bias": "*fp32"} if bias else {})
@@ -46,6 +47,8 @@ def norm_gemv(
     constants = {"T": tokens, "BLOCK_K": K, "ACTIVATION": activation, "bias": None, **sizes}
     if not add:
         constants |= {"x": None, "residual_out": None}
+    if activation or not add:
+        constants["normed_out"] = None
     name = f"norm_gemv T {tokens} {activation}{' of a sum' if add else ''}"
     kinds = types("bf16", False)
     return Case(name, norm_gemv_kernel, kinds, constants, warps, aligned=ALIGNED, targets=targets)
@@ -108,7 +111,24 @@ def add_parts(activation: str) -> Case:
 
 
 HOPPER_TILES = {tiles for tiles, _ in LARGE} | {tiles for _, tiles in SMALL}
+
+
+def heads(tokens: int, n: int, k: int) -> Case:
+    """DeepSeek-V3's 128 heads, of queries to the latent's space and of latents to values."""
+    sizes = tile_sizes(tokens, 2)
+    warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
+    constants = {"N": n, "K": k, "X_STRIDE": 128 * 192, "X_HEAD": 192} | sizes
+    constants |= {"OUT_STRIDE": 128 * 576, "OUT_HEAD": 576}
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16") | {"tokens": "i32"}
+    return Case(
+        f"head_linear {tokens} {n} {k}", head_linear_kernel, types, constants, warps, stages,
+        one_instruction=True,
+    )  # fmt: skip
+
+
 CASES = [
+    heads(1, 512, 128),
+    heads(1000, 128, 512),
     gemv(1, ""),
     gemv(4, ""),
     gemv(1, "silu", targets=("sm_90",)),

@@ -12,6 +12,7 @@ from quire.kernels.triton.moe.experts_small import (
 )
 from quire.kernels.triton.moe.grouped_gemm import GROUP, grouped_gemm_kernel
 from quire.kernels.triton.moe.route import ROWS, route_kernel
+from quire.kernels.triton.moe.route_groups import route_groups_kernel
 from quire.kernels.triton.moe.tiles import Tile, tiles
 from tests.kernels.triton.aot import SHARED, Case
 
@@ -62,6 +63,19 @@ def grouped_cases() -> list[Case]:
 
 
 CASES = [
+    Case(
+        "route groups",
+        route_groups_kernel,
+        {
+            "logits_ptr": "*bf16", "correction_ptr": "*fp32", "weights_ptr": "*fp32",
+            "ids_ptr": "*i32", "scale": "fp32",
+        },
+        {
+            "E": 160, "SLOTS": 6, "GROUPS": 8, "TOP_GROUPS": 3, "SIGMOID": True, "NORMALIZE": True,
+            "BLOCK_GROUPS": 8, "BLOCK_SIZE": 32, "BLOCK_SLOTS": 8,
+        },
+        num_warps=1,
+    ),
     Case(
         "route",
         route_kernel,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from quire.kernels.reference.packed import BLOCK
+from quire.kernels.triton.rotary.latent_cache import block_sizes as latent_sizes
+from quire.kernels.triton.rotary.latent_cache import latent_cache_kernel
 from quire.kernels.triton.rotary.rotary_cache import block_sizes, rotary_cache_kernel
 from tests.kernels.triton.aot import Case
 
@@ -23,7 +25,24 @@ def rotary(dtype: str, q_heads: int, kv_heads: int, d: int, rotary_dim: int, nor
     return Case(name, rotary_cache_kernel, types, constants, num_warps=warps)
 
 
+def latents(heads: int, rank: int, rotary: int, nope: int, interleaved: bool) -> Case:
+    sizes, width = latent_sizes(heads, rank, rotary), rank + rotary
+    types = dict.fromkeys(("q_ptr", "latents_ptr", "cache_ptr", "out_ptr"), "*bf16")
+    types |= dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64") | {"eps": "fp32"}
+    types |= dict.fromkeys(("cos_sin_ptr", "norm_ptr"), "*fp32")
+    constants = {
+        "Q_STRIDE": heads * (nope + rotary), "LATENT_STRIDE": 1536 + width,
+        "OUT_STRIDE": heads * width, "CACHE_STRIDE": BLOCK * width,
+        "TILES": -(-heads // sizes["TILE"]), "HEADS": heads, "NOPE": nope, "RANK": rank,
+        "HALF": rotary // 2, "INTERLEAVED": interleaved, "BLOCK": BLOCK, **sizes,
+    }  # fmt: skip
+    name = f"latents of {rank}+{rotary}, {heads} heads, interleaved {interleaved}"
+    return Case(name, latent_cache_kernel, types, constants)
+
+
 CASES = [
+    latents(128, 512, 64, 128, True),
+    latents(16, 512, 64, 128, False),
     rotary("*bf16", 32, 8, 128, 128, True),
     rotary("*bf16", 9, 3, 64, 64, False),
     rotary("*fp32", 5, 1, 80, 24, True),

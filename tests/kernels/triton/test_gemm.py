@@ -8,6 +8,7 @@ import torch
 from quire.kernels.reference.gemm import gemm as reference
 from quire.kernels.triton.gemm.gemm import gemm, run_gemm
 from quire.kernels.triton.gemm.gemm_tiles import LARGE, SMALL, GemmTiles, gemm_tiles
+from quire.kernels.triton.rows import empty_rows, rows_with_room
 from tests.kernels.triton.aot import SHARED
 from tests.kernels.triton.gemm_inputs import (
     DTYPES,
@@ -65,6 +66,20 @@ def test_descriptors_reach_the_same_elements(
         gate, up = size.chunk(2, dim=1)
         size = (gate + 1) * (up + 1)
     assert_close(out, reference.gemm(x, weight, bias, gated=activation), size)
+
+
+@pytest.mark.parametrize("t", [1, 37, 64])
+def test_what_lies_behind_the_tokens_is_multiplied_and_not_stored(
+    t: int, device: torch.device
+) -> None:
+    x, weight = empty_rows(t, 72, torch.float16, device), flat(24, 72, torch.float16, device, 2)
+    assert rows_with_room(x, 64) == 64 and rows_with_room(x.clone(), 64) == t
+    x.untyped_storage().fill_(0xFF)  # NaN
+    x.copy_(matrix(t, 72, torch.float16, device, 1))
+    found, wanted = (torch.full((t + 1, 24), 7, dtype=x.dtype, device=device) for _ in range(2))
+    run_gemm(x, weight, None, found[:t], "", tma=True)
+    run_gemm(x.clone(), weight, None, wanted[:t], "", tma=True)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("tma", [False, True])

@@ -56,12 +56,14 @@ def test_add_norm_linear_equals_reference(
     x = matrix(t, K, dtype, device, 1) if add else None
     residual, scale = matrix(t, K, dtype, device, 2), vector(K, device, 3) / K**0.5
     weight, bias = flat(2 * N, K, dtype, device, 4), vector(2 * N, device, 5).to(dtype).float()
+    norms = [torch.full_like(residual, torch.nan) for _ in range(2)]
     wanted, total = reference.add_norm_linear(
-        x, residual.clone(), scale, EPS, weight, bias, kind, deterministic=deterministic
+        x, residual.clone(), scale, EPS, weight, bias, kind, norms[0], deterministic=deterministic
     )
     y, found = dense.add_norm_linear(
-        x, residual, scale, EPS, weight, bias, kind, deterministic=deterministic
+        x, residual, scale, EPS, weight, bias, kind, norms[1], deterministic=deterministic
     )
+    torch.testing.assert_close(norms[1], norms[0], rtol=2**-9, atol=2**-20)
     torch.testing.assert_close(found, total, rtol=2**-10, atol=0)
     rms = (total.float().square().mean(1, keepdim=True) + EPS).sqrt()
     size = magnitude(total.float() / rms * scale, weight, bias)

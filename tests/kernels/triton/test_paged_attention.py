@@ -169,7 +169,7 @@ def test_decode_without_scratch_to_split_gives_the_same_bits(device: torch.devic
     alone, _ = requests.step([1, 1], decode=True, deterministic=True, scratch=little)
     assert torch.equal(whole, alone)
     for deterministic in (False, True):
-        none = Scratch(little.values[:0], little.sums[:0], little.arrived)
+        none = replace(little, values=little.values[:0], sums=little.sums[:0])
         requests.check([1, 1], decode=True, deterministic=deterministic, scratch=none)
 
 
@@ -275,7 +275,7 @@ def test_nothing_to_do_is_no_launch(device: torch.device) -> None:
 def test_scratch_is_as_large_as_it_says(deterministic: bool, device: torch.device) -> None:
     sizes = {"total_tokens": 5000, "dtype": torch.bfloat16, "deterministic": deterministic}
     scratch = Scratch.allocate(7, 8, 2, 64, **sizes, device=device)  # type: ignore[arg-type]
-    taken = sum(t.nbytes for t in (scratch.values, scratch.sums, scratch.arrived))
+    taken = sum(t.nbytes for t in (scratch.values, scratch.sums, scratch.arrived, scratch.marks))
     assert taken == Scratch.nbytes(7, 8, 2, 64, **sizes, device=device)  # type: ignore[arg-type]
 
 

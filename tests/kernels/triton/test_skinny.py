@@ -131,7 +131,8 @@ def test_add_norm_linear_equals_reference(
     residual, scale = matrix(t, k, dtype, device, 2), vector(k, device, 3) / k**0.5
     weight, bias = flat(height, k, dtype, device, 4), vector(height, device, 5)
     before = residual.clone()
-    y, total = skinny.add_norm_linear(x, residual, scale, EPS, weight, bias, kind)
+    norm, wanted_norm = (torch.full_like(residual, torch.nan) for _ in range(2))
+    y, total = skinny.add_norm_linear(x, residual, scale, EPS, weight, bias, kind, norm)
     assert torch.equal(residual, before)
     if x is None:
         assert total is residual
@@ -139,11 +140,12 @@ def test_add_norm_linear_equals_reference(
         torch.testing.assert_close(total, residual + x, rtol=2**-7, atol=0)
     else:
         assert torch.equal(total, residual + x)
-    wanted, _ = reference.add_norm_linear(None, total, scale, EPS, weight, bias, kind)
+    wanted, _ = reference.add_norm_linear(None, total, scale, EPS, weight, bias, kind, wanted_norm)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(norm, wanted_norm, rtol=2 * unit, atol=1e-6)
     rms = (total.float().square().mean(1, keepdim=True) + EPS).sqrt()
     size = magnitude(total.float() / rms * scale, weight, bias)
     # The norm is rounded before the product, once to nearest and once perhaps elsewhere.
-    unit = torch.finfo(dtype).eps
     if kind:
         gate, up = size.chunk(2, dim=1)
         size = (gate + 1) * (up + 1)
@@ -157,6 +159,10 @@ def test_normed_tokens_must_fit_one_program(device: torch.device) -> None:
     x, scale = torch.ones(9, 16, device=device), torch.ones(16, device=device)
     with pytest.raises(ValueError, match="too many"):
         skinny.add_norm_linear(x, x, scale, EPS, torch.ones(4, 16, device=device))
+    with pytest.raises(ValueError, match="normed"):
+        skinny.add_norm_linear(
+            None, x[:2], scale, EPS, torch.ones(4, 16, device=device), normed=x[:3]
+        )
 
 
 @pytest.mark.parametrize("t", [3, 12])

@@ -38,7 +38,10 @@ def add_norm_linear(
     weight_NK: torch.Tensor,
     bias: torch.Tensor | None = None,
     kind: str = "",
+    normed: torch.Tensor | None = None,
     *,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return skinny.add_norm_linear(x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, kind)
+    return skinny.add_norm_linear(
+        x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, kind, normed
+    )

@@ -50,10 +50,11 @@ def add_norm_linear(
     weight_NK: torch.Tensor,
     bias: torch.Tensor | None = None,
     kind: str = "",
+    normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     residual = residual_TK if x_TK is None else residual_TK + x_TK
     values = residual.float()
     rms = (values.square().mean(-1, keepdim=True) + eps).sqrt()
-    normed = (values / rms * norm_weight_K).to(residual.dtype)
-    y = _product(normed, weight_NK, bias)
+    x = _into(normed, values / rms * norm_weight_K, residual.dtype)
+    y = _product(x, weight_NK, bias)
     return (_gated(y, kind) if kind else y).to(residual.dtype), residual

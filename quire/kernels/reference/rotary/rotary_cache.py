@@ -25,8 +25,8 @@ def rotary_cache(
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     q = _rotate(_norm(q, q_norm, eps), positions, cos_sin)
     k = _rotate(_norm(k, k_norm, eps), positions, cos_sin)
-    _write(k_cache, k, slots)
-    _write(v_cache, v, slots)
+    write_cache(k_cache, k, slots)
+    write_cache(v_cache, v, slots)
     q = q.flatten(1).to(qkv.dtype)
     return q if out is None else out.copy_(q)
 
@@ -49,8 +49,10 @@ def _rotate(
     return torch.cat([pairs.real, pairs.imag, heads[..., 2 * half :]], dim=-1)
 
 
-def _write(cache: torch.Tensor, heads: torch.Tensor, slots: torch.Tensor) -> None:
-    """Without asking the device which slots are negative: those rows repeat a row that is not,
+def write_cache(cache: torch.Tensor, heads: torch.Tensor, slots: torch.Tensor) -> None:
+    """Heads [T, Hkv, D] to their slots of a cache [blocks, Hkv, 16, D], none to negative ones.
+
+    Without asking the device which slots are negative: those rows repeat a row that is not,
     or, where there is none, what the first slot holds already."""
     if not len(slots):
         return

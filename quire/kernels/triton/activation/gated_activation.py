@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
-from quire.kernels.triton.rows import row_stride
+from quire.kernels.triton.rows import empty_rows, row_stride
 
 KINDS = ("silu", "gelu_tanh", "swiglu_oai")
 # 16 bytes of gate and of up for each of 128 threads, 16-bit values: 16 such programs keep 64 KB in
@@ -67,7 +67,7 @@ def gated_activation(
         raise ValueError(f"x: {x.shape[-1]} values are no gate and up of equal size")
     t, i = x.shape[0], x.shape[-1] // 2
     if out is None:
-        out = torch.empty((t, i), dtype=x.dtype, device=x.device)
+        out = empty_rows(t, i, x.dtype, x.device)
     launch(
         gated_activation_kernel,
         (t * triton.cdiv(i, BLOCK_I),),

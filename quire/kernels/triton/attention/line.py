@@ -16,7 +16,7 @@ from quire.kernels.triton.attention.tile import normalised
 
 
 @triton.jit
-def _pieces(
+def pieces_of(
     row, mask, context_len_ptr, query_start_ptr,
     ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -42,14 +42,14 @@ def run_of(
     request that it starts in, that one's first unit)."""
     total, longest = 0, 0
     if ONE_ROW:  # nothing to search, and one request waits for every step of this
-        longest, _, _ = _pieces(
+        longest, _, _ = pieces_of(
             0, rows > 0, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
         )
         total = longest * KV_HEADS
     else:
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
-            pieces, _, _ = _pieces(
+            pieces, _, _ = pieces_of(
                 index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
             )
             total += tl.sum(pieces, 0) * KV_HEADS
@@ -66,7 +66,7 @@ def run_of(
     if (unit < end) and not ONE_ROW:
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
-            pieces, _, _ = _pieces(
+            pieces, _, _ = pieces_of(
                 index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
             )
             units = pieces * KV_HEADS
@@ -85,13 +85,13 @@ def head_of(
     """Where a unit lies, looked for from `row` on, whose first unit is `row_unit`: (its request,
     that one's first unit, its KV head, that one's first unit, pieces of the head, the first of
     them, tokens of the request's context)."""
-    pieces, skipped, length = _pieces(
+    pieces, skipped, length = pieces_of(
         row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
     )
     while unit - row_unit >= pieces * KV_HEADS:
         row_unit += pieces * KV_HEADS
         row += 1
-        pieces, skipped, length = _pieces(
+        pieces, skipped, length = pieces_of(
             row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
         )
     head = (unit - row_unit) // pieces

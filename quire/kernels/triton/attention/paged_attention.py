@@ -19,7 +19,7 @@ from quire.kernels.triton.attention.tiles import (
 )
 from quire.kernels.triton.attention.varlen import varlen_kernel
 from quire.kernels.triton.launch import launch, num_sms
-from quire.kernels.triton.rows import row_stride
+from quire.kernels.triton.rows import empty_rows, row_stride
 
 __all__ = ["Scratch", "paged_attention"]
 
@@ -72,7 +72,7 @@ def paged_attention(
     if scratch.arrived.numel() < rows * kv_heads:
         raise ValueError(f"scratch: allocated for fewer than {rows} rows of {kv_heads} KV heads")
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = empty_rows(q.shape[0], q.shape[1], q.dtype, q.device)
     if not tokens or not rows or not block_tables.shape[1]:
         return out
 
@@ -132,8 +132,8 @@ def paged_attention(
     count = (tokens // (tiles.rows // group) + rows) * kv_heads
     launch(
         varlen_kernel, (count,), device, *tensors, rows, block_tables.stride(0), factor,
-        inner_scale, DETERMINISTIC=deterministic, TILE=tiles.keys, TILE_ROWS=tiles.rows, **shared,
-        **tiles.meta,
+        inner_scale, DETERMINISTIC=deterministic, TILE=tiles.keys, TILE_ROWS=tiles.rows, REST=0,
+        REST_COLUMNS=1, **shared, **tiles.meta,
     )  # fmt: skip
     return out
 

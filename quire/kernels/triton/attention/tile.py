@@ -37,8 +37,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, inner_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     s = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)
+    if q_rest is not None:
+        s = _dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), s, PRECISION)
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2 x) - 1; its error of 1e-7 is far below that of s.
         s = 2.0 * tl.sigmoid(s * (2.0 * inner_scale)) - 1.0
@@ -61,12 +63,14 @@ def _weights(s, reference, factor):
 def piece_state(
     q, k, v, visible, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    q_rest=None, k_rest=None,
 ):  # fmt: skip
     """(m, weight, acc) of queries [rows, D] over keys and values [keys, D], from nothing.
 
     `visible` [rows, keys] counts where MASKED. Values of keys that nobody sees must be finite.
+    q_rest, k_rest: more values of queries and keys, for which there are none of v.
     """
-    s = _scores(q, k, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m = tl.max(s, 1)
@@ -89,9 +93,10 @@ def merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor):
 def extend(
     q, k, v, visible, m, weight, acc, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    q_rest=None, k_rest=None,
 ):  # fmt: skip
     """As piece_state and merge together, but values add up within the MMA's own accumulator."""
-    s = _scores(q, k, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))

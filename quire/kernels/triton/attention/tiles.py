@@ -110,6 +110,32 @@ def decode_tiles(
     return Tiles(rows, keys, max(64, keys), 1, stages, together)
 
 
+def head_tiles(heads: int, target: Target, deterministic: bool) -> int:
+    """How many equal tiles the query heads that share a latent are cut into, each with as many as
+    latent_tiles has rows for."""
+    most = 64 if target.wgmma and not deterministic else 16
+    return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= most)
+
+
+def latent_tiles(group: int, itemsize: int, target: Target, deterministic: bool) -> Tiles:
+    """Tiles of the kernels for latents, of up to 512 values and some more: decode and varlen have
+    the same.
+
+    Hopper: 64 rows, which two warpgroups share by columns of values, and 64 keys, of which two
+    tiles of 72 KiB fit beside 72 KiB of queries. Elsewhere 16 rows, for which every MMA will do;
+    deterministic, too, as a state of 64 rows that is left for every piece passes through 128 KiB of
+    shared memory.
+    """
+    rows = max(16, power_of_2(group))
+    if itemsize == 4:
+        return Tiles(rows, 32, 32, 4, 1)
+    if target.wgmma and not deterministic:
+        return Tiles(max(64, rows), 64, 64, 8, 2)
+    if target.amd:
+        return Tiles(rows, 16, 16, 4, 1)
+    return Tiles(rows, 32, 32, 4, 2 if target.shared > 110_000 else 1)
+
+
 def varlen_tiles(
     group: int, head_size: int, itemsize: int, target: Target, deterministic: bool, small: bool
 ) -> Tiles:

@@ -1,7 +1,9 @@
 """Runs of queries: prompts, chunks of them, drafts to verify (FlashAttention-2, Dao 2023).
 
 A tile's rows are the query heads of one KV head for some tokens, so keys are loaded once for all
-of them and even 4 tokens fill an MMA. Keys and values come through the block table.
+of them and even 4 tokens fill an MMA. Keys and values come through the block table. With latents
+(REST > 0) a token's one row of the cache has D values and REST more: all are its key, the first D
+its value, for every head.
 """
 
 from __future__ import annotations
@@ -14,13 +16,26 @@ from quire.kernels.triton.launch import let_next_start, wait_for_inputs
 
 
 @triton.jit
+def _load(pointers, readable, inside, MASKED: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of the cache, where MASKED those that are `readable`; WHOLE: all columns are inside."""
+    if MASKED:
+        rows = tl.load(pointers, mask=readable[:, None] & inside, other=0.0)
+    elif WHOLE:
+        rows = tl.load(pointers)
+    else:
+        rows = tl.load(pointers, mask=inside, other=0.0)
+    return rows
+
+
+@triton.jit
 def _span(
-    m, weight, acc, q, position, table_ptr, k_head, v_head,
+    m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
     begin, end, oldest, newest, factor, inner_scale,
     MASKED: tl.constexpr,
     K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
     D: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -28,6 +43,7 @@ def _span(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     D_COLUMNS: tl.constexpr,
+    REST_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The state after keys begin to end - 1 too, both multiples of TILE.
 
@@ -35,7 +51,9 @@ def _span(
     """
     d = tl.arange(0, D_COLUMNS)
     key = tl.arange(0, TILE)
-    inner = (key % BLOCK * D)[:, None] + d[None, :]
+    rest = tl.arange(0, REST_COLUMNS)
+    token = (key % BLOCK * (D + REST))[:, None]
+    inner = token + d[None, :]
     in_head = (d < D)[None, :]
     # Block numbers are read one tile ahead: keys must not wait for them.
     last = tl.minimum(newest, end - 1)
@@ -52,14 +70,15 @@ def _span(
             visible = keys[None, :] <= position[:, None]
             if WINDOW:
                 visible = visible & (keys[None, :] > position[:, None] - WINDOW)
-            k = tl.load(k_ptrs, mask=readable[:, None] & in_head, other=0.0)
-            v = tl.load(v_ptrs, mask=readable[:, None] & in_head, other=0.0)
-        elif D == D_COLUMNS:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+        k = _load(k_ptrs, readable, in_head, MASKED, D == D_COLUMNS)
+        k_rest = None
+        if REST:
+            v = k
+            rest_ptrs = k_head + ((places * K_STRIDE)[:, None] + token + (D + rest)[None, :])
+            in_rest = (rest < REST)[None, :]
+            k_rest = _load(rest_ptrs, readable, in_rest, MASKED, REST == REST_COLUMNS)
         else:
-            k = tl.load(k_ptrs, mask=in_head, other=0.0)
-            v = tl.load(v_ptrs, mask=in_head, other=0.0)
+            v = _load(v_ptrs, readable, in_head, MASKED, D == D_COLUMNS)
         after = at + TILE
         if MASKED:
             more = (after + key >= oldest) & (after + key <= last)
@@ -70,13 +89,14 @@ def _span(
             block = tl.load(table_ptr + (ahead // BLOCK + key // BLOCK))
         if DETERMINISTIC:
             m_piece, weight_piece, acc_piece = piece_state(
-                q, k, v, visible, factor, inner_scale, MASKED, SOFTCAP, PRECISION
+                q, k, v, visible, factor, inner_scale, MASKED, SOFTCAP, PRECISION, q_rest, k_rest
             )
             m, weight, acc = merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor)
         else:
             m, weight, acc = extend(
-                q, k, v, visible, m, weight, acc, factor, inner_scale, MASKED, SOFTCAP, PRECISION
-            )
+                q, k, v, visible, m, weight, acc, factor, inner_scale, MASKED, SOFTCAP, PRECISION,
+                q_rest, k_rest,
+            )  # fmt: skip
     return m, weight, acc
 
 
@@ -101,6 +121,7 @@ def varlen_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -110,6 +131,7 @@ def varlen_kernel(
     TILE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     D_COLUMNS: tl.constexpr,
+    REST_COLUMNS: tl.constexpr,
     SEARCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -143,12 +165,18 @@ def varlen_kernel(
     inside = exists[:, None] & (d < D)[None, :]
     heads = head * GROUP + member % GROUP
     row_of = (first_query + token).to(tl.int64)
-    q = tl.load(
-        q_ptr + (row_of * Q_STRIDE + heads * D)[:, None] + d[None, :], mask=inside, other=0.0
-    )
+    q_rows = q_ptr + (row_of * Q_STRIDE + heads * (D + REST))[:, None]
+    q = tl.load(q_rows + d[None, :], mask=inside, other=0.0)
+    q_rest = None
+    if REST:
+        rest = tl.arange(0, REST_COLUMNS)
+        in_rest = exists[:, None] & (rest < REST)[None, :]
+        q_rest = tl.load(q_rows + (D + rest)[None, :], mask=in_rest, other=0.0)
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
-    k_head = k_ptr + head * (BLOCK * D)
-    v_head = v_ptr + head * (BLOCK * D)
+    k_head, v_head = k_ptr, v_ptr
+    if not REST:
+        k_head += head * (BLOCK * D)
+        v_head += head * (BLOCK * D)
 
     # Some row of the tile sees keys oldest to newest; all rows see all_from to all_to - 1.
     first_position = length - queries + first_token
@@ -167,20 +195,22 @@ def varlen_kernel(
     acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
     if WINDOW:
         m, weight, acc = _span(
-            m, weight, acc, q, position, table_ptr, k_head, v_head,
+            m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
             begin, all_from, oldest, newest, factor, inner_scale, True,
-            K_STRIDE, V_STRIDE, D, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
-            D_COLUMNS,
+            K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
+            D_COLUMNS, REST_COLUMNS,
         )  # fmt: skip
     m, weight, acc = _span(
-        m, weight, acc, q, position, table_ptr, k_head, v_head,
+        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
         all_from, all_to, oldest, newest, factor, inner_scale, False,
-        K_STRIDE, V_STRIDE, D, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE, D_COLUMNS,
+        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
+        D_COLUMNS, REST_COLUMNS,
     )  # fmt: skip
     m, weight, acc = _span(
-        m, weight, acc, q, position, table_ptr, k_head, v_head,
+        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
         all_to, end, oldest, newest, factor, inner_scale, True,
-        K_STRIDE, V_STRIDE, D, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE, D_COLUMNS,
+        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
+        D_COLUMNS, REST_COLUMNS,
     )  # fmt: skip
 
     sinks = m

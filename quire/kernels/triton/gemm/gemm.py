@@ -27,7 +27,7 @@ from quire.kernels.triton.gemm.operands import check_operands
 from quire.kernels.triton.gemm.prefetch import prefetch_rows
 from quire.kernels.triton.gemm.shared import is_hopper, shared_memory
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
-from quire.kernels.triton.rows import row_stride
+from quire.kernels.triton.rows import row_stride, rows_with_room
 
 # Columns of a weight's rows to fetch before the inputs are there: two to four 128-byte lines.
 AHEAD = 256
@@ -174,7 +174,8 @@ def run_gemm(
     weight: Any = weight_NK
     target: Any = out_TN
     if tma:
-        x = TensorDescriptor(x_TK, [tokens, k], [x_stride, 1], [tiles.height, depth])
+        x_rows = rows_with_room(x_TK, tiles.height)
+        x = TensorDescriptor(x_TK, [x_rows, k], [x_stride, 1], [tiles.height, depth])
         if activation == "":
             weight = TensorDescriptor(weight_NK, [n, k], [k, 1], [width, depth])
         else:

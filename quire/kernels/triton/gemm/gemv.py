@@ -63,7 +63,7 @@ def gemv_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def norm_gemv_kernel(
-    x, residual, norm_weight, weight, bias, out, residual_out,
+    x, residual, norm_weight, weight, bias, out, residual_out, normed_out,
     tokens, n, k, x_stride, residual_stride, out_stride, eps,
     T: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     ACTIVATION: tl.constexpr, PDL: tl.constexpr,
@@ -80,18 +80,24 @@ def norm_gemv_kernel(
     scale = tl.load(norm_weight + column, mask=column < k, other=0.0)
     wait_for_inputs(PDL)
     total = _tokens(residual, tokens, residual_stride, column, k, T)
+    # One program writes the sum and the norm, elsewhere than where the others read.
+    token = tl.arange(0, T)[:, None, None]
+    place = token * k + column[None, None, :]
+    inside = (token < tokens) & (column < k)[None, None, :]
+    writes = tl.program_id(0) == 0
     if x is not None:
         part = _tokens(x, tokens, x_stride, column, k, T)
         # The norm is of what later layers will read, hence of the rounded sum.
         total = (total.to(tl.float32) + part.to(tl.float32)).to(residual.dtype.element_ty)
-        # One program writes, elsewhere than where the others read.
-        if tl.program_id(0) == 0:
-            token = tl.arange(0, T)[:, None, None]
-            inside = (token < tokens) & (column < k)[None, None, :]
-            tl.store(residual_out + token * k + column[None, None, :], total, mask=inside)
+        if writes:
+            tl.store(residual_out + place, total, mask=inside)
     values = total.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / k + eps)
-    normed = (values * inverse * scale[None, None, :]).to(out.dtype.element_ty).to(tl.float32)
+    rounded = (values * inverse * scale[None, None, :]).to(out.dtype.element_ty)
+    if normed_out is not None:  # noqa: SIM102 (known when compiling)
+        if writes:
+            tl.store(normed_out + place, rounded, mask=inside)
+    normed = rounded.to(tl.float32)
     for group in range(first, n, step):
         following_rows = weight_rows(group + step, n, ROWS, ACTIVATION)
         end = tl.where(group + step < n, k, 0)
@@ -181,6 +187,8 @@ def norm_gemv(
     bias: torch.Tensor | None,
     out_TN: torch.Tensor,
     activation: str,
+    normed_TK: torch.Tensor | None = None,
+    *,
     tiles: dict[str, int] | None = None,
     programs_per_sm: int | None = None,
 ) -> torch.Tensor:
@@ -211,6 +219,7 @@ def norm_gemv(
         bias,
         out_TN,
         residual_out,
+        normed_TK,
         tokens,
         n,
         k,

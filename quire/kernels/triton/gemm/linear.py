@@ -94,6 +94,7 @@ def add_norm_linear(
     weight_NK: torch.Tensor,
     bias: torch.Tensor | None = None,
     kind: str = "",
+    normed: torch.Tensor | None = None,
     *,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,11 +106,13 @@ def add_norm_linear(
     """
     tokens, k = residual_TK.shape
     if not deterministic and tokens <= ADD_NORM_TOKENS and skinny.add_norm_fits(tokens, k):
-        return skinny.add_norm_linear(x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, kind)
+        return skinny.add_norm_linear(
+            x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, kind, normed
+        )
     if x_TK is None:
-        normed = rms_norm(residual_TK, norm_weight_K, eps)
+        normed = rms_norm(residual_TK, norm_weight_K, eps, normed)
     else:
-        normed = add_rms_norm(x_TK, residual_TK, norm_weight_K, eps)
+        normed = add_rms_norm(x_TK, residual_TK, norm_weight_K, eps, out=normed)
     if kind == "":
         return linear(normed, weight_NK, bias, deterministic=deterministic), residual_TK
     y = gated_linear(normed, weight_NK, kind, bias, deterministic=deterministic)

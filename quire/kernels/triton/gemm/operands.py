@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.triton.gemm.epilogue import ACTIVATIONS
+from quire.kernels.triton.rows import empty_rows
 
 
 def check_operands(
@@ -31,7 +32,7 @@ def check_operands(
         raise ValueError(f"weight: {n} rows are no gate and up")
     outputs = n if activation == "" else n // 2
     if out is None:
-        return torch.empty((tokens, outputs), dtype=x_TK.dtype, device=x_TK.device)
+        return empty_rows(tokens, outputs, x_TK.dtype, x_TK.device)
     if out.shape != (tokens, outputs):
         raise ValueError(f"out: expected [{tokens}, {outputs}], not {list(out.shape)}")
     return out

@@ -79,13 +79,15 @@ def add_norm_linear(
     weight_NK: torch.Tensor,
     bias: torch.Tensor | None = None,
     kind: str = "",
+    normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual addition, RMS norm and linear layer in one kernel: (y, new residual).
 
     new residual = residual + x, rounded (x None: `residual_TK` itself is returned); y = x' W^T +
     bias, or gated as in `gated_linear` with a `kind`, where x' = new residual / rms * norm weight
-    (float32 [K]) is rounded as a norm of its own would. `residual_TK` is not written. Raises
-    ValueError where add_norm_fits says no, and as `skinny_linear`.
+    (float32 [K]) is rounded as a norm of its own would, and also written to `normed` [T, K],
+    contiguous, where that is given. `residual_TK` is not written. Raises ValueError where
+    add_norm_fits says no, and as `skinny_linear`.
     """
     out = check_operands(residual_TK, weight_NK, bias, None, kind)
     tokens, k = residual_TK.shape
@@ -98,7 +100,11 @@ def add_norm_linear(
         )
     if norm_weight_K.shape != (k,) or norm_weight_K.dtype != torch.float32:
         raise ValueError(f"norm weight: expected float32 [{k}]")
+    if normed is not None and not (normed.shape == residual_TK.shape and normed.is_contiguous()):
+        raise ValueError(f"normed: expected contiguous {list(residual_TK.shape)}")
     if tokens == 0 or out.shape[1] == 0:
         return out, residual_TK if x_TK is None else residual_TK + x_TK
-    residual_out = gemv.norm_gemv(x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, out, kind)
+    residual_out = gemv.norm_gemv(
+        x_TK, residual_TK, norm_weight_K, eps, weight_NK, bias, out, kind, normed
+    )
     return out, residual_out

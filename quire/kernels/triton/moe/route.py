@@ -47,7 +47,9 @@ def route_kernel(
     ids = tl.zeros((ROWS, BLOCK_SLOTS), tl.int32)
     total = tl.zeros((ROWS,), tl.float32)
     for k in range(SLOTS):
-        best, index = tl.max(key, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        # Two reductions of integers, each one instruction of a warp; of equals the lower id.
+        best = tl.max(key, axis=1)
+        index = tl.min(tl.where(key == best[:, None], expert, BLOCK_E), axis=1)
         probability = tl.where(nan, float("nan"), best.to(tl.float32, bitcast=True))
         total += probability
         weights = tl.where(slot == k, probability[:, None], weights)

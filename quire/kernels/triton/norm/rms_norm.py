@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
-from quire.kernels.triton.rows import row_stride
+from quire.kernels.triton.rows import empty_rows, row_stride
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def rms_norm(
     """
     t, h = x_TH.shape
     if out is None:
-        out = torch.empty((t, h), dtype=x_TH.dtype, device=x_TH.device)
+        out = empty_rows(t, h, x_TH.dtype, x_TH.device)
     sizes = block_sizes(h)
     launch(
         rms_norm_kernel,
@@ -133,6 +133,7 @@ def add_rms_norm(
     weight_H: torch.Tensor,
     eps: float,
     x_norm: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual += x in place; returns the residual's RMS norm times `weight_H`, [T, H] in x's
     dtype.
@@ -140,11 +141,13 @@ def add_rms_norm(
     Layouts and dtypes as in `rms_norm`. The sum is rounded to the residual's dtype before it is
     normed. With `x_norm` (float32 [H]) x is first normed with that weight and the same `eps`, and
     rounded to its dtype: Gemma 3's norm after attention or feed-forward, and the next one before.
+    `out` [T, H], contiguous, of x's dtype.
     """
     t, h = x_TH.shape
     if residual_TH.shape != x_TH.shape:
         raise ValueError(f"residual: {list(residual_TH.shape)} is not x's {list(x_TH.shape)}")
-    out = torch.empty((t, h), dtype=x_TH.dtype, device=x_TH.device)
+    if out is None:
+        out = empty_rows(t, h, x_TH.dtype, x_TH.device)
     sizes = block_sizes(h)
     launch(
         add_rms_norm_kernel,

@@ -20,12 +20,15 @@ from quire.weights.source import TensorInfo, WeightSource, bounds
 # Values that are encoded at a time.
 ENCODED_AT_ONCE = 1 << 24
 _EXPERTS = Patterns(["experts"])
+# Latent attention multiplies with it in both directions, in the model's dtype.
+_DENSE = "kv_b_proj"
 
 
 @dataclass(frozen=True)
 class Online:
     """What --quantization asks for: `method` "fp8" (a scale for each row, activations with one for
-    each token), "nvfp4" or "nvfp4-experts". Embeddings, head and router stay as they are."""
+    each token), "nvfp4" or "nvfp4-experts". Embeddings, head and router stay as they are, and what
+    latent attention multiplies with."""
 
     method: str
 
@@ -36,7 +39,7 @@ class Online:
     def means(self, name: str) -> bool:
         """Whether the weight of this name, a matrix, is quantised."""
         module, _, last = name.rpartition(".")
-        if last != "weight" or usually_dense(module):
+        if last != "weight" or usually_dense(module) or module.endswith(f".{_DENSE}"):
             return False
         return not self.method.endswith("-experts") or _EXPERTS.first(module) is not None
 

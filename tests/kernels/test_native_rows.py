@@ -27,6 +27,8 @@ def test_rms_norm_matches_float64(isa: str, width: int) -> None:
         out = ops.add_rms_norm(added, residual, weight, 1e-5)
         assert torch.equal(residual, total)
         assert torch.equal(out, ops.rms_norm(total, weight, 1e-5))
+        apart = torch.full((rows, width + 5), torch.nan)[:, 5:].copy_(x)
+        assert torch.equal(ops.rms_norm(apart, weight, 1e-5), ops.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])

@@ -16,6 +16,7 @@ from quire.quant.online import Online, OnlineSource
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.up_proj.weight"
 KEPT = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight"]
+KEPT += ["model.layers.0.self_attn.kv_b_proj.weight"]
 NORM = "model.layers.0.input_layernorm.weight"
 
 

@@ -18,12 +18,12 @@ Case = tuple[list[int], SamplingParams]
 # Each row changes how the same requests are computed.
 WAYS: list[Any] = [
     pytest.param({"max_num_batched_tokens": 33, "async_scheduling": True}, id="chunks"),
-    pytest.param({"max_num_seqs": 3, "threads": 1}, id="few at once"),
+    pytest.param({"max_num_seqs": 3}, id="few at once"),
     pytest.param({"max_num_seqs": 6, "max_model_len": 160, "tight": True}, id="preempted"),
     *(
         pytest.param(way, id=name, marks=pytest.mark.full)
         for name, way in {
-            "batched": {"max_num_batched_tokens": 512},
+            "batched by two threads": {"max_num_batched_tokens": 512, "threads": 2},
             "small chunks": {"max_num_batched_tokens": 7, "enable_prefix_caching": False},
             "preempted ahead": {
                 "max_num_seqs": 6, "max_model_len": 160, "tight": True, "async_scheduling": True,
@@ -46,7 +46,7 @@ def alone(oracle: Oracle) -> list[Any]:
 
 
 def load(oracle: Oracle, **options: Any) -> LLM:
-    options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, **options}
+    options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "threads": 1, **options}
     return LLM(str(oracle.published), skip_tokenizer_init=True, **options)
 
 

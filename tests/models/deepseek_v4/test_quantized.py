@@ -109,7 +109,11 @@ def test_dummy_weights_of_a_quantised_config_generate(
     config |= {"expert_dtype": "fp4", "quantization_config": {**FP8, **inside}}
     (oracle.published / "config.json").write_text(json.dumps(config))
     llm = LLM(
-        str(oracle.published), load_format="dummy", skip_tokenizer_init=True, max_model_len=256
+        str(oracle.published),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        threads=1,
     )
     params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=0, ignore_eos=True)
     [output] = llm.generate([{"prompt_token_ids": text(140)}], params, use_tqdm=False)

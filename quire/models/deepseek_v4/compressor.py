@@ -14,7 +14,7 @@ from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import RotaryTable
 from quire.models.deepseek_v4.config import Config, Layer
-from quire.models.deepseek_v4.parts import Values
+from quire.models.deepseek_v4.parts import FloatTable
 from quire.models.deepseek_v4.places import Places
 from quire.models.deepseek_v4.stored import Stored
 
@@ -35,7 +35,7 @@ class Compressor:
         size = entries.entries.size
         width = 2 * size if layer.sparse else size
         self.rows = Linear(build, [f"{name}.wkv", f"{name}.wgate"], config.hidden, [width, width])
-        self.positions = Values(build, f"{name}.ape", layer.ratio, width)
+        self.positions = FloatTable(build, f"{name}.ape", layer.ratio, width)
         self.norm = RMSNorm(build, f"{name}.norm", size, config.eps)
         self.rope = RotaryTable(build, config.rotary_size, config.compressed_rope)
         span = 2 * layer.ratio if layer.sparse else layer.ratio

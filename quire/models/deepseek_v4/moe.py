@@ -8,8 +8,10 @@ from quire.kernels.reference.moe.route_tokens import route_tokens
 from quire.layers.build import Build
 from quire.layers.experts import SeparateExperts
 from quire.layers.linear import Linear
+from quire.layers.moe import UniformLogits
+from quire.layers.vector import Vector
 from quire.models.deepseek_v4.config import Config, Layer
-from quire.models.deepseek_v4.parts import IndexTable, Values
+from quire.models.deepseek_v4.parts import IndexTable
 
 
 class ClampedMLP:
@@ -46,14 +48,15 @@ class MoE:
         self.config, self.build = config, build
         self.router = Linear(build, [f"{name}.gate"], config.hidden, [config.experts])
         self.table: IndexTable | None = None
-        self.bias: Values | None = None
+        self.bias: Vector | None = None
         if layer.hashed:
             sizes = config.vocab_size, config.experts_per_token, config.experts
             self.table = IndexTable(build, f"{name}.gate.tid2eid", *sizes)
         else:
-            self.bias = Values(build, f"{name}.gate.bias", config.experts)
+            self.bias = Vector(build, f"{name}.gate.bias", config.experts)
         self.experts = ClampedExperts(config, build, f"{name}.experts")
         self.shared = ClampedMLP(config, build, f"{name}.shared_experts")
+        self._uniform = UniformLogits(build, config.experts)
         # Each slot's result and its product with the weight; scores in several orders.
         build.add_width(2 * config.experts_per_token * config.hidden + 6 * config.experts)
 
@@ -68,10 +71,14 @@ class MoE:
         self, x_TH: torch.Tensor, tokens_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights float32 [T, K] and expert ids [T, K]."""
+        logits_TE, c = self.router(x_TH), self.config
+        if self.build.moe_routing == "uniform":
+            logits_TE = self._uniform(logits_TE)
+            return route_tokens(logits_TE, None, None, c.experts_per_token, c.route_scale)
         return route_tokens(
-            self.router(x_TH),
+            logits_TE,
             None if self.table is None else self.table.data[tokens_T],
-            None if self.bias is None else self.bias.data,
-            self.config.experts_per_token,
-            self.config.route_scale,
+            None if self.bias is None else self.bias.values,
+            c.experts_per_token,
+            c.route_scale,
         )

@@ -15,11 +15,11 @@ from quire.layers.read import read_matrix, to_dense
 from quire.weights.source import TensorInfo, WeightSource
 
 
-class Values:
-    """A small tensor that is read as it is, in float32."""
+class FloatTable:
+    """float32 [rows, columns], added to what products give."""
 
-    def __init__(self, build: Build, name: str, *shape: int):
-        self.build, self.name, self.shape = build, name, shape
+    def __init__(self, build: Build, name: str, rows: int, columns: int):
+        self.build, self.name, self.shape = build, name, (rows, columns)
         self.data = torch.empty(0)
         build.add_weight(self)
 
@@ -86,11 +86,12 @@ class ExactMatrix:
 
 class GroupedLinear:
     """A linear layer of each group of the inputs by itself: x [T, G * K] -> [T, G * N]; one weight
-    [G * N, K] holds the groups' rows one after another."""
+    [G * N, K] holds the groups' rows one after another. Groups are shared over ranks."""
 
     def __init__(self, build: Build, name: str, groups: int, inputs: int, outputs: int):
         self.build, self.name = build, f"{name}.weight"
         self.groups, self.inputs, self.outputs = groups, inputs, outputs
+        self._share = build.group.shard(groups, f"groups of {name}")
         self.packed: list[Any] = []
         build.add_weight(self)
 
@@ -100,7 +101,7 @@ class GroupedLinear:
     def nbytes(self, formats: Callable[[str], str]) -> int:
         format = formats(self.name)
         each = self.build.kernels.packed_nbytes(format, self.outputs, self.inputs)
-        return self.groups * int(each)
+        return int(self._share.stop - self._share.start) * int(each)
 
     def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
         """The reason where the kernels do not take the weight's codes as they are."""
@@ -109,11 +110,13 @@ class GroupedLinear:
 
     def load(self, source: WeightSource) -> None:
         whole = read_matrix(self.build, source, self.name)
-        starts = range(0, self.groups * self.outputs, self.outputs)
-        if isinstance(whole, torch.Tensor):
-            parts: Any = [whole[start : start + self.outputs] for start in starts]
-        else:
-            parts = [whole.rows(slice(start, start + self.outputs)) for start in starts]
+        rows = [
+            slice(group * self.outputs, (group + 1) * self.outputs)
+            for group in range(self._share.start, self._share.stop)
+        ]
+        parts: list[Any] = [
+            whole[part] if isinstance(whole, torch.Tensor) else whole.rows(part) for part in rows
+        ]
         self.packed = [pack(self.build.kernels, part) for part in parts]
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 
 from quire.kernels.reference.streams.mixing import collapse, mixing, sigmoid, spread
 from quire.layers.build import Build
+from quire.layers.vector import Vector
 from quire.models.deepseek_v4.config import Config
-from quire.models.deepseek_v4.parts import ExactMatrix, Values
+from quire.models.deepseek_v4.parts import ExactMatrix
 
 
 @dataclass
@@ -25,7 +26,7 @@ class _Logits:
 
     def __init__(self, config: Config, build: Build, name: str, count: int):
         self.matrix = ExactMatrix(build, f"{name}_fn", count, config.streams * config.hidden)
-        self.base = Values(build, f"{name}_base", count)
+        self.base = Vector(build, f"{name}_base", count)
         self.eps = config.eps
 
     def __call__(self, streams_TND: torch.Tensor) -> torch.Tensor:
@@ -39,13 +40,13 @@ class HyperConnection:
     def __init__(self, config: Config, build: Build, name: str):
         n, self.config = config.streams, config
         self.logits = _Logits(config, build, name, n * (n + 2))
-        self.scale = Values(build, f"{name}_scale", 3)
+        self.scale = Vector(build, f"{name}_scale", 3)
 
     def read(self, streams_TND: torch.Tensor) -> tuple[torch.Tensor, Mix]:
         """The layer's input [T, D], and how its result is written."""
         c = self.config
         reads, writes, matrix = mixing(
-            self.logits(streams_TND), self.logits.base.data, self.scale.data,
+            self.logits(streams_TND), self.logits.base.values, self.scale.values,
             c.streams, c.stream_eps, c.sinkhorn_steps,
         )  # fmt: skip
         return collapse(streams_TND, reads), Mix(writes, matrix)
@@ -60,9 +61,9 @@ class HyperHead:
 
     def __init__(self, config: Config, build: Build, prefix: str = ""):
         self.logits = _Logits(config, build, f"{prefix}hc_head", config.streams)
-        self.scale = Values(build, f"{prefix}hc_head_scale", 1)
+        self.scale = Vector(build, f"{prefix}hc_head_scale", 1)
         self.eps = config.stream_eps
 
     def __call__(self, streams_TND: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(streams_TND) * self.scale.data + self.logits.base.data
+        logits = self.logits(streams_TND) * self.scale.values + self.logits.base.values
         return collapse(streams_TND, sigmoid(logits) + self.eps)

@@ -101,9 +101,11 @@ def test_experts_that_are_not_what_the_config_says_are_refused(oracle: Oracle) -
     assert caught.value.code == "quantized_part_mismatch"
 
 
-@pytest.mark.parametrize("inside", [{}, {"moe_quant_algo": "NVFP4"}])
+@pytest.mark.parametrize(
+    ("inside", "routing"), [({}, "model"), ({"moe_quant_algo": "NVFP4"}, "uniform")]
+)
 def test_dummy_weights_of_a_quantised_config_generate(
-    oracle: Oracle, inside: dict[str, Any]
+    oracle: Oracle, inside: dict[str, Any], routing: str
 ) -> None:
     config = json.loads((oracle.published / "config.json").read_text())
     config |= {"expert_dtype": "fp4", "quantization_config": {**FP8, **inside}}
@@ -111,6 +113,7 @@ def test_dummy_weights_of_a_quantised_config_generate(
     llm = LLM(
         str(oracle.published),
         load_format="dummy",
+        moe_routing=routing,
         skip_tokenizer_init=True,
         max_model_len=256,
         threads=1,

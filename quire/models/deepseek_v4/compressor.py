@@ -18,9 +18,9 @@ from quire.models.deepseek_v4.parts import FloatTable
 from quire.models.deepseek_v4.places import Places
 from quire.models.deepseek_v4.stored import Stored
 
-# Rows that a request's open windows have room for beyond what an entry pools: with them a token
-# that was drafted and refused has overwritten nothing that is still needed.
-SPARE_ROWS = 16
+# Rows that a request's open windows have room for beyond what an entry pools: with them up to as
+# many tokens of a step that were drafted and refused have overwritten nothing that is still needed.
+SPARE_ROWS = 32
 
 
 class Compressor:

@@ -58,9 +58,9 @@ def test_the_largest_context_and_what_it_takes(plan: Plan) -> None:
 
 
 def test_open_windows_are_state_of_requests(plan: Plan) -> None:
-    # Values and logits in float32 of 8 or 128 tokens, and 16 more for drafts.
-    sparse = (8 + 16) * 2 * (1024 + 256) * 4 * SPARSE
-    heavy = (128 + 16) * 2 * 512 * 4 * HEAVY
+    # Values and logits in float32 of 8 or 128 tokens, and 32 more for drafts.
+    sparse = (8 + 32) * 2 * (1024 + 256) * 4 * SPARSE
+    heavy = (128 + 32) * 2 * 512 * 4 * HEAVY
     assert plan.state_bytes == 4 * (sparse + heavy)
 
 
@@ -75,7 +75,7 @@ def test_the_plan_tells_entries_windows_state_and_checkpoints_apart(plan: Plan) 
         "6880 bytes for each token", "41 layers, in pages of 128 tokens"
     )  # fmt: skip
     assert found["windows"][0] == "6.7 MiB for each request"
-    assert found["open windows"][0] == "16.2 MiB for each request"
+    assert found["open windows"][0] == "20.7 MiB for each request"
     assert "last 4 tokens" in found["open windows"][1]
     assert "every 4096 tokens" in found["checkpoints"][1]
 

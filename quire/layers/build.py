@@ -131,9 +131,10 @@ class Build:
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
     `states`, `width` (most float32 values per token that a layer works with, besides its input and
-    output) and `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the
-    names of tensors that checkpoints of the model may have and that it does not read. `on_experts`
-    is called with the experts [T, K] that a layer chose, by who wants to count them.
+    output), `scratch` (bytes that a layer works with besides, whatever the number of tokens) and
+    `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the names of tensors
+    that checkpoints of the model may have and that it does not read. `on_experts` is called with
+    the experts [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels
@@ -147,6 +148,7 @@ class Build:
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    scratch: int = 0
     packs_fp8: bool = False
     on_experts: Callable[[torch.Tensor], None] | None = None
     weights: list[Weight] = field(default_factory=list)
@@ -159,6 +161,9 @@ class Build:
 
     def add_width(self, values: int) -> None:
         self.width = max(self.width, values)
+
+    def add_scratch(self, nbytes: int) -> None:
+        self.scratch = max(self.scratch, nbytes)
 
     def add_cache(
         self,

@@ -68,7 +68,7 @@ def place(
     weights = sum_weights(build, formats)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
-    activations = memory.activation_bytes(config, build.width, tokens, sequences)
+    activations = memory.activation_bytes(config, build.width, tokens, sequences) + build.scratch
     recorded = 0
     if name == "reference":
         activations += memory.reference_bytes(build, formats)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
-from quire.kernels.reference.compressed.sparse_attention import sparse_attention
+from quire.kernels.reference.compressed.sparse_attention import AT_ONCE, sparse_attention
 from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
@@ -17,6 +17,9 @@ from quire.models.deepseek_v4.compressor import Compressor, Indexer
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.models.deepseek_v4.places import Places
+
+# Products of queries and keys, of weights and values, and the keys themselves, in float32.
+SCRATCH_BYTES = 3 * 4 * AT_ONCE
 
 
 class Attention:
@@ -50,6 +53,7 @@ class Attention:
             if layer.sparse:
                 self.indexer = Indexer(c, build, f"{name}.indexer", layer, index[0])
         build.add_width(6 * width + ranks)
+        build.add_scratch(SCRATCH_BYTES)
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
         c, positions_T, table = self.config, places.positions_T, self.rope()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-AT_ONCE = 1 << 23  # products that are in memory at a time
+AT_ONCE = 1 << 22  # products that are in memory at a time
 
 
 def select_entries(
@@ -22,13 +22,14 @@ def select_entries(
     entries = len(keys_ED)
     place = torch.arange(entries)
     chosen = []
-    each = entries * queries_THD.shape[1] * queries_THD.shape[2]
-    step = max(1, AT_ONCE // max(1, each))
+    some = max(1, AT_ONCE // max(1, queries_THD.shape[1] * queries_THD.shape[2]))
+    pieces = torch.split(keys_ED, some)
+    step = max(1, some // max(1, entries))
     for first in range(0, len(queries_THD), step):
         part = slice(first, first + step)
         queries, weights = queries_THD[part, None], weights_TH[part, None]
-        products_TEH = (queries * keys_ED[None, :, None]).sum(-1)
-        scores_TE = (products_TEH.relu() * weights).sum(-1)
+        scores = [_scores(queries, weights, keys) for keys in pieces]
+        scores_TE = torch.cat(scores, dim=1)
         hidden_TE = place >= visible_T[part, None]
         order = scores_TE.masked_fill(hidden_TE, -torch.inf).sort(
             dim=-1, descending=True, stable=True
@@ -39,3 +40,10 @@ def select_entries(
     if not chosen:
         return torch.empty(0, min(count, entries), dtype=torch.int64)
     return torch.cat(chosen)
+
+
+def _scores(
+    queries_T1HD: torch.Tensor, weights_T1H: torch.Tensor, keys_ED: torch.Tensor
+) -> torch.Tensor:
+    products_TEH = (queries_T1HD * keys_ED[None, :, None]).sum(-1)
+    return (products_TEH.relu() * weights_T1H).sum(-1)

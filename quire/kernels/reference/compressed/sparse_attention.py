@@ -8,7 +8,7 @@ from quire.kernels.reference.compressed.entries import Entries
 from quire.kernels.reference.streams.mixing import total
 
 PIECE = 64  # keys whose part of a sum is made at a time
-AT_ONCE = 1 << 23  # products that are in memory at a time
+AT_ONCE = 1 << 22  # products that are in memory at a time
 
 
 def sparse_attention(
@@ -28,8 +28,7 @@ def sparse_attention(
     slots_TK = torch.cat([slots for _, slots in caches], dim=1)
     pad = -slots_TK.shape[1] % PIECE
     out = torch.empty(q_THD.shape)
-    each = q_THD.shape[1] * q_THD.shape[2] * (slots_TK.shape[1] + pad)
-    step = max(1, AT_ONCE // max(1, each))
+    step = max(1, AT_ONCE // max(1, q_THD.shape[1] * q_THD.shape[2] * PIECE))
     for first in range(0, len(q_THD), step):
         part = slice(first, first + step)
         keys = [_gather(cache, slots[part], entries) for cache, slots in caches]
@@ -52,8 +51,9 @@ def _attend(
     sinks_H: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    scores_THK = (q_THD[:, :, None] * keys_TKD[:, None]).sum(-1) * scale
-    scores_THK = scores_THK.masked_fill(~seen_TK[:, None], -torch.inf)
+    pieces = torch.split(keys_TKD, PIECE, dim=1)
+    scores = [(q_THD[:, :, None] * keys[:, None]).sum(-1) * scale for keys in pieces]
+    scores_THK = torch.cat(scores, dim=-1).masked_fill(~seen_TK[:, None], -torch.inf)
     highest_TH = torch.maximum(scores_THK.amax(-1), sinks_H)
     weights = torch.split(torch.exp(scores_THK - highest_TH[:, :, None]), PIECE, dim=-1)
     sums = total(piece.contiguous().sum(-1) for piece in weights)

@@ -54,7 +54,14 @@ CAPABILITIES = (
     ),
     Capability(
         "triton",
-        tuple(QUANT_FORMATS),
+        ("fp8", "fp8_block"),
+        ("experts",),
+        "codes; grouped by expert: decoded in registers for bf16 products; many tokens on Hopper: "
+        "e4m3 products, where the scheme quantises activations",
+    ),
+    Capability(
+        "triton",
+        ("nvfp4", "mxfp4", *INTEGER_FORMATS),
         ("experts",),
         "codes; decoded in registers for bf16 products, grouped by expert",
     ),

@@ -58,6 +58,7 @@ class DenseKernels(Protocol):
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
     head_linear: Callable[..., torch.Tensor]
+    norm_for_experts: Callable[..., tuple[torch.Tensor, Any] | None]
     gated_linear: Callable[..., Any]
     add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]
 

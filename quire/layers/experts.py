@@ -13,9 +13,13 @@ from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build, DenseKernels
 from quire.layers.linear import merge
 from quire.layers.mlp import GatedMLP
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.read import read_matrix, read_vector
 from quire.quant.errors import part_mismatch
 from quire.weights.source import TensorInfo, WeightSource
+
+# QuantTensor's `activation` and `input_scale`.
+Activation = tuple[str, torch.Tensor | None]
 
 
 class Experts(Protocol):
@@ -27,8 +31,16 @@ class Experts(Protocol):
     """
 
     def __call__(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
+        self, x_TH: Any, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> torch.Tensor: ...
+
+    def normed(
+        self, norm: RMSNorm, stream: ResidualStream, slots: int
+    ) -> tuple[torch.Tensor, Any] | None:
+        """The norm [T, H] of a stream, and the same in the form in which these experts take it
+        fastest with `slots` of them for each token; None, and the stream is not read, where they
+        take the norm as it is."""
+        ...
 
 
 class SeparateExperts:
@@ -58,6 +70,9 @@ class SeparateExperts:
         for k in range(1, ids_TK.shape[1]):
             out_TH += y_TKH[:, k]
         return out_TH
+
+    def normed(self, norm: RMSNorm, stream: ResidualStream, slots: int) -> None:
+        return None
 
     def _one(self, x_TH: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         """The experts' results [1, K, H], without the gathering that many tokens need."""
@@ -135,13 +150,18 @@ class StackedExperts:
 
     def load(self, source: WeightSource) -> None:
         experts = range(len(self.names))
+        # Of gate and up, and of down.
+        activations: tuple[list[Activation], list[Activation]] = ([], [])
         layer = "" if self.widened(lambda name: source.info(name).format) else "experts"
 
         def read(expert: int, part: str) -> Any:
             rows, columns = (None, self._share) if part == "down" else (self._share, None)
             name = f"{self.names[expert]}.{part}_proj.weight"
             tensor = read_matrix(self.build, source, name, rows, columns, layer)
-            return _alike(tensor) if isinstance(tensor, QuantTensor) else tensor
+            if not isinstance(tensor, QuantTensor):
+                return tensor
+            activations[part == "down"].append((tensor.activation, tensor.input_scale))
+            return _alike(tensor)
 
         def gate_up(expert: int) -> Any:
             merged = merge([read(expert, "gate"), read(expert, "up")])
@@ -149,18 +169,31 @@ class StackedExperts:
                 raise ValueError(f"gate and up of {self.names[expert]} are stored differently")
             return self.build.kernels.pack(merged[0][0])
 
-        downs = (self.build.kernels.pack(read(e, "down")) for e in experts)
+        def down(expert: int) -> Any:
+            return self.build.kernels.pack(read(expert, "down"))
+
         try:
-            self.gate_up_EIH = self.kernels.stack(len(experts), map(gate_up, experts))
-            self.down_EHI = self.kernels.stack(len(experts), downs)
+            gate_ups = self.kernels.stack(len(experts), map(gate_up, experts))
+            self.gate_up_EIH = _with_activation(gate_ups, activations[False])
+            downs = self.kernels.stack(len(experts), map(down, experts))
+            self.down_EHI = _with_activation(downs, activations[True])
         except ValueError as error:
             raise part_mismatch(self.names[0], str(error)) from None
         if self.bias:
             self._load_biases(source)
 
-    def __call__(
-        self, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def normed(
+        self, norm: RMSNorm, stream: ResidualStream, slots: int
+    ) -> tuple[torch.Tensor, Any] | None:
+        found = self.kernels.norm_for_experts(
+            stream.pending, stream.value, norm.weight, norm.eps, self.gate_up_EIH, self.down_EHI,
+            slots,
+        )  # fmt: skip
+        if found is not None:
+            stream.pending = None
+        return found
+
+    def __call__(self, x_TH: Any, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         return self.kernels.experts(
             x_TH, weights_TK, ids_TK, self.gate_up_EIH, self.down_EHI, self.activation,
             self.gate_up_bias_EI, self.down_bias_EH,
@@ -190,10 +223,21 @@ class StackedExperts:
 
 
 def _alike(tensor: QuantTensor) -> QuantTensor:
-    """What experts of a layer may differ in is taken out: scales of activations, which are not
-    quantised here, and zero points that some write although they are in the middle."""
+    """What experts of a layer may differ in is taken out: scales of activations, which come back
+    for all in _with_activation, and zero points that some write although they are in the middle."""
     zeros = tensor.zeros
     if zeros is None and tensor.format in INTEGER_FORMATS:
         middle = 8 if tensor.format == "int4" else 128
         zeros = torch.full(tensor.scales.shape, middle, dtype=torch.uint8, device=tensor.device)
     return replace(tensor, activation="none", input_scale=None, zeros=zeros)
+
+
+def _with_activation(stacked: Any, found: list[Activation]) -> Any:
+    """The stack with how its matrices want activations, "none" where they differ. Tokens are
+    quantised once for all experts: of static scales they get the largest, whose range has all."""
+    kinds = {kind for kind, _ in found}
+    if len(kinds) != 1:
+        return stacked
+    scales = [scale for _, scale in found if scale is not None]
+    largest = torch.stack(scales).amax() if scales else None
+    return replace(stacked, activation=kinds.pop(), input_scale=largest)

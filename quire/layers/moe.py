@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,17 +95,22 @@ class MoE:
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""
-        logits_TE, x_TH = self.router.beside(norm, stream)
-        return self._of(x_TH, logits_TE)
+        normed = self.experts.normed(norm, stream, self.experts_per_token)
+        if normed is None:
+            logits_TE, x_TH = self.router.beside(norm, stream)
+            return self._of(x_TH, logits_TE, x_TH)
+        x_TH, tokens = normed
+        return self._of(x_TH, self.router(x_TH), tokens)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self._of(x_TH, self.router(x_TH))
+        return self._of(x_TH, self.router(x_TH), x_TH)
 
-    def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor) -> torch.Tensor:
+    def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, tokens: Any) -> torch.Tensor:
+        """`tokens`: x as the experts take it (Experts.normed)."""
         weights_TK, ids_TK = self.choose(logits_TE)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
-        y_TH = self.experts(x_TH, weights_TK, ids_TK)
+        y_TH = self.experts(tokens, weights_TK, ids_TK)
         if self.shared is not None:
             y_TH += self.shared(x_TH)
         return self.build.group.all_reduce(y_TH)

@@ -332,8 +332,10 @@ def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, 
     if deterministic:
         return decoded, "one kernel for any number of tokens, which stay bfloat16"
     if kind is StackedExperts:
-        return f"{decoded}, grouped by expert", "few tokens read each expert's codes by themselves"
-    if _decoded(name):
+        decoded = f"{decoded}, grouped by expert"
+        if _decoded(name):
+            return decoded, "few tokens read each expert's codes by themselves"
+    elif _decoded(name):
         return (
             f"{decoded}; for more than 64 tokens decoded to memory, then cuBLAS",
             "few tokens wait for the weight, many for arithmetic",

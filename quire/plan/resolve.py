@@ -17,7 +17,7 @@ from quire.plan.place import DENSE, Place
 from quire.plan.plan import Choice, Plan, format_bytes
 
 # Bumped by hand whenever any kernel's bits can change.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
 # A default KV cache on a CPU holds one request of the model's longest context, within these
 # bounds, if half of what is left allows.

@@ -38,6 +38,10 @@ QWEN: dict[str, Any] = {
     "max_position_embeddings": 40960,
     "torch_dtype": "bfloat16",
 }
+QWEN_MOE: dict[str, Any] = {
+    **QWEN, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 16, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 64,
+}  # fmt: skip
 
 
 def plan(
@@ -146,15 +150,8 @@ def test_limits_of_the_kernels_are_refused_before_loading() -> None:
     with pytest.raises(PlanError, match="--kv-cache-dtype float32 does not go with"):
         plan(kv_cache_dtype="float32")
     assert plan(dtype="float32", kv_cache_dtype="bfloat16").kv_dtype == "bfloat16"
-    many = {
-        **QWEN,
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 1024,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 64,
-    }
     with pytest.raises(PlanError, match="8 of 1024 experts"):
-        plan(many)
+        plan({**QWEN_MOE, "num_experts": 1024})
 
 
 def test_the_plan_says_what_is_known_of_the_architecture() -> None:
@@ -192,6 +189,10 @@ def test_codes_are_planned_and_what_serves_them_is_said() -> None:
     ampere = replace(H200, architecture="sm_80", capability=(8, 0))
     for given in ({"deterministic": True}, {"gpu": ampere}):
         assert "e4m3" not in reasons(quantized(QWEN, "fp8", **given))["linear layers in fp8"]
+        assert "e4m3" not in reasons(quantized(QWEN_MOE, "fp8", **given))["experts in fp8"]
+    for format in ("fp8", "nvfp4"):
+        said = reasons(quantized(QWEN_MOE, format))[f"experts in {format}"]
+        assert "grouped by expert" in said and ("e4m3" in said) == (format == "fp8")
 
 
 def test_a_quantised_checkpoint_in_half_precision_gets_the_dtype_of_the_kernels() -> None:

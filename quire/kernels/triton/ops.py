@@ -25,6 +25,7 @@ from quire.kernels.triton.quantized.linear import (
     quantized_norm_linear,
 )
 from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.kernels.triton.quantized.scaled_experts import norm_for_experts
 from quire.kernels.triton.rotary.latent_cache import latent_cache
 from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
@@ -157,9 +158,26 @@ class TritonKernels(DenseWeights):
             scratch=self.scratch,
         )  # fmt: skip
 
+    def norm_for_experts(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: torch.Tensor | PackedQuantized,
+        down: torch.Tensor | PackedQuantized,
+        slots: int,
+    ) -> tuple[torch.Tensor, Tokens] | None:
+        """(norm of residual + x, the same as `experts` takes it fastest with `slots` experts for
+        each token), the sum stored in `residual`; None where they take the norm as it is."""
+        if self.deterministic or isinstance(gate_up, torch.Tensor):
+            return None
+        assert isinstance(down, PackedQuantized)
+        return norm_for_experts(x, residual, norm_weight, eps, gate_up, down, slots)
+
     def experts(
         self,
-        x: torch.Tensor,
+        x: Tokens,
         weights: torch.Tensor,
         ids: torch.Tensor,
         gate_up: torch.Tensor | PackedQuantized,
@@ -174,7 +192,7 @@ class TritonKernels(DenseWeights):
                 x, weights, ids, gate_up, down, kind, limit=limit_of(kind),
                 gate_up_bias=gate_up_bias, down_bias=down_bias, deterministic=self.deterministic,
             )  # fmt: skip
-        assert isinstance(down, torch.Tensor)
+        assert isinstance(down, torch.Tensor) and isinstance(x, torch.Tensor)
         assert gate_up_bias is None and not limit_of(kind)  # the plan refuses such experts
         return experts(x, weights, ids, gate_up, down, kind, deterministic=self.deterministic)
 

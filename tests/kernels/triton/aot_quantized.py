@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from quire.kernels.triton.norm.rms_norm import block_sizes
@@ -20,13 +21,16 @@ from quire.kernels.triton.quantized.gemm import (
     quantized_tile,
 )
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
+from quire.kernels.triton.quantized.linear import EXACT
 from quire.kernels.triton.quantized.quantize import (
     _sizes,
     activation_quantize_kernel,
     norm_quantize_kernel,
     quantize_kernel,
 )
+from quire.kernels.triton.quantized.scaled_experts import scaled_tiles
 from quire.kernels.triton.quantized.scaled_gemm import GROUP_M, ScaledTile, scaled_gemm_kernel
+from quire.kernels.triton.quantized.scaled_grouped_gemm import scaled_grouped_kernel
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
 from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS
 from quire.kernels.triton.quantized.widen import widen_kernel
@@ -150,6 +154,42 @@ def scaled(tile: ScaledTile, blockwise: bool, exact: bool, *targets: str) -> Cas
     )
 
 
+def scaled_grouped(
+    pairs: int,
+    format: str,
+    targets: tuple[str, ...] = ("sm_90",),
+    kind: str = "",
+    only_full: bool = False,
+) -> Case:
+    """Of experts of Qwen3-30B-A3B's sizes; `kind`: gate and up, else down."""
+    tile = scaled_tiles(pairs, 128, format)[kind == ""]
+    width = tile.rows // (1 if kind == "" else 2)
+    sizes = ("max_blocks", "x_rows", "n", "k", "blocks", "row_blocks")
+    types = dict.fromkeys(sizes, "i32") | {"x": "*fp8e4nv", "out": "*bf16"}
+    types |= dict.fromkeys(("x_scales", "weight_scales"), "*fp32")
+    types |= dict.fromkeys(("pairs", "experts", "starts", "ends", "count"), "*i32")
+    types["weight"] = f"tensordesc<fp8e4nv[{width}, 128]>"
+    if kind == "":
+        types["x"] = f"tensordesc<fp8e4nv[{tile.tokens}, 128]>"
+    constants = {"SLOTS": 8, "FROM_TOKENS": kind != "", "X_MAP": kind == "", "T": tile.tokens}
+    constants |= {"ROWS": tile.rows, "WEIGHT_TALL": tile.weight_tall, "bias": None}
+    constants |= {"GROUP_BLOCKS": GROUP_BLOCKS, "BLOCKWISE": format == "fp8_block"}
+    constants |= {"EXACT": EXACT, "EVEN": True, "KIND": kind, "LIMIT": 0.0}
+    return Case(
+        f"scaled_grouped {format} {tile} {kind}",
+        scaled_grouped_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        ("n", "k"),
+        targets,
+        {"maxnreg": min(255, 65536 // (tile.programs_per_sm * tile.warps * 32))},
+        only_full,
+        one_instruction=True,
+    )
+
+
 def quantizing(
     kernel: Any, columns: int, group: int, fixed: bool = False, **constants: Any
 ) -> Case:
@@ -186,6 +226,15 @@ CASES = [
     scaled(ScaledTile(128, 128, 8, 3, 2), False, True, "sm_90"),
     scaled(ScaledTile(128, 128, 8, 3, 2), True, True, "sm_90"),
     scaled(ScaledTile(64, 128, 4, 4, 2), True, True, "sm_90"),
+    scaled_grouped(128 * 16, "fp8", FP8, "silu"),
+    scaled_grouped(128 * 512, "fp8", kind="silu"),
+    scaled_grouped(128 * 512, "fp8"),
+    scaled_grouped(128 * 16, "fp8_block", kind="silu"),
+    *(
+        scaled_grouped(128 * each, format, kind=kind, only_full=True)
+        for each in (8, 16, 64, 512)
+        for format, kind in itertools.product(("fp8", "fp8_block"), ("silu", ""))
+    ),
     quantizing(quantize_kernel, 4096, 0),
     quantizing(quantize_kernel, 4096, 0, True),
     quantizing(quantize_kernel, 12288, 128),

@@ -11,8 +11,11 @@ from quire.kernels.triton.moe.experts import CACHED_BYTES
 from quire.kernels.triton.quantized.experts_small import experts_small
 from quire.kernels.triton.quantized.gemm import QuantizedTile
 from quire.kernels.triton.quantized.grouped_gemm import quantized_grouped_gemm
+from quire.kernels.triton.quantized.linear import Tokens
 from quire.kernels.triton.quantized.operands import check_experts
 from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.kernels.triton.quantized.quantize import QuantizedTokens
+from quire.kernels.triton.quantized.scaled_experts import scaled_experts, takes_quantized_pairs
 
 # Up to here each pair reads its expert's weights by itself. Measured on an H200 with
 # benchmarks/gpu/quantized.py: faster at 64 pairs, much slower at 256.
@@ -46,7 +49,7 @@ def expert_tile(
 
 
 def quantized_experts(
-    x: torch.Tensor,
+    x: Tokens,
     weights: torch.Tensor,
     ids: torch.Tensor,
     gate_up: PackedQuantized,
@@ -59,20 +62,29 @@ def quantized_experts(
     deterministic: bool,
 ) -> torch.Tensor:
     """sum over k of weights[t, k] * (down[e] @ h + down_bias[e]), [T, H] bfloat16; operands as in
-    experts_small, for any number of tokens.
+    experts_small, for any number of tokens, which may be quantised already where
+    takes_quantized_pairs says so.
 
     The path follows from shapes alone. `deterministic`: one path for every T, with one order of
-    sums; the experts' results are float32 until summed. Otherwise those of many pairs are rounded
-    to bfloat16. Raises ValueError for what does not go together.
+    sums, on which tokens are never quantised; the experts' results are float32 until summed.
+    Otherwise those of many pairs are rounded to bfloat16. Raises ValueError for what does not go
+    together.
     """
     pairs, e = ids.numel(), gate_up.experts
+    assert e is not None
+    if isinstance(x, QuantizedTokens) or (
+        not deterministic and takes_quantized_pairs(gate_up, down, pairs, x.device)
+    ):
+        return scaled_experts(
+            x, weights, ids, gate_up, down, kind, limit=limit,
+            gate_up_bias=gate_up_bias, down_bias=down_bias,
+        )  # fmt: skip
     if pairs <= SMALL_PAIRS and not deterministic:
         return experts_small(
             x, weights, ids, gate_up, down, kind, limit=limit,
             gate_up_bias=gate_up_bias, down_bias=down_bias,
         )  # fmt: skip
     check_experts(x, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
-    assert e is not None
     shared = shared_memory(x.device)
     first = expert_tile(pairs, e, gate_up.format, deterministic=deterministic, shared=shared)
     second = expert_tile(pairs, e, down.format, deterministic=deterministic, shared=shared)

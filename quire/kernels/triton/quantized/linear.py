@@ -7,8 +7,6 @@ kernel that makes them where one does: after the norm, or after the gated activa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from quire.kernels.triton.activation.gated_activation import gated_activation
@@ -19,6 +17,7 @@ from quire.kernels.triton.quantized import quantize
 from quire.kernels.triton.quantized.gemm import quantized_gemm
 from quire.kernels.triton.quantized.operands import check_linear
 from quire.kernels.triton.quantized.pack import PackedQuantized
+from quire.kernels.triton.quantized.quantize import QuantizedTokens
 from quire.kernels.triton.quantized.scaled_gemm import library_scaled, scaled_gemm
 from quire.kernels.triton.quantized.skinny import skinny
 from quire.kernels.triton.quantized.widen import FORMATS as WIDENED_FORMATS
@@ -32,14 +31,6 @@ WIDENED_FROM = 65
 # Hopper's faster sums of e4m3 products (scaled_gemm.py): up to a tenth less time, and torch's
 # default in other engines. Sums then have about 14 bits, the tokens themselves have 4.
 EXACT = False
-
-
-@dataclass(frozen=True)
-class QuantizedTokens:
-    """Tokens as quantize gives them: codes float8_e4m3fn [T, K], and scales."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
 
 
 Tokens = torch.Tensor | QuantizedTokens
@@ -79,7 +70,8 @@ def takes_widened(weight: PackedQuantized, tokens: int) -> bool:
     return tokens >= WIDENED_FROM and weight.format in WIDENED_FORMATS
 
 
-def _group(weight: PackedQuantized) -> int:
+def group_of_tokens(weight: PackedQuantized) -> int:
+    """Columns that share a scale of the tokens that a weight is multiplied with, 0 for all."""
     return 0 if weight.format == "fp8" else quantize.GROUP
 
 
@@ -120,7 +112,7 @@ def quantized_linear(
         if out is not None:
             check_linear(x_TK, weight, bias, out, "")
         fixed = weight.input_scale
-        x_TK = QuantizedTokens(*quantize.quantize(x_TK, _group(weight), fixed=fixed))
+        x_TK = QuantizedTokens(*quantize.quantize(x_TK, group_of_tokens(weight), fixed=fixed))
     y = scaled_linear(x_TK, weight, bias)
     return y if out is None else out.copy_(y)
 
@@ -155,7 +147,7 @@ def quantized_gated_linear(
         return gated_activation(y, kind, limit=limit)
     return QuantizedTokens(
         *quantize.gated_activation_quantize(
-            y, kind, _group(then), limit=limit, fixed=then.input_scale
+            y, kind, group_of_tokens(then), limit=limit, fixed=then.input_scale
         )
     )
 
@@ -178,11 +170,8 @@ def quantized_norm_linear(
     normed: Tokens
     tokens, device = residual_TK.shape[0], residual_TK.device
     if not deterministic and takes_quantized_tokens(weight, tokens, device):
-        normed = QuantizedTokens(
-            *quantize.add_rms_norm_quantize(
-                x_TK, residual_TK, norm_weight_K, eps, _group(weight), fixed=weight.input_scale
-            )
-        )
+        given = (x_TK, residual_TK, norm_weight_K, eps, group_of_tokens(weight))
+        normed = QuantizedTokens(*quantize.add_rms_norm_quantize(*given, fixed=weight.input_scale))
     elif x_TK is None:
         normed = rms_norm(residual_TK, norm_weight_K, eps)
     else:

@@ -63,7 +63,7 @@ def check_linear(
 
 
 def check_experts(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weights: torch.Tensor,
     ids: torch.Tensor,
     gate_up: PackedQuantized,
@@ -72,7 +72,8 @@ def check_experts(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError for shapes, dtypes or layouts that do not go together."""
+    """Raises ValueError for shapes, dtypes or layouts that do not go together. No `x`: tokens that
+    are quantised, which their product checks."""
     if kind == "" or kind not in ACTIVATIONS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(ACTIVATIONS[1:])}")
     experts, hidden, intermediate = down.experts, down.n, down.k
@@ -82,10 +83,11 @@ def check_experts(
             f"gate_up: expected [{experts}, {2 * intermediate}, {hidden}], not {list(found)}"
         )
     wanted = {
-        "x": (x, (ids.shape[0], hidden), torch.bfloat16),
         "weights": (weights, tuple(ids.shape), torch.float32),
         "ids": (ids, tuple(ids.shape), torch.int32),
     }
+    if x is not None:
+        wanted["x"] = (x, (ids.shape[0], hidden), torch.bfloat16)
     if gate_up_bias is not None:
         wanted["gate_up_bias"] = (gate_up_bias, (experts, 2 * intermediate), torch.float32)
     if down_bias is not None:

@@ -75,7 +75,7 @@ class PackedQuantized:
 
     def stack(self, count: int) -> PackedQuantized:
         """Room for `count` weights like this one, as experts have them. How activations are wanted
-        does not come with it: those of experts are not quantised."""
+        does not come with it: who stacks them says so for all."""
         room: dict[str, Any] = {
             name: None if part is None else part.new_empty((count, *part.shape))
             for name, part in self._parts.items()

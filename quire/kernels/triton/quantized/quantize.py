@@ -7,6 +7,8 @@ both ways give the same numbers. A token's codes and scales depend on nothing bu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,14 @@ LARGEST = 448.0  # of e4m3
 GROUP = 128
 # The interpreter cuts where a GPU rounds to nearest.
 ROUND = tl.constexpr(INTERPRETED)
+
+
+@dataclass(frozen=True)
+class QuantizedTokens:
+    """Tokens as quantize gives them: codes float8_e4m3fn [T, K], and scales."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
 
 
 @triton.jit

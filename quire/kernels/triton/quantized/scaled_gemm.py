@@ -54,7 +54,8 @@ def _tile(matrix, first_row, rows, first_column, columns, stride, ROWS: tl.const
 
 
 @triton.jit
-def _multiply(x, weight, sums, PROMOTE: tl.constexpr):
+def multiply_e4m3(x, weight, sums, PROMOTE: tl.constexpr):
+    """sums + x weight^T. PROMOTE: sums of the instruction are added to `sums` every 128 columns."""
     if WIDEN:
         sums = tl.dot(x.to(tl.float32), weight.to(tl.float32).T, sums, input_precision="ieee")
     elif PROMOTE:
@@ -99,10 +100,11 @@ def scaled_gemm_kernel(
             x_scale = tl.load(x_pointers, mask=there, other=0.0)
             # A tile lies within one block of the weight's rows.
             w_scale = tl.load(weight_scales + start // 128 * scale_stride + first // 128)
-            part = _multiply(x_part, w_part, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), False)
+            zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            part = multiply_e4m3(x_part, w_part, zeros, False)
             y += part * (x_scale * w_scale)[:, None]
         else:
-            y = _multiply(x_part, w_part, y, EXACT)
+            y = multiply_e4m3(x_part, w_part, y, EXACT)
     if not BLOCKWISE:
         x_scale = tl.load(x_scales + row, mask=there, other=0.0)
         y = y * x_scale[:, None] * tl.load(weight_scales + w_row)[None, :]

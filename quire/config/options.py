@@ -117,6 +117,13 @@ class EngineOptions:
         None, "bytes for the KV cache (like 2GiB); by default what the plan finds", low=1, size=True
     )
     enable_prefix_caching: bool = option(True, "reuse KV of equal prompt beginnings")
+    checkpoint_tokens: int | None = option(
+        None,
+        "tokens between the places of a prompt where DeepSeek V4's windows are kept for prefix "
+        "hits, besides its end; by default 4096",
+        low=1,
+        high=2**20,
+    )
     scheduling_policy: str = option(
         "fcfs", "order of waiting requests", choices=("fcfs", "priority")
     )

@@ -26,15 +26,18 @@ STEPS_IN_FLIGHT = 2
 Page = tuple[tuple[int, ...], ...]  # as in CacheLayer
 
 
-def kv_groups(caches: Sequence[CacheLayer], itemsize: int) -> tuple[KVGroup, ...]:
+def kv_groups(
+    caches: Sequence[CacheLayer], itemsize: int, checkpoint_tokens: int = CHECKPOINT_TOKENS
+) -> tuple[KVGroup, ...]:
     """Layers of equal window and page share a group; groups of as many layers of equal page share
     a pool and its memory. Where pages of other layers hold compressed entries of many tokens,
-    windows are kept for prefix hits only at checkpoints."""
+    windows are kept for prefix hits only at checkpoints: `checkpoint_tokens` apart, or a few more
+    where hits end."""
     members: dict[tuple[int | None, Page, int], list[CacheLayer]] = {}
     for cache in caches:
         members.setdefault((cache.window, cache.page, cache.block_size), []).append(cache)
     hit_tokens = lcm(*(cache.block_size for cache in caches))
-    checkpoint = -(-CHECKPOINT_TOKENS // hit_tokens) * hit_tokens
+    checkpoint = -(-checkpoint_tokens // hit_tokens) * hit_tokens
     groups: list[KVGroup] = []
     pools: list[tuple[Page, int]] = []
     for (window, page, block_size), layers in members.items():

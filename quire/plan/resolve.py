@@ -47,7 +47,7 @@ def resolve(
     if model.kv_cache:
         reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
         choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
-    groups = memory.kv_groups(place.build.caches, KV_DTYPES[place.kv_dtype].itemsize)
+    groups = _groups(options, place)
     table_bytes = sum(place.build.rotary_bytes.values())
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
@@ -119,6 +119,24 @@ def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:
             if len(info.shape) == 2:
                 counts[formats(info.name)] = counts.get(formats(info.name), 0) + 1
     return ", ".join(f"{k} x {n}" for k, n in sorted(counts.items(), key=lambda i: -i[1]))
+
+
+def _groups(options: Options, place: Place) -> tuple[KVGroup, ...]:
+    """Raises PlanError where checkpoints are asked for that the model's caches do not have."""
+    asked = options.engine.checkpoint_tokens
+    groups = memory.kv_groups(
+        place.build.caches,
+        KV_DTYPES[place.kv_dtype].itemsize,
+        memory.CHECKPOINT_TOKENS if asked is None else asked,
+    )
+    if asked is not None and all(group.checkpoint is None for group in groups):
+        raise PlanError(
+            "no_checkpoints",
+            f"--checkpoint-tokens {asked}: this model's windows are kept wherever there is room",
+            why="only models with compressed entries keep windows at checkpoints",
+            fix="leave it out",
+        )
+    return groups
 
 
 def _describe_caches(groups: Sequence[KVGroup], place: Place, choices: list[Choice]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from plan.test_gpu import plan as gpu_plan
@@ -12,6 +13,7 @@ from plan.test_resolve import plan as llama_plan
 from models.deepseek_v4.published import FLASH
 from quire.config.parse import build_options
 from quire.errors import PlanError
+from quire.hardware.machine import Machine
 from quire.models.checkpoint import declared_formats
 from quire.plan import memory
 from quire.plan.facts import ModelFacts
@@ -27,12 +29,19 @@ HEAVY_PAGE = 512 * 2 * HEAVY
 WINDOW_PAGE = 16 * 512 * 2 * LAYERS
 
 
+# Planning 11,008 experts takes seconds; what is not about weights needs few.
+FEW = {**FLASH, "n_routed_experts": 8}
+LARGE = replace(MACHINE, memory_bytes=2 * TIB, available_bytes=2 * TIB)
+
+
+def made(hf: dict[str, Any] = FEW, machine: Machine = LARGE, **options: Any) -> Plan:
+    facts = ModelFacts("m", hf, declared_formats(hf, read_scheme(hf)))
+    return resolve(build_options(options), facts, machine, NATIVE)
+
+
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    facts = ModelFacts("m", FLASH, declared_formats(FLASH, read_scheme(FLASH)))
-    machine = replace(MACHINE, memory_bytes=2 * TIB, available_bytes=2 * TIB)
-    options = build_options({"max_num_seqs": 4, "max_model_len": 1048576})
-    return resolve(options, facts, machine, NATIVE)
+    return made(FLASH, max_num_seqs=4, max_model_len=1048576)
 
 
 def test_groups_are_windows_and_pages_of_entries(plan: Plan) -> None:
@@ -81,10 +90,9 @@ def test_the_plan_tells_entries_windows_state_and_checkpoints_apart(plan: Plan) 
 
 
 def test_too_little_memory_is_told_with_numbers() -> None:
-    facts = ModelFacts("m", FLASH, declared_formats(FLASH, read_scheme(FLASH)))
     with pytest.raises(PlanError, match="does not fit") as caught:
-        resolve(build_options({}), facts, MACHINE, NATIVE)
-    assert "weights take 5" in caught.value.why
+        made(machine=MACHINE)
+    assert "weights take 2" in caught.value.why and "request state take 1.3 GiB" in caught.value.why
 
 
 def test_a_gpu_refuses_it_with_the_reason() -> None:
@@ -95,17 +103,23 @@ def test_a_gpu_refuses_it_with_the_reason() -> None:
 
 
 def test_an_fp8_cache_takes_3850_bytes_for_each_token_of_flash() -> None:
-    facts = ModelFacts("m", FLASH, declared_formats(FLASH, read_scheme(FLASH)))
-    machine = replace(MACHINE, memory_bytes=2 * TIB, available_bytes=2 * TIB)
-    made = resolve(build_options({"kv_cache_dtype": "fp8"}), facts, machine, NATIVE)
-    assert [g.page_bytes for g in made.groups] == [
+    packed = made(kv_cache_dtype="fp8")
+    assert [g.page_bytes for g in packed.groups] == [
         16 * 584 * LAYERS, 32 * (584 + 132) * SPARSE, 584 * HEAVY
     ]  # fmt: skip
-    assert memory.entry_bytes(made.groups) == 3850.25
-    assert made.kv_dtype == "fp8"
-    found = {choice.what: choice.chosen for choice in made.choices}
+    assert memory.entry_bytes(packed.groups) == 3850.25
+    assert packed.kv_dtype == "fp8"
+    found = {choice.what: choice.chosen for choice in packed.choices}
     assert found["compressed entries"] == "3850 bytes for each token"
     assert found["windows"] == "3.8 MiB for each request"
+
+
+def test_checkpoints_may_be_closer_and_end_where_hits_do() -> None:
+    closer = made(checkpoint_tokens=300)
+    assert [group.checkpoint for group in closer.groups] == [384, None, None]
+    with pytest.raises(PlanError) as caught:
+        llama_plan(checkpoint_tokens=300)
+    assert caught.value.code == "no_checkpoints"
 
 
 def test_other_families_do_not_pack_their_cache() -> None:

@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 MODEL ?= smollm2
 PROMPT ?= What is the capital of France?
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard quire/kernels/native/*.cpp quire/kernels/native/*.h)
-PYTEST := $(BIN)/python -m pytest -q --timeout=900 --timeout-method=thread
+PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -q --timeout=900 --timeout-method=thread
+# Tests of processes, deadlines and memory have the machine for themselves; of the others two files
+# run at a time.
+ALONE := tests/server tests/engine tests/cli tests/comm tests/plan/test_measured.py
+BESIDE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 
 .PHONY: run serve chat test test-all lint bench clean
 
@@ -19,10 +23,12 @@ serve: $(VENV)/.installed
 	@$(BIN)/quire serve $(MODEL)
 
 test: $(VENV)/.installed-test
-	PYTHONFAULTHANDLER=1 $(PYTEST) -m "not gpu and not full"
+	$(BESIDE) -m "not gpu and not full"
+	$(PYTEST) -m "not gpu and not full" $(ALONE)
 
 test-all: $(VENV)/.installed-test
-	PYTHONFAULTHANDLER=1 $(PYTEST) -m "not gpu"
+	$(BESIDE) -m "not gpu"
+	$(PYTEST) -m "not gpu" $(ALONE)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

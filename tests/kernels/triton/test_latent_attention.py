@@ -13,9 +13,7 @@ from quire.kernels.reference.attention.latent_attention import latent_attention 
 from quire.kernels.triton.attention.latent_attention import latent_attention
 from quire.kernels.triton.attention.scratch import Scratch
 from quire.kernels.triton.attention.tiles import Target, head_tiles
-
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
-SPARE = 3  # blocks that nobody owns; the first is the null block
+from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
 
 
 @dataclass(frozen=True)
@@ -47,27 +45,14 @@ SHAPES = [
 ]
 
 
-class Requests:
-    """Latents of requests in one cache of blocks in random order, everything else in it NaN, and
-    block tables that point elsewhere past each context."""
+class Requests(PagedRequests):
+    """Latents of requests in one cache."""
 
     def __init__(self, shape: Shape, contexts: Sequence[int], device: torch.device):
-        self.shape, self.contexts, self.device = shape, list(contexts), device
-        generator = torch.Generator().manual_seed(0)
-        counts = [-(-c // 16) for c in contexts]
-        order = torch.randperm(sum(counts), generator=generator) + SPARE
-        cache = torch.full((sum(counts) + SPARE, 1, 16, shape.width), torch.nan)
-        tables = torch.full((len(counts), max(counts) + 2), 2**30, dtype=torch.int32)
-        self.queries = []  # of every position, so that any of them can be asked for
-        for b, blocks in enumerate(order.split(counts)):
-            tables[b, : counts[b]] = blocks
-            rows = torch.arange(contexts[b])
-            latents = torch.randn(contexts[b], shape.width, generator=generator)
-            cache[blocks[rows // 16], 0, rows % 16] = latents
-            queries = torch.randn(contexts[b], shape.heads * shape.width, generator=generator)
-            self.queries.append(queries.to(device, shape.dtype))
-        self.cache = cache.to(device, shape.cache or shape.dtype)
-        self.tables = tables.to(device)
+        self.shape, kept = shape, shape.cache or shape.dtype
+        super().__init__(
+            contexts, shape.heads * shape.width, shape.dtype, 1, shape.width, kept, device
+        )
 
     def scratch(self, deterministic: bool, total_tokens: int | None = None) -> Scratch:
         shape = self.shape
@@ -95,19 +80,9 @@ class Requests:
         contexts[i] tokens; then `padding` rows of NaN."""
         shape = self.shape
         contexts = self.contexts[: len(counts)] if contexts is None else contexts
-        width = shape.heads * shape.width
-        q = torch.full((sum(counts) + padding, width + 8), torch.nan, dtype=shape.dtype)
-        q = q.to(self.device)[:, :width]
-        parts = [q[c - n : c] for q, c, n in zip(self.queries, contexts, counts, strict=False)]
-        q[: sum(counts)] = torch.cat(parts)
-        start = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        arguments = (
-            q, self.cache, self.tables[: len(counts)], start.to(self.device),
-            torch.tensor(contexts, dtype=torch.int32, device=self.device), shape.width**-0.5,
-            shape.rank,
-        )  # fmt: skip
-        wide = torch.full((len(q), shape.heads * shape.rank + 16), torch.nan, dtype=shape.dtype)
-        out = wide.to(self.device)[:, : shape.heads * shape.rank]
+        q, *others = self.inputs(counts, contexts, range(len(counts)), padding)
+        arguments = (q, self.cache, *others, shape.width**-0.5, shape.rank)
+        out = self.nowhere(len(q), shape.heads * shape.rank)
         same = latent_attention(
             *arguments, decode=decode, deterministic=deterministic, out=out,
             scratch=self.scratch(deterministic) if scratch is None else scratch,

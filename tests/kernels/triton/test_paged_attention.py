@@ -10,9 +10,7 @@ import torch
 
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
-
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
-SPARE = 3  # blocks that nobody owns; the first is the null block
+from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
 
 
 @dataclass(frozen=True)
@@ -47,36 +45,15 @@ SHAPES = [
 ]
 
 
-class Requests:
-    """Keys and values of requests in one cache of blocks in random order, everything else in it
-    NaN, and block tables that point elsewhere past each context."""
+class Requests(PagedRequests):
+    """Keys and values of requests in one cache."""
 
     def __init__(self, shape: Shape, contexts: Sequence[int], device: torch.device, seed: int = 0):
-        self.shape, self.contexts, self.device = shape, list(contexts), device
-        generator = torch.Generator().manual_seed(seed)
-        counts = [-(-c // 16) for c in contexts]
-        order = torch.randperm(sum(counts), generator=generator) + SPARE
-        cache = torch.full(
-            (sum(counts) + SPARE, 2, shape.kv_heads, 16, shape.d),
-            torch.nan,
-            dtype=shape.cache or shape.dtype,
-        )
-        self.tables = torch.full((len(counts), max([*counts, 0]) + 2), 2**30, dtype=torch.int32)
-        self.tables[:, -1] = 0
-        width = shape.heads * shape.d
-        self.queries = []  # of every position, so that any of them can be asked for
-        for b, blocks in enumerate(order.split(counts)):
-            self.tables[b, : counts[b]] = blocks
-            rows = torch.arange(contexts[b])
-            keys_values = torch.randn(
-                contexts[b], 2, shape.kv_heads, shape.d, generator=generator
-            ).to(cache.dtype)
-            cache[blocks[rows // 16], :, :, rows % 16] = keys_values
-            queries = torch.randn(contexts[b], width, generator=generator)
-            self.queries.append(queries.to(device, shape.dtype))
-        self.sinks = torch.randn(shape.heads, generator=generator).to(device)
-        self.tables = self.tables.to(device)
-        self.k_cache, self.v_cache = cache.to(device).unbind(1)
+        self.shape, kept = shape, shape.cache or shape.dtype
+        sizes = shape.heads * shape.d, shape.dtype, 2 * shape.kv_heads, shape.d, kept
+        super().__init__(contexts, *sizes, device, seed)
+        self.sinks = torch.randn(shape.heads, generator=self.generator).to(device)
+        self.k_cache, self.v_cache = self.cache.unflatten(1, (2, -1)).unbind(1)
 
     def scratch(self, deterministic: bool, total_tokens: int | None = None) -> Scratch:
         shape = self.shape
@@ -105,20 +82,13 @@ class Requests:
         shape = self.shape
         rows = range(len(counts)) if rows is None else rows
         contexts = [self.contexts[b] for b in rows] if contexts is None else contexts
-        width = shape.heads * shape.d
-        q = torch.full((sum(counts) + padding, width + 8), torch.nan, dtype=shape.dtype)
-        q = q.to(self.device)[:, :width]
-        parts = [self.queries[b][c - n : c] for b, c, n in zip(rows, contexts, counts, strict=True)]
-        q[: sum(counts)] = torch.cat(parts)
-        start = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        q, *others = self.inputs(counts, contexts, rows, padding)
         arguments = (
-            q, self.k_cache, self.v_cache, self.tables[list(rows)], start.to(self.device),
-            torch.tensor(contexts, dtype=torch.int32, device=self.device), shape.d**-0.5,
-            shape.window, shape.softcap, self.sinks if shape.sinks else None,
+            q, self.k_cache, self.v_cache, *others, shape.d**-0.5, shape.window, shape.softcap,
+            self.sinks if shape.sinks else None,
         )  # fmt: skip
         scratch = self.scratch(deterministic) if scratch is None else scratch
-        wide = torch.full((q.shape[0], width + 16), torch.nan, dtype=shape.dtype)
-        out = wide.to(self.device)[:, :width]
+        out = self.nowhere(*q.shape)
         same = paged_attention(
             *arguments, decode=decode, deterministic=deterministic, scratch=scratch, out=out
         )

@@ -133,7 +133,9 @@ def latent_tiles(group: int, itemsize: int, target: Target, deterministic: bool)
         return Tiles(max(64, rows), 64, 64, 8, 2)
     if target.amd:
         return Tiles(rows, 16, 16, 4, 1)
-    return Tiles(rows, 32, 32, 4, 2 if target.shared > 110_000 else 1)
+    # 88 KiB with two stages; registers allow two programs, too.
+    together = max(1, min(2, target.shared // 92_000))
+    return Tiles(rows, 32, 32, 4, 2 if target.shared > 110_000 else 1, together)
 
 
 def varlen_tiles(

@@ -18,9 +18,8 @@ from quire.models.deepseek_v4.streams import HyperHead
 class Drafter:
     """One module, `mtp.0`, with embedding and head of the target.
 
-    Its weights and its window cache come into the target's Build, so that plan and runner count
-    them; its tensors are those of `names.adapt_drafter`. Raises ModelError where the checkpoint has
-    no module.
+    Its weights and its window's cache come into `build`, which may be the target's; its tensors are
+    those of `names.adapt_drafter`. Raises ModelError where the checkpoint has no module.
     """
 
     def __init__(self, target: Model, build: Build):

@@ -48,7 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
         "hc_sinkhorn_iters": 4, "sliding_window": 21, "index_topk": 3, "num_experts_per_tok": 2,
         "routed_scaling_factor": 2.5, "num_hash_layers": 1,
     },
-    "no windows alone": {"layer_types": [HEAVY, HEAVY, SPARSE, HEAVY], "num_hash_layers": 0},
+    "no windows alone": {
+        "layer_types": [HEAVY, HEAVY, SPARSE, HEAVY], "num_hash_layers": 0, "hc_sinkhorn_iters": 2,
+    },
     "windows alone": {"layer_types": [SLIDING] * 2, "num_hidden_layers": 2, "hc_eps": 1e-3},
     "heavy alone": {"layer_types": [HEAVY] * 2, "num_hidden_layers": 2, "rms_norm_eps": 1e-3},
 }  # fmt: skip

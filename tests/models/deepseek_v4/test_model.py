@@ -18,14 +18,14 @@ def test_logits_and_streams_equal_transformers_whole_chunked_and_token_by_token(
     logits, streams = oracle.expected(tokens)
     assert logits.std() > 0.5, "the logits have no spread: the comparison would prove little"
     ours = Loaded(oracle.path, kernels)
-    for chunk in (None, 1, 7, 16, 33):
+    for chunk in (None, 1, 7, 33):
         found, hidden = ours.computed(tokens, chunk)
         assert (hidden - streams).abs().max() < TOLERANCE, f"chunks of {chunk}"
         assert (found - logits).abs().max() < TOLERANCE, f"chunks of {chunk}"
 
 
 def test_an_fp8_cache_changes_little_and_is_read_as_stored_in_every_chunk(tmp_path: Path) -> None:
-    oracle, tokens = Oracle(tmp_path), text(75)
+    oracle, tokens = Oracle(tmp_path, hc_sinkhorn_iters=2), text(60)
     _, streams = oracle.expected(tokens)
     ours = Loaded(oracle.path, KERNELS[-1], kv_dtype="fp8")
     _, whole = ours.computed(tokens)

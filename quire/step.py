@@ -22,7 +22,9 @@ class Enter(msgspec.Struct, array_like=True):
     `tokens` holds prompt and already committed output tokens; the first `num_prompt` are the
     prompt (penalties tell them apart). `seed` and `choice` key the sampling noise. `blocks[g]` is
     the block table of KV group g so far; a block that the window has left behind is 0, the null
-    block. `bad_words` are token sequences. `end_tokens` are suppressed below min_tokens.
+    block. `bad_words` are token sequences. `end_tokens` are suppressed below min_tokens. The first
+    `cached` tokens have their KV already: those computed again only make whole what layers keep of
+    the request besides.
     """
 
     slot: int
@@ -34,6 +36,7 @@ class Enter(msgspec.Struct, array_like=True):
     blocks: list[list[int]]
     end_tokens: list[int]
     bad_words: list[list[int]]
+    cached: int = 0
 
 
 class Row(msgspec.Struct, array_like=True, gc=False):

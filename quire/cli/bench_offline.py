@@ -180,11 +180,11 @@ class Bench:
     def work(self) -> Work:
         """What of the model counts for a floor."""
         from quire.models.registry import read_config
-        from quire.plan.facts import DTYPES
+        from quire.plan.facts import KV_DTYPES
 
         plan, engine = self.engine.info.plan, self.engine.engine
         config = read_config(engine.files.config())
-        itemsize = DTYPES[plan["kv_dtype"]].itemsize
+        itemsize = KV_DTYPES[plan["kv_dtype"]].itemsize
         return Work.of(engine.build, config, plan["weight_bytes"], itemsize)
 
     def experts(self, scenario: Scenario) -> Metrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quire.kv import BLOCK_SIZE
 from quire.plan.plan import format_bytes
 
 
@@ -55,6 +56,8 @@ def _groups(plan: dict[str, Any]) -> str:
     parts = []
     for group in plan["groups"]:
         window = "full attention" if group["window"] is None else f"window {group['window']}"
+        if group["block_size"] > BLOCK_SIZE:
+            window = f"entries in pages of {group['block_size']} tokens"
         parts.append(f"{len(group['layers'])} layers {window}")
     return f"{plan['kv_dtype']}, {', '.join(parts)}"
 

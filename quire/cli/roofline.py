@@ -16,7 +16,6 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
-from quire.kv import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from quire.layers.build import Build
@@ -104,7 +103,7 @@ class Work:
             head=head,
             attention=tuple(
                 Layer(
-                    c.page_values // BLOCK_SIZE,
+                    c.page_values // c.block_size,
                     2 * c.heads * (c.key_size + c.value_size),
                     c.window,
                 )

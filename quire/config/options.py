@@ -70,8 +70,8 @@ class ModelOptions:
     kv_cache_dtype: str = option(
         "auto",
         "number format of the KV cache; auto is the model's on a GPU; on a CPU float32 with "
-        "--dtype float32, else bfloat16",
-        choices=("auto", "float32", "bfloat16"),
+        "--dtype float32, else bfloat16; fp8 is for DeepSeek V4, whose training rounded to it",
+        choices=("auto", "float32", "bfloat16", "fp8"),
     )
     max_model_len: int | None = option(
         None, "longest context in tokens; by default the model's, or what memory allows", low=1
@@ -123,6 +123,13 @@ class EngineOptions:
         None, "bytes for the KV cache (like 2GiB); by default what the plan finds", low=1, size=True
     )
     enable_prefix_caching: bool = option(True, "reuse KV of equal prompt beginnings")
+    checkpoint_tokens: int | None = option(
+        None,
+        "tokens between the places of a prompt where DeepSeek V4's windows are kept for prefix "
+        "hits, besides its end; by default 4096",
+        low=1,
+        high=2**20,
+    )
     scheduling_policy: str = option(
         "fcfs", "order of waiting requests", choices=("fcfs", "priority")
     )

@@ -29,7 +29,7 @@ from quire.runner.diffs import unfit
 from quire.step import DEVICE_TOKEN, NAN_ERROR, Batch, Enter, Result, Row, RowResult
 
 # A request waits for blocks that another is computing only where they are worth a step.
-LEAST_SHARED_BLOCKS = 3
+LEAST_SHARED_TOKENS = 3 * BLOCK_SIZE
 # The token of a row that decodes ahead of what the host knows: most rows, so they share it.
 ON_DEVICE = [DEVICE_TOKEN]
 # Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
@@ -38,7 +38,8 @@ LEAST_FINISHED = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What the scheduler may do, from options and plan."""
+    """What the scheduler may do, from options and plan. `recomputed_tokens`: so many tokens before
+    a prefix hit are computed again."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -47,6 +48,7 @@ class Limits:
     eos_token_ids: tuple[int, ...] = ()
     priority: bool = False
     max_queue: int = 256
+    recomputed_tokens: int = 0
 
 
 class Scheduler:
@@ -360,10 +362,11 @@ class Scheduler:
                 break
             self._start(request, hit)
             count = min(request.gap, budget)
-            grown = self.kv.grow(request.request_id, hit + count)
+            end = request.computed + count
+            grown = self.kv.grow(request.request_id, end)
             assert grown, "admission looked at less than the first step needs"
-            _, propose = self._speculate(request, hit + count, 0)
-            batch.enter.append(self._enter(request, hit + count + propose))
+            _, propose = self._speculate(request, end, 0)
+            batch.enter.append(self._enter(request, hit, end + propose))
             row = self._row(request, count, self._no_blocks, propose=propose)
             parts.append((request, row))
             budget -= count
@@ -371,15 +374,16 @@ class Scheduler:
             heapq.heappush(self._waiting, entry)
 
     def _start(self, request: Request, hit: int) -> None:
+        start = max(0, hit - self.limits.recomputed_tokens)
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
-        request.computed = request.scheduled = hit
+        request.computed = request.scheduled = start
         request.settle_at = request.covered = 0
         if request.cached_tokens is None:
-            request.cached_tokens = hit
+            request.cached_tokens = start
             if request.add.params.prompt_logprobs is None:
                 self._counts["query"] += request.num_prompt
-                self._counts["hit"] += hit
+                self._counts["hit"] += start
         insort(self._running, request, key=_order)
         if self.kv.enable_caching:
             self._announce(request, hit)
@@ -390,20 +394,22 @@ class Scheduler:
             return False
         add = request.add
         missing = self.kv.missing(request.tokens, add.tenant, add.cache_salt, request.identities)
-        shared = missing[:LEAST_SHARED_BLOCKS]
-        return len(shared) == LEAST_SHARED_BLOCKS and all(i in self._computing for i in shared)
+        least = self.kv.groups[self.kv.coarsest].blocks_of(LEAST_SHARED_TOKENS)
+        shared = missing[:least]
+        return len(shared) == least and all(i in self._computing for i in shared)
 
     def _announce(self, request: Request, hit: int) -> None:
         """Others with the same beginning wait for the blocks of this prompt."""
-        prompt = request.num_prompt // BLOCK_SIZE
-        for identity in request.identities[0][hit // BLOCK_SIZE : prompt]:
+        coarsest = self.kv.coarsest
+        size = self.kv.groups[coarsest].block_size
+        for identity in request.identities[coarsest][hit // size : request.num_prompt // size]:
             self._computing.setdefault(identity, request)
         request.announced = True
 
     def _withdraw(self, request: Request) -> None:
         """The prompt is computed, or will not be: nobody waits for its blocks any more."""
         if request.announced:
-            for identity in request.identities[0]:
+            for identity in request.identities[self.kv.coarsest]:
                 if self._computing.get(identity) is request:
                     del self._computing[identity]
             request.announced = False
@@ -444,7 +450,7 @@ class Scheduler:
         request.covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE
         return new
 
-    def _enter(self, request: Request, end: int) -> Enter:
+    def _enter(self, request: Request, hit: int, end: int) -> Enter:
         request.blocks_sent = [0] * len(self.kv.groups)
         return Enter(
             slot=request.slot,
@@ -456,6 +462,7 @@ class Scheduler:
             blocks=self._new_blocks(request, end),
             end_tokens=sorted(request.end_tokens),
             bad_words=request.add.bad_words,
+            cached=hit,
         )
 
     # -- its result --------------------------------------------------------------------------

@@ -30,12 +30,12 @@ from quire.models.registry import (
     load_weights,
     read_config,
 )
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
-from quire.runner.eager import EagerRunner, allocate_caches
+from quire.runner.eager import EagerRunner, allocate_caches, allocate_states
 from quire.speculative.proposer import make_proposer
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
@@ -179,6 +179,7 @@ def assemble(
         max_len=plan.max_model_len,
         device=device,
         moe_routing=options.engine.moe_routing,
+        kv_dtype=plan.kv_dtype,
     )
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
@@ -188,7 +189,8 @@ def assemble(
     info = engine_info(options, files, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
         more = [] if draft is None else draft[1].caches
-        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype], more)
+        allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
+        allocate_states(build, plan.max_num_seqs)
         runner = _make_runner(plan, found, build, model, draft, info)
     scheduler = make_scheduler(options, plan, info)
     core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
@@ -256,8 +258,16 @@ def _make_runner(
     info: EngineInfo,
 ) -> Runner:
     if plan.device == "cpu":
-        sizes = (len(plan.groups), plan.max_num_seqs, plan.max_model_len)
-        return EagerRunner(model, _cpu_kernels(plan, found), *sizes, draft and draft[0])
+        return EagerRunner(
+            model,
+            _cpu_kernels(plan, found),
+            len(plan.groups),
+            plan.max_num_seqs,
+            plan.max_model_len,
+            draft and draft[0],
+            block_sizes=[group.block_size for group in plan.groups],
+            stateful=bool(build.states),
+        )
     from quire.runner.device import DeviceRunner
 
     return DeviceRunner(model, build, plan, info.vocab_size, draft)
@@ -281,6 +291,7 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
         eos_token_ids=tuple(info.eos_token_ids),
         priority=options.engine.scheduling_policy == "priority",
         max_queue=options.engine.max_queue,
+        recomputed_tokens=plan.recomputed_tokens,
     )
     identity = BlockIdentity(plan.cache_fingerprint)
     caching = options.engine.enable_prefix_caching

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import lcm
 
-from quire.kv import BLOCK_SIZE, NULL_BLOCK
+from quire.kv import NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.pool import BlockPool
@@ -17,8 +18,9 @@ class RequestBlocks:
 
     `tables[g]` covers the sequence from its start; entries the window has passed are NULL_BLOCK.
     `identities[g]`: identities of the sequence's full blocks, as far as they were computed.
-    `hit`: blocks that were found at admission. `published`: full blocks offered to the prefix
-    index. `passed[g]`: blocks given back.
+    `hit`: tokens whose blocks were found at admission. `published`: tokens whose full blocks were
+    offered to the prefix index. `passed[g]`: blocks given back. `prompt_boundary`: the longest hit
+    that a later request with the same prompt can have.
     """
 
     tables: list[list[int]]
@@ -27,12 +29,14 @@ class RequestBlocks:
     hit: int = 0
     published: int = 0
     passed: list[int] = field(default_factory=list)
+    prompt_boundary: int = 0
 
 
 class KVManager:
     """Owns the pools. Only the scheduler calls it, on the engine thread.
 
-    `enable_caching` False: no block is ever published or looked up.
+    `enable_caching` False: no block is ever published or looked up. Hits end at multiples of
+    `hit_tokens`, where blocks of all groups do. `coarsest`: index of a group of the largest blocks.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class KVManager:
         self.pools = tuple(BlockPool(n) for n in pool_blocks)
         self.identity = identity
         self.enable_caching = enable_caching
+        self.hit_tokens = lcm(*(group.block_size for group in self.groups))
+        self.coarsest = max(self.groups, key=lambda group: group.block_size).index
         self._running: dict[str, RequestBlocks] = {}
         self._checked_pool = 0
 
@@ -84,7 +90,7 @@ class KVManager:
     ) -> int | None:
         """Start a request if its whole prompt fits now: hit prefix blocks, take the others.
 
-        Returns the number of tokens whose KV is already there (a multiple of BLOCK_SIZE, below
+        Returns the number of tokens whose KV is already there (a multiple of `hit_tokens`, below
         len(tokens)), or None where the pools are too full; then nothing has changed.
         `identities` is a list of the caller's that keeps block identities from one attempt (or
         one admission) of this sequence to the next; it starts empty.
@@ -92,36 +98,37 @@ class KVManager:
         blocks = self._new_blocks(tokens, tenant, salt, [] if identities is None else identities)
         hit = 0
         if self.enable_caching and use_cache:
-            hit = self._longest_hit(blocks, (len(tokens) - 1) // BLOCK_SIZE)
+            hit = self._longest_hit(blocks, len(tokens) - 1)
         if not self._room_for(blocks, hit, len(tokens), step_tokens):
             return None
         for group in self.groups:
             pool, table = self.pools[group.pool], blocks.tables[group.index]
-            first = group.first_needed(hit * BLOCK_SIZE)
-            table.extend([NULL_BLOCK] * min(first, hit))
-            blocks.passed[group.index] = min(first, hit)
-            for i in range(first, hit):
+            first, last = group.first_needed(hit), hit // group.block_size
+            table.extend([NULL_BLOCK] * min(first, last))
+            blocks.passed[group.index] = min(first, last)
+            for i in range(first, last):
                 block = pool.find(blocks.identities[group.index][i])
                 assert block is not None
                 pool.acquire(block)
                 table.append(block)
         for group in self.groups:
             if group.window is None:
-                whole = -(-len(tokens) // BLOCK_SIZE)
                 table = blocks.tables[group.index]
-                table.extend(self.pools[group.pool].allocate(whole - len(table)))
+                missing = group.blocks_of(len(tokens)) - len(table)
+                table.extend(self.pools[group.pool].allocate(missing))
         blocks.hit = blocks.published = hit
         self._running[request_id] = blocks
-        return hit * BLOCK_SIZE
+        return hit
 
     def missing(
         self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
     ) -> list[bytes]:
-        """Identities (of group 0) of the full prompt blocks that `admit` would have to compute,
-        except a last one that ends the prompt. `identities` as in `admit`."""
+        """Identities (of the coarsest group) of the full prompt blocks that `admit` would have to
+        compute, except a last one that ends the prompt. `identities` as in `admit`."""
         blocks = self._new_blocks(tokens, tenant, salt, identities)
-        limit = (len(tokens) - 1) // BLOCK_SIZE
-        return blocks.identities[0][self._longest_hit(blocks, limit) : limit]
+        limit, size = len(tokens) - 1, self.groups[self.coarsest].block_size
+        hit = self._longest_hit(blocks, limit)
+        return blocks.identities[self.coarsest][hit // size : limit // size]
 
     def _new_blocks(
         self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
@@ -133,18 +140,18 @@ class KVManager:
             identities=identities,
             roots=[self.identity.root(g.index, tenant, salt) for g in self.groups],
             passed=[0] * len(self.groups),
+            prompt_boundary=(len(tokens) - 1) // self.hit_tokens * self.hit_tokens,
         )
         if self.enable_caching:
-            self._extend_identities(blocks, tokens, len(tokens) // BLOCK_SIZE)
+            self._extend_identities(blocks, tokens, len(tokens))
         return blocks
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
         """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""
         blocks = self._running[request_id]
-        whole = -(-num_tokens // BLOCK_SIZE)
         need = [0] * len(self.pools)
         for group in self.groups:
-            missing = whole - len(blocks.tables[group.index])
+            missing = group.blocks_of(num_tokens) - len(blocks.tables[group.index])
             if missing > 0:
                 need[group.pool] += missing
         for count, pool in zip(need, self.pools, strict=True):
@@ -152,8 +159,9 @@ class KVManager:
                 return False
         for group in self.groups:
             table = blocks.tables[group.index]
-            if whole > len(table):
-                table += self.pools[group.pool].allocate(whole - len(table))
+            missing = group.blocks_of(num_tokens) - len(table)
+            if missing > 0:
+                table += self.pools[group.pool].allocate(missing)
         return True
 
     def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> int:
@@ -164,22 +172,20 @@ class KVManager:
         tokens below which another call would do nothing.
         """
         blocks = self._running[request_id]
-        full = min(computed, valid) // BLOCK_SIZE
+        full = min(computed, valid)
         if self.enable_caching and full > blocks.published:
             self._extend_identities(blocks, tokens, full)
             for group in self.groups:
-                table, pool = blocks.tables[group.index], self.pools[group.pool]
-                for i in range(blocks.published, full):
-                    if table[i] != NULL_BLOCK:
-                        pool.publish(table[i], blocks.identities[group.index][i])
+                self._publish(blocks, group, full)
             blocks.published = full
-        next_change = (computed // BLOCK_SIZE + 1) * BLOCK_SIZE
+        changes = []
         for group in self.groups:
+            changes.append((computed // group.block_size + 1) * group.block_size)
             if group.window is not None:
                 first = group.first_needed(computed)
                 self._pass_window(blocks, group, first)
-                next_change = min(next_change, (first + 1) * BLOCK_SIZE + group.window - 1)
-        return next_change
+                changes.append((first + 1) * group.block_size + group.window - 1)
+        return min(changes)
 
     def free(self, request_id: str) -> None:
         """Give back all blocks of a request, the last first, so that beginnings stay longest."""
@@ -193,7 +199,7 @@ class KVManager:
         where others hold it too."""
         blocks = self._running[request_id]
         for group in self.groups:
-            for block in blocks.tables[group.index][blocks.hit :]:
+            for block in blocks.tables[group.index][blocks.hit // group.block_size :]:
                 if block != NULL_BLOCK:
                     self.pools[group.pool].discard(block)
         self.free(request_id)
@@ -205,20 +211,28 @@ class KVManager:
     # -- inside ------------------------------------------------------------------------------
 
     def _extend_identities(self, blocks: RequestBlocks, tokens: Sequence[int], full: int) -> None:
-        """Know the identities of the first `full` blocks."""
+        """Know the identities of the full blocks among the first `full` tokens."""
         for group in self.groups:
-            chain = blocks.identities[group.index]
+            chain, size = blocks.identities[group.index], group.block_size
             parent = chain[-1] if chain else blocks.roots[group.index]
-            for i in range(len(chain), full):
-                parent = self.identity.block(parent, tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+            for i in range(len(chain), full // size):
+                parent = self.identity.block(parent, tokens[i * size : (i + 1) * size])
                 chain.append(parent)
 
+    def _publish(self, blocks: RequestBlocks, group: KVGroup, full: int) -> None:
+        """Offer a group's full blocks up to the first `full` tokens."""
+        table, pool = blocks.tables[group.index], self.pools[group.pool]
+        for i in range(blocks.published // group.block_size, full // group.block_size):
+            if table[i] != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
+                pool.publish(table[i], blocks.identities[group.index][i])
+
     def _longest_hit(self, blocks: RequestBlocks, limit: int) -> int:
-        """The largest boundary (in blocks) where every group finds what it would read.
+        """The largest boundary (in tokens, at most `limit`) where every group finds what it would
+        read.
 
         Each group lowers the boundary until it is content; repeated until none lowers it.
         """
-        boundary, settled = limit, False
+        boundary, settled = self._floor(limit), False
         while not settled:
             settled = True
             for group in self.groups:
@@ -227,31 +241,35 @@ class KVManager:
                     boundary, settled = lowered, False
         return boundary
 
+    def _floor(self, tokens: int) -> int:
+        return tokens // self.hit_tokens * self.hit_tokens
+
     def _lower(self, group: KVGroup, chain: list[bytes], boundary: int) -> int:
-        pool = self.pools[group.pool]
+        pool, size = self.pools[group.pool], group.block_size
         if group.window is None:
-            for i in range(boundary):
+            for i in range(boundary // size):
                 if pool.find(chain[i]) is None:
-                    return i
+                    return self._floor(i * size)
             return boundary
-        i = boundary
-        while boundary > 0 and i > group.first_needed(boundary * BLOCK_SIZE):
+        i = boundary // size
+        while boundary > 0 and i > group.first_needed(boundary):
             i -= 1
             if pool.find(chain[i]) is None:
-                boundary = i
+                boundary = self._floor(i * size)
+                i = boundary // size
         return boundary
 
     def _room_for(self, blocks: RequestBlocks, hit: int, tokens: int, step_tokens: int) -> bool:
         need = [0] * len(self.pools)
         for group in self.groups:
             pool, chain = self.pools[group.pool], blocks.identities[group.index]
-            first = group.first_needed(hit * BLOCK_SIZE)
-            for i in range(first, hit):
+            first, last = group.first_needed(hit), hit // group.block_size
+            for i in range(first, last):
                 block = pool.find(chain[i])
                 assert block is not None
                 need[group.pool] += pool.is_cached(block)
             need[group.pool] += group.peak_blocks(tokens, step_tokens)
-            need[group.pool] -= max(0, hit - first)
+            need[group.pool] -= max(0, last - first)
         return all(n <= pool.available for n, pool in zip(need, self.pools, strict=True))
 
     def _pass_window(self, blocks: RequestBlocks, group: KVGroup, first: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from quire.comm.group import Group
+from quire.kv import BLOCK_SIZE
 from quire.weights.source import TensorInfo, WeightSource
 
 
@@ -77,11 +78,12 @@ class Weight(Protocol):
 
 @dataclass
 class CacheLayer:
-    """What one attention layer keeps of every token, in blocks of BLOCK_SIZE tokens.
+    """What one attention layer keeps of every token, in blocks of `block_size` tokens.
 
     `page`: the shape of one block in each of the layer's tensors; the runner makes `tensors`
     [blocks, *shape] of it once planned. `heads` query heads read keys of `key_size` and values of
-    `value_size` from `kv_heads` heads. `group` is the index of the KV group the layer belongs to.
+    `value_size` from `kv_heads` heads. `by_kernels`: Kernels.attention reads it, and not code of
+    the model's own. `group` is the index of the KV group the layer belongs to.
     """
 
     layer: int
@@ -91,13 +93,15 @@ class CacheLayer:
     kv_heads: int
     key_size: int
     value_size: int
+    block_size: int = BLOCK_SIZE
+    by_kernels: bool = True
     group: int = -1
     tensors: tuple[torch.Tensor, ...] = ()
 
     @property
     def latent(self) -> bool:
         """Whether values are the first part of keys, in one tensor."""
-        return len(self.page) == 1
+        return len(self.page) == 1 and self.by_kernels
 
     @property
     def page_values(self) -> int:
@@ -106,19 +110,33 @@ class CacheLayer:
 
 
 @dataclass
+class StateLayer:
+    """What one layer keeps of each running request besides its cache: float32 [slots, *shape],
+    which the runner makes once planned. It is not kept with cached prefixes: after a hit the last
+    `recomputed` tokens before it are computed again, which makes it whole.
+    """
+
+    shape: tuple[int, ...]
+    recomputed: int
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
 class Build:
     """Context of building one model: kernels, dense dtype (None keeps the checkpoint's, and makes
     quantised weights that the kernels do not have `widened`), device, ranks, the longest context
-    in tokens (the size of rotary tables), and whether experts are chosen by the "model" or evenly
-    at random ("uniform", for benchmarks). Caches are numbered from `first_layer` on, behind those
-    of a model whose blocks are shared.
+    in tokens (the size of rotary tables), whether experts are chosen by the "model" or evenly
+    at random ("uniform", for benchmarks), and the format of the caches, of which "fp8" is packed by
+    layers of some families (`packs_fp8`, once they are built), in bytes. Caches are numbered from
+    `first_layer` on, behind those of a model whose blocks are shared.
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
-    `width` (most float32 values per token that a layer works with, besides its input and output)
-    and `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the names of
-    tensors that checkpoints of the model may have and that it does not read. `on_experts` is called
-    with the experts [T, K] that a layer chose, by who wants to count them.
+    `states`, `width` (most float32 values per token that a layer works with, besides its input and
+    output), `scratch` (bytes that a layer works with besides, whatever the number of tokens) and
+    `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the names of tensors
+    that checkpoints of the model may have and that it does not read. `on_experts` is called with
+    the experts [T, K] that a layer chose, by who wants to count them.
     """
 
     kernels: Kernels
@@ -127,14 +145,18 @@ class Build:
     max_len: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     moe_routing: str = "model"
+    kv_dtype: str = "auto"
     widened: torch.dtype = torch.bfloat16
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    scratch: int = 0
+    packs_fp8: bool = False
     on_experts: Callable[[torch.Tensor], None] | None = None
     first_layer: int = 0
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
+    states: list[StateLayer] = field(default_factory=list)
     spare: list[str] = field(default_factory=list)
 
     def add_weight(self, weight: Weight) -> None:
@@ -142,6 +164,9 @@ class Build:
 
     def add_width(self, values: int) -> None:
         self.width = max(self.width, values)
+
+    def add_scratch(self, nbytes: int) -> None:
+        self.scratch = max(self.scratch, nbytes)
 
     def add_cache(
         self,
@@ -152,9 +177,17 @@ class Build:
         kv_heads: int,
         key_size: int,
         value_size: int,
+        block_size: int = BLOCK_SIZE,
+        by_kernels: bool = True,
     ) -> CacheLayer:
         """The next layer's cache; arguments as CacheLayer has them."""
-        number = self.first_layer + len(self.caches)
-        cache = CacheLayer(number, page, window, heads, kv_heads, key_size, value_size)
+        number, sizes = self.first_layer + len(self.caches), (heads, kv_heads, key_size, value_size)
+        cache = CacheLayer(number, page, window, *sizes, block_size, by_kernels)
         self.caches.append(cache)
         return cache
+
+    def add_state(self, shape: tuple[int, ...], recomputed: int) -> StateLayer:
+        """State of the next layer that has any; arguments as StateLayer has them."""
+        state = StateLayer(shape, recomputed)
+        self.states.append(state)
+        return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -56,7 +56,7 @@ class SeparateExperts:
         activation: str,
         bias: bool = False,
     ):
-        self.experts = [
+        self.experts: Sequence[Callable[[torch.Tensor], torch.Tensor]] = [
             GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, bias, reduce=False)
             for e in range(experts)
         ]

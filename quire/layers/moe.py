@@ -29,6 +29,24 @@ class Grouped:
     scale: float
 
 
+class UniformLogits:
+    """Logits that choose experts evenly at random, a router's own having been computed."""
+
+    def __init__(self, build: Build, experts: int):
+        self.experts, self._seed = experts, len(build.weights)
+        self._table_TE: torch.Tensor | None = None
+
+    def __call__(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        if self._table_TE is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            table = torch.randn(UNIFORM_ROWS, self.experts, generator=generator)
+            self._table_TE = table.to(logits_TE.device, logits_TE.dtype)
+        rows = len(logits_TE)
+        if rows <= UNIFORM_ROWS:
+            return self._table_TE[:rows]
+        return self._table_TE.repeat(-(-rows // UNIFORM_ROWS), 1)[:rows]
+
+
 class MoE:
     """Router and gated experts, each expert's intermediate size shared over ranks.
 
@@ -69,7 +87,7 @@ class MoE:
         if shared:
             of_shared = f"{name}.shared_experts", hidden, shared, activation, shared_bias
             self.shared = GatedMLP(build, *of_shared, reduce=False)
-        self._uniform_TE: torch.Tensor | None = None
+        self._uniform = UniformLogits(build, experts)
         # Each slot's result and its product with the weight; router logits, probabilities in two
         # orders, ids; one expert may get all tokens, stacked ones keep inner values of all slots.
         inner = max(3, experts_per_token if stacked else 0) * intermediate
@@ -109,14 +127,3 @@ class MoE:
             logits_TE, correction, per_token, how.groups, how.chosen, how.corrected,
             self.normalize, how.scale,
         )  # fmt: skip
-
-    def _uniform(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """Logits that choose experts evenly at random, the router's own having been computed."""
-        if self._uniform_TE is None:
-            generator = torch.Generator().manual_seed(len(self.build.weights))
-            table = torch.randn(UNIFORM_ROWS, self.num_experts, generator=generator)
-            self._uniform_TE = table.to(logits_TE.device, logits_TE.dtype)
-        rows = len(logits_TE)
-        if rows <= UNIFORM_ROWS:
-            return self._uniform_TE[:rows]
-        return self._uniform_TE.repeat(-(-rows // UNIFORM_ROWS), 1)[:rows]

@@ -9,6 +9,7 @@ import torch
 
 from quire.kernels.reference import ops as reference_ops
 from quire.layers.build import Build
+from quire.models.deepseek_v4.parts import IndexTable
 from quire.models.registry import adapt_source, build_model
 from quire.quant.config import read_scheme
 from quire.quant.online import Online
@@ -18,6 +19,9 @@ from quire.weights import open_source
 from quire.weights.dummy import DummySource
 from quire.weights.hub import ModelFiles
 from quire.weights.source import TensorInfo, WeightSource
+
+# Formats of tensors that no checkpoint of a model stores in its dtype.
+EXACT = ("f32", "i64")
 
 
 def checkpoint_scheme(files: ModelFiles) -> Scheme | None:
@@ -43,7 +47,8 @@ def declared_formats(
     Raises UsageError or ModelError where there is nothing to quantise, or it cannot be."""
     if scheme is None and online is None:
         return {}
-    matrices = {info.name: info.shape for info in _tensors(hf) if len(info.shape) == 2}
+    tensors = _tensors(_shapes(hf))
+    matrices = {info.name: info.shape for info in tensors if len(info.shape) == 2}
     if scheme is not None:
         return scheme.formats(matrices.items())
     return online.formats(matrices.items()) if online is not None else {}
@@ -62,22 +67,29 @@ def dummy_checkpoint(
     dense = {"float32": "f32", "float16": "f16"}.get(declared.removeprefix("torch."), "bf16")
     infos: list[TensorInfo] = []
     values: dict[str, float | None] = {}
-    for info in _tensors(hf):
+    build = _shapes(hf)
+    for info in _tensors(build):
         module, _, last = info.name.rpartition(".")
         is_weight = scheme is not None and last == "weight" and len(info.shape) == 2
         storage = scheme.find(module) if scheme is not None and is_weight else None
         if storage is None:
-            infos.append(TensorInfo(info.name, info.shape, formats.get(info.name, dense)))
+            stored = info.format if info.format in EXACT else dense
+            infos.append(TensorInfo(info.name, info.shape, formats.get(info.name, stored)))
             continue
         rows, columns = info.shape
         for part, (shape, format, value) in storage.dummies(rows, columns).items():
             infos.append(TensorInfo(f"{module}.{part}", shape, format))
             values[f"{module}.{part}"] = value
-    source = DummySource(infos, seed, device=device, values=values)
+    limits = {w.name: w.limit for w in build.weights if isinstance(w, IndexTable)}
+    source = DummySource(infos, seed, index_limits=limits, device=device, values=values)
     return source if scheme is None else QuantizedSource(source, scheme)
 
 
-def _tensors(hf: dict[str, Any]) -> list[TensorInfo]:
+def _shapes(hf: dict[str, Any]) -> Build:
     build = Build(reference_ops)
     build_model(hf, build)
+    return build
+
+
+def _tensors(build: Build) -> list[TensorInfo]:
     return [info for weight in build.weights for info in weight.tensors()]

@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "GptOssForCausalLM": "gpt_oss",
     "DeepseekV2ForCausalLM": "deepseek_v3",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
 }
 CAUSAL = "ForCausalLM"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of

@@ -24,6 +24,7 @@ MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
     "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",
     "activations": "lower --max-num-batched-tokens or --max-num-seqs",
+    "request state": "lower --max-num-seqs",
     "interpreter and libraries": "free memory",
 }
 
@@ -45,11 +46,19 @@ def place(
             "--runner graph: there is nothing to capture on a CPU",
             fix="use --runner auto",
         )
-    dtype = DTYPES.get(options.model.dtype)
-    shapes = Build(found.reference, dtype=dtype, group=group)
+    dtype, kv_dtype = DTYPES.get(options.model.dtype), _choose_kv_dtype(options)
+    shapes = Build(found.reference, dtype=dtype, group=group, kv_dtype=kv_dtype)
     build_model(hf, shapes)
-    name, kernels = _choose_kernels(options, found, shapes.caches, choices)
-    build = Build(kernels, dtype=dtype, group=group)
+    if kv_dtype == "fp8" and not shapes.packs_fp8:
+        raise PlanError(
+            "unsupported_kv_dtype",
+            "--kv-cache-dtype fp8: this model's layers do not pack their cache",
+            why="of the families here DeepSeek V4 has a packed form of its cache",
+            fix="use --kv-cache-dtype auto",
+        )
+    read = [cache for cache in shapes.caches if cache.by_kernels]
+    name, kernels = _choose_kernels(options, found, read, choices)
+    build = Build(kernels, dtype=dtype, group=group, kv_dtype=kv_dtype)
     build_model(hf, build)
     choose_latent_form(build, choices)
     deterministic = _choose_determinism(options, name, choices)
@@ -61,10 +70,13 @@ def place(
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
     sampled = sampled_rows(engine, sequences, tokens)
-    activations = memory.activation_bytes(config, build.width, tokens, sampled)
+    activations = memory.activation_bytes(config, build.width, tokens, sampled) + build.scratch
     recorded = 0
     if name == "reference":
         activations += memory.reference_bytes(build, formats)
+    elif build.states:
+        reason = "layers keep state of requests, which no step may change twice"
+        choices.append(Choice("decode steps", "computed one by one", reason))
     else:
         rows = min(RECORDED_ROWS, sequences)
         recorded = memory.recorded_bytes(config, build.width, rows)
@@ -78,11 +90,9 @@ def place(
     parts = {
         "weights": weights,
         "activations": activations + recorded,
+        "request state": memory.state_bytes(build, sequences),
         "interpreter and libraries": memory.RESERVE_BYTES,
     }
-    kv_dtype = options.model.kv_cache_dtype
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if options.model.dtype == "float32" else "bfloat16"
     return Place(
         device="cpu",
         device_name=machine.name,
@@ -100,12 +110,18 @@ def place(
         weight_bytes=weights,
         activation_bytes=activations,
         graph_bytes=recorded,
-        state_bytes=0,
+        state_bytes=parts["request state"],
         reserve_bytes=memory.RESERVE_BYTES,
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
         max_sampled=sampled,
     )
+
+
+def _choose_kv_dtype(options: Options) -> str:
+    if options.model.kv_cache_dtype != "auto":
+        return options.model.kv_cache_dtype
+    return "float32" if options.model.dtype == "float32" else "bfloat16"
 
 
 def _choose_kernels(

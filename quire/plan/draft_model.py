@@ -53,6 +53,15 @@ def plan_draft_model(
         first_layer=len(place.build.caches),
     )
     build_model(draft.hf_config, build)
+    if build.states or place.kv_dtype not in DTYPES:
+        raise PlanError(
+            "unsupported_draft_model",
+            f"{draft.name} cannot draft",
+            why="it keeps state of requests beside its blocks"
+            if build.states
+            else f"its layers cannot keep keys and values as {place.kv_dtype}",
+            fix='use "method": "ngram"' + ("" if build.states else ", or leave out --kv-cache-dtype"),
+        )
     widened = place.dtype if place.dtype in DTYPES else declared_dtype(draft.hf_config)
     formats = held_formats(build, tensor_formats(draft, options), widened, choices)
     add = _on_gpu if place.device == "cuda" else _on_cpu

@@ -10,6 +10,8 @@ import torch
 from quire.layers.build import CpuKernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of caches; in fp8 their layers count bytes (quire/kernels/reference/compressed/entries.py).
+KV_DTYPES = {**DTYPES, "fp8": torch.uint8}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
@@ -18,24 +18,69 @@ RESERVE_BYTES = 400 * 2**20
 LOGIT_ROWS = 64
 # Vectors of the vocabulary's size that sampling one token works with, as float32.
 SAMPLING_VECTORS = 16
+# Where the windows of a prompt are kept for prefix hits, besides its end: they are large beside the
+# compressed entries of as many tokens.
+CHECKPOINT_TOKENS = 4096
+# Steps in flight, of which each may have blocks that its windows have passed.
+STEPS_IN_FLIGHT = 2
 Page = tuple[tuple[int, ...], ...]  # as in CacheLayer
 
 
-def kv_groups(caches: Sequence[CacheLayer], itemsize: int) -> tuple[KVGroup, ...]:
+def kv_groups(
+    caches: Sequence[CacheLayer], itemsize: int, checkpoint_tokens: int = CHECKPOINT_TOKENS
+) -> tuple[KVGroup, ...]:
     """Layers of equal window and page share a group; groups of as many layers of equal page share
-    a pool and its memory."""
-    members: dict[tuple[int | None, Page], list[CacheLayer]] = {}
+    a pool and its memory. Where pages of other layers hold compressed entries of many tokens,
+    windows are kept for prefix hits only at checkpoints: `checkpoint_tokens` apart, or a few more
+    where hits end."""
+    members: dict[tuple[int | None, Page, int], list[CacheLayer]] = {}
     for cache in caches:
-        members.setdefault((cache.window, cache.page), []).append(cache)
+        members.setdefault((cache.window, cache.page, cache.block_size), []).append(cache)
+    hit_tokens = lcm(*(cache.block_size for cache in caches))
+    checkpoint = -(-checkpoint_tokens // hit_tokens) * hit_tokens
     groups: list[KVGroup] = []
     pools: list[tuple[Page, int]] = []
-    for (window, page), layers in members.items():
-        size = itemsize * sum(cache.page_values for cache in layers)
+    for (window, page, block_size), layers in members.items():
         if (page, len(layers)) not in pools:
             pools.append((page, len(layers)))
-        pool = pools.index((page, len(layers)))
-        groups.append(KVGroup(len(groups), window, tuple(c.layer for c in layers), size, pool))
+        group = KVGroup(
+            index=len(groups),
+            window=window,
+            layers=tuple(cache.layer for cache in layers),
+            page_bytes=itemsize * sum(cache.page_values for cache in layers),
+            pool=pools.index((page, len(layers))),
+            block_size=block_size,
+            checkpoint=checkpoint if window is not None and hit_tokens > BLOCK_SIZE else None,
+        )
+        groups.append(group)
     return tuple(groups)
+
+
+def entry_bytes(groups: Sequence[KVGroup]) -> float:
+    """KV bytes by which each token of a request grows, once its windows are full."""
+    return sum(group.page_bytes / group.block_size for group in groups if group.window is None)
+
+
+def window_bytes(groups: Sequence[KVGroup]) -> int:
+    """KV bytes of one request's full windows."""
+    windows = [group for group in groups if group.window is not None]
+    return sum(group.page_bytes * window_blocks(group) for group in windows)
+
+
+def window_blocks(group: KVGroup) -> int:
+    """Blocks of one request's full window, wherever it begins in its first block."""
+    assert group.window is not None
+    return group.blocks_of(group.window) + 1
+
+
+def state_bytes(build: Build, sequences: int) -> int:
+    """What layers keep of requests besides their caches."""
+    return 4 * sequences * sum(prod(state.shape) for state in build.states)
+
+
+def recomputed_tokens(build: Build) -> int:
+    """Tokens before a prefix hit that are computed again, to make the layers' state whole."""
+    return max((state.recomputed for state in build.states), default=0)
 
 
 def window_peak(group: KVGroup, step_tokens: int) -> int:
@@ -52,7 +97,8 @@ def bytes_for_tokens(
 
 def tokens_that_fit(groups: Sequence[KVGroup], size: int, step_tokens: int, sequences: int) -> int:
     """The most tokens whose KV fits in `size` bytes, a multiple of BLOCK_SIZE; 0 if none."""
-    low, high = 0, size // max(1, min(g.page_bytes for g in groups)) + 1
+    most = max(group.block_size for group in groups) // BLOCK_SIZE
+    low, high = 0, most * (size // max(1, min(g.page_bytes for g in groups)) + 1)
     while low < high:
         middle = (low + high + 1) // 2
         if bytes_for_tokens(groups, middle * BLOCK_SIZE, step_tokens, sequences) <= size:
@@ -67,13 +113,25 @@ def pool_blocks(
 ) -> tuple[int, ...]:
     """Blocks of each pool (with its null block) for `tokens` tokens of `sequences` requests."""
     blocks = [1] * (max(g.pool for g in groups) + 1)
-    # Each request's last block may be partly filled.
-    whole = -(-tokens // BLOCK_SIZE) + sequences
     for group in groups:
-        bounded = group.window is not None
-        peak = sequences * window_peak(group, step_tokens) if bounded else whole
+        # Each request's last block may be partly filled.
+        whole = group.blocks_of(tokens) + sequences
+        peak = whole
+        if group.checkpoint is not None:
+            peak = _checkpointed_blocks(group, tokens, step_tokens, sequences)
+        elif group.window is not None:
+            peak = sequences * window_peak(group, step_tokens)
         blocks[group.pool] += min(whole, peak)
     return tuple(blocks)
+
+
+def _checkpointed_blocks(group: KVGroup, tokens: int, step_tokens: int, sequences: int) -> int:
+    """Blocks of a window group: live windows, what steps in flight add to them, and checkpoints of
+    as many tokens as the other groups hold."""
+    assert group.checkpoint is not None
+    live = sequences * window_blocks(group) + STEPS_IN_FLIGHT * group.blocks_of(step_tokens)
+    kept = (tokens // group.checkpoint + sequences) * window_blocks(group)
+    return max(live, window_peak(group, step_tokens)) + kept
 
 
 def allocated_bytes(groups: Sequence[KVGroup], blocks: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
 from quire.layers.latent import HeadProducts
 from quire.layers.linear import Linear
+from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.plan.facts import ModelFacts, declared_dtype
 from quire.plan.plan import Choice, format_bytes
 
@@ -86,7 +87,7 @@ def held_formats(
     widened: dict[str, str] = {}
     products: dict[str, str] = {}
     for weight in build.weights:
-        if isinstance(weight, Linear | Embedding | StackedExperts):
+        if isinstance(weight, Linear | Embedding | StackedExperts | GroupedLinear):
             widened |= weight.widened(formats)
         elif isinstance(weight, HeadProducts):
             products |= weight.widened(formats)

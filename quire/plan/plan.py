@@ -38,6 +38,7 @@ class Plan:
     `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
     model that drafts; its layers' caches are in `groups`, numbered behind the model's.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
+    `recomputed_tokens`: so many before a prefix hit are computed again.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Plan:
     draft_bytes: int = 0
     draft_fingerprint: str = ""
     ranks: int = 1
+    recomputed_tokens: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -98,7 +100,7 @@ class Plan:
             self.numerics_version,
             self.ranks,
             BLOCK_SIZE,
-            [(g.window, g.layers, g.page_bytes) for g in self.groups],
+            [(g.window, g.layers, g.page_bytes, g.block_size) for g in self.groups],
         ]
         if self.draft_fingerprint:
             fields.append(self.draft_fingerprint)

@@ -9,11 +9,11 @@ from quire.config.options import Options
 from quire.errors import PlanError
 from quire.hardware.machine import Machine
 from quire.kv.groups import KVGroup
-from quire.layers.build import Build
+from quire.layers.build import Build, CacheLayer
 from quire.models.registry import read_config
 from quire.plan import cpu, gpu, memory
 from quire.plan.draft_model import plan_draft_model, with_draft_model
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.facts import KV_DTYPES, KernelFacts, ModelFacts
 from quire.plan.place import Place, tensor_formats
 from quire.plan.plan import Choice, Plan, format_bytes
 from quire.plan.speculation import describe_speculation
@@ -57,11 +57,12 @@ def resolve(
         caches += drafter.layers
         table_bytes += drafter.rotary_bytes
         place = with_draft_model(place, drafter, speculation.ahead)
-    groups = memory.kv_groups(caches, DTYPES[place.kv_dtype].itemsize)
+    groups = _groups(options, caches, place.kv_dtype)
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
     blocks = memory.pool_blocks(groups, tokens, place.step_tokens, sequences)
+    _describe_caches(groups, place, choices)
     draft_bytes = 0 if drafter is None else drafter.weight_bytes
     if speculation is not None:
         ahead = options.engine.async_scheduling
@@ -102,6 +103,7 @@ def resolve(
         draft_bytes=draft_bytes,
         draft_fingerprint="" if drafter is None else drafter.fingerprint,
         ranks=(group or Group()).size,
+        recomputed_tokens=memory.recomputed_tokens(place.build),
     )
     downgrades = [c for c in choices if c.downgrade]
     if options.engine.strict and downgrades:
@@ -122,6 +124,55 @@ def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:
             if len(info.shape) == 2:
                 counts[formats(info.name)] = counts.get(formats(info.name), 0) + 1
     return ", ".join(f"{k} x {n}" for k, n in sorted(counts.items(), key=lambda i: -i[1]))
+
+
+def _groups(options: Options, caches: Sequence[CacheLayer], kv_dtype: str) -> tuple[KVGroup, ...]:
+    """Raises PlanError where checkpoints are asked for that the model's caches do not have."""
+    asked = options.engine.checkpoint_tokens
+    groups = memory.kv_groups(
+        caches,
+        KV_DTYPES[kv_dtype].itemsize,
+        memory.CHECKPOINT_TOKENS if asked is None else asked,
+    )
+    if asked is not None and all(group.checkpoint is None for group in groups):
+        raise PlanError(
+            "no_checkpoints",
+            f"--checkpoint-tokens {asked}: this model's windows are kept wherever there is room",
+            why="only models with compressed entries keep windows at checkpoints",
+            fix="leave it out",
+        )
+    return groups
+
+
+def _describe_caches(groups: Sequence[KVGroup], place: Place, choices: list[Choice]) -> None:
+    """What a request's KV consists of, where it is more than one kind."""
+    checkpoint = next((g.checkpoint for g in groups if g.checkpoint is not None), None)
+    if checkpoint is None:
+        return
+    compressed = [group for group in groups if group.window is None]
+    tokens = max(group.block_size for group in groups)
+    window = format_bytes(memory.window_bytes(groups))
+    for what, chosen, reason in (
+        (
+            "compressed entries",
+            f"{memory.entry_bytes(groups):.0f} bytes for each token",
+            f"{sum(len(group.layers) for group in compressed)} layers, in pages of {tokens} tokens",
+        ),
+        ("windows", f"{window} for each request", "every layer keeps the last tokens as they are"),
+        (
+            "open windows",
+            f"{format_bytes(memory.state_bytes(place.build, 1))} for each request",
+            "tokens that are not in an entry yet; after a prefix hit the last "
+            f"{memory.recomputed_tokens(place.build)} tokens before it are computed again",
+        ),
+        (
+            "checkpoints",
+            f"{window} for each",
+            f"windows are kept for prefix hits at the end of prompts and every {checkpoint} "
+            f"tokens; hits end at multiples of {tokens} tokens",
+        ),
+    ):
+        choices.append(Choice(what, chosen, reason))
 
 
 def _choose_context(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from quire.formats.layout import FP8_BLOCK
+from quire.quant import deepseek_v4
 from quire.quant.compressed_tensors import compressed_tensors
 from quire.quant.errors import bad_quantization, unknown_quantization
 from quire.quant.fields import choice, flag, strings, table, whole
 from quire.quant.integers import Awq, Gptq
 from quire.quant.modelopt import modelopt
+from quire.quant.names import EXPERTS
 from quire.quant.scheme import Rule, Scheme
 from quire.quant.storage import Fp8, Mxfp4, Nvfp4, Storage
-
-EXPERTS = "experts"
 
 
 def read_scheme(hf: dict[str, Any], hf_quant: dict[str, Any] | None = None) -> Scheme | None:
@@ -26,13 +26,13 @@ def read_scheme(hf: dict[str, Any], hf_quant: dict[str, Any] | None = None) -> S
     for holder in (hf, inner or {}):
         for key in ("quantization_config", "compression_config"):
             if holder.get(key):
-                return _parse(table(holder, key))
+                return _parse(table(holder, key), holder)
     if hf_quant and hf_quant.get("quantization"):
         return modelopt(hf_quant)
     return None
 
 
-def _parse(config: dict[str, Any]) -> Scheme:
+def _parse(config: dict[str, Any], holder: dict[str, Any]) -> Scheme:
     method = config.get("quant_method")
     if not isinstance(method, str):
         raise bad_quantization(f"quant_method is {method!r}")
@@ -48,6 +48,8 @@ def _parse(config: dict[str, Any]) -> Scheme:
     }
     if method not in readers:
         raise unknown_quantization(f"quant_method {method!r}")
+    if method == "fp8" and holder.get("model_type") == deepseek_v4.MODEL_TYPE:
+        return deepseek_v4.complete(_fp8(deepseek_v4.with_experts(holder, config)))
     return readers[method](config)
 
 

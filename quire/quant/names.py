@@ -19,6 +19,7 @@ USUALLY_DENSE = (
     "eh_proj",
     "head",
 )
+EXPERTS = "experts"  # the part of a name under which a layer's experts stand
 MAX_NAME = 512  # names of files, too, can be made to take long
 
 

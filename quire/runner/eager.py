@@ -80,10 +80,18 @@ def allocate_caches(
             cache.group, cache.tensors = group.index, memory[group.pool, i]
 
 
+def allocate_states(build: Build, num_slots: int) -> None:
+    """Memory for what layers keep of each request besides their caches."""
+    for state in build.states:
+        state.tensor = torch.empty((num_slots, *state.shape), device=build.device)
+
+
 class EagerRunner:
     """Owns the slots; the model and its caches are given built, loaded and allocated.
 
-    `submit` raises whatever the computation raises; the caller then calls `reset`.
+    `block_sizes`: as in Slots. `stateful`: layers keep state of requests, so that no step can be
+    computed twice to be recorded. `submit` raises whatever the computation raises; the caller then
+    calls `reset`.
     """
 
     def __init__(
@@ -94,14 +102,17 @@ class EagerRunner:
         num_slots: int,
         max_model_len: int,
         draft_model: Model | None = None,
+        block_sizes: Sequence[int] | None = None,
+        stateful: bool = False,
     ):
         self.model = model
         self.sampler = Sampler(kernels)
         self.replaying = True  # False: the model's code runs in every step
         self.watch: WatchLogits | None = None  # set by who wants to measure
         max_blocks = -(-max_model_len // BLOCK_SIZE) + 1
-        self.slots = Slots(num_slots, max_blocks, num_groups)
-        record = getattr(kernels, "record", None)  # only the native kernels can be recorded
+        self.slots = Slots(num_slots, max_blocks, num_groups, block_sizes)
+        # Only the native kernels can be recorded.
+        record = None if stateful else getattr(kernels, "record", None)
         self._recorded = record and RecordedSteps(model, record, num_groups, max_blocks)
         self._drafter: EagerDrafter | None = None
         if draft_model is not None:

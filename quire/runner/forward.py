@@ -16,6 +16,9 @@ def forward(model: Model, flat: Flat) -> torch.Tensor:
         for table, slots in zip(flat.block_tables, flat.slots, strict=True)
     ]
     step = StepInputs(
-        torch.from_numpy(flat.query_start), torch.from_numpy(flat.context_len), groups
+        torch.from_numpy(flat.query_start),
+        torch.from_numpy(flat.context_len),
+        groups,
+        torch.from_numpy(flat.state_slots),
     )
     return model.forward(torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step)

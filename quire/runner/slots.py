@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.kv import BLOCK_SIZE
+from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.params import SamplingParams
 from quire.step import Batch, Enter, Row, draft_tokens
 
@@ -57,7 +57,7 @@ class Slot:
     What a row of logits is indexed by is made once: `allowed`, `ends` and `bias_ids` (int64, None
     where the parameter is not given), `bias` their values. `output_counts` and `prompt_ids` (the
     prompt's distinct tokens) are kept only where a penalty needs them. `mask` bool [V]: tokens that
-    the step being sampled may choose, None where its row is not gated.
+    the step being sampled may choose, None where its row is not gated. `cached`: as in Enter.
     """
 
     params: SamplingParams
@@ -72,6 +72,7 @@ class Slot:
     bias: torch.Tensor | None
     output_counts: TokenCounts | None
     prompt_ids: torch.Tensor | None
+    cached: int = 0
     mask: torch.Tensor | None = None
 
     @property
@@ -108,6 +109,7 @@ def new_slot(enter: Enter) -> Slot:
         bias=torch.tensor(list(bias.values()), dtype=torch.float32) if bias else None,
         output_counts=TokenCounts(enter.tokens[enter.num_prompt :]) if penalised else None,
         prompt_ids=torch.tensor(sorted(set(prompt))) if penalised else None,
+        cached=enter.cached,
     )
 
 
@@ -116,9 +118,17 @@ def _index(tokens: Collection[int] | None) -> torch.Tensor | None:
 
 
 class Slots:
-    """All slots and their block tables, int32 [slots, max blocks] per KV group."""
+    """All slots and their block tables, int32 [slots, max blocks] per KV group. `block_sizes`: the
+    tokens in a block of each group, BLOCK_SIZE where they are not given."""
 
-    def __init__(self, num_slots: int, max_blocks: int, num_groups: int):
+    def __init__(
+        self,
+        num_slots: int,
+        max_blocks: int,
+        num_groups: int,
+        block_sizes: Sequence[int] | None = None,
+    ):
+        self.block_sizes = tuple(block_sizes or [BLOCK_SIZE] * num_groups)
         self._slots: list[Slot | None] = [None] * num_slots
         self._filled = np.zeros((num_groups, num_slots), dtype=np.int64)
         self.tables = [np.zeros((num_slots, max_blocks), dtype=np.int32) for _ in range(num_groups)]
@@ -164,7 +174,9 @@ def _tokens(row: Row, known: list[int]) -> list[int]:
 
 @dataclass
 class Flat:
-    """A Batch's rows laid out flat, as numpy arrays: T tokens, B rows."""
+    """A Batch's rows laid out flat, as numpy arrays: T tokens, B rows. `slots[g]`: where each token
+    is written in KV group g, in the null block where it is cached already; `state_slots`: the
+    request slot of each row."""
 
     tokens_T: npt.NDArray[np.int64]
     positions_T: npt.NDArray[np.int64]
@@ -172,6 +184,7 @@ class Flat:
     context_len: npt.NDArray[np.int32]
     block_tables: list[npt.NDArray[np.int32]]
     slots: list[npt.NDArray[np.int64]]
+    state_slots: npt.NDArray[np.int64]
 
 
 def flatten(rows: list[Row], slots: Slots) -> Flat:
@@ -184,14 +197,16 @@ def flatten(rows: list[Row], slots: Slots) -> Flat:
     owner_T = np.repeat(np.arange(len(rows)), lengths)
     positions_T = np.arange(len(tokens)) - np.repeat(query_start[:-1], lengths) + starts[owner_T]
     context_len = (starts + lengths).astype(np.int32)
-    widest = -(-int(context_len.max(initial=0)) // BLOCK_SIZE)
+    longest = int(context_len.max(initial=0))
     index = [r.slot for r in rows]
+    cached = np.array([slots[i].cached for i in index], dtype=np.int64)
+    new_T = positions_T >= cached[owner_T]
     block_tables, write_slots = [], []
-    for table in slots.tables:
-        mine = np.ascontiguousarray(table[index, :widest])
+    for table, size in zip(slots.tables, slots.block_sizes, strict=True):
+        mine = np.ascontiguousarray(table[index, : -(-longest // size)])
         block_tables.append(mine)
-        blocks_T = mine[owner_T, positions_T // BLOCK_SIZE].astype(np.int64)
-        write_slots.append(blocks_T * BLOCK_SIZE + positions_T % BLOCK_SIZE)
+        blocks_T = mine[owner_T, positions_T // size].astype(np.int64)
+        write_slots.append(np.where(new_T, blocks_T, NULL_BLOCK) * size + positions_T % size)
     return Flat(
         tokens_T=np.array(tokens, dtype=np.int64),
         positions_T=positions_T,
@@ -199,4 +214,5 @@ def flatten(rows: list[Row], slots: Slots) -> Flat:
         context_len=context_len,
         block_tables=block_tables,
         slots=write_slots,
+        state_slots=np.array(index, dtype=np.int64),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.deepseek_v4.oracle import Oracle
 from models.harness import TINY, checkpoint
 from models.test_deepseek_v3 import V3
 from quant.checkpoints import LLAMA, QWEN3_MOE, of_scheme
@@ -40,19 +41,24 @@ QUANTIZED: dict[str, Any] = {
     "gptq moe": ("gptq zeros", {**QWEN3_MOE, "moe_intermediate_size": 128}),
 }
 
+DEEPSEEK_V4 = "deepseek v4"
+NAMES = [*MODELS, *QUANTIZED, DEEPSEEK_V4]
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
     directory = tmp_path_factory.mktemp("ranks")
     for name, config in MODELS.items():
         checkpoint(directory / name, config)
+    Oracle(directory / "made").path.rename(directory / DEEPSEEK_V4)
+    (directory / "made").rename(directory / f"{DEEPSEEK_V4} as made")
     for name, (scheme, config) in QUANTIZED.items():
         of_scheme(directory / "made", scheme, config)[0].rename(directory / name)
         (directory / "made").rename(directory / f"{name} as made")
     context = multiprocessing.get_context("spawn")
     address = f"file://{directory}/rendezvous"
     processes = [
-        context.Process(target=work, args=(rank, str(directory), [*MODELS, *QUANTIZED], address))
+        context.Process(target=work, args=(rank, str(directory), NAMES, address))
         for rank in range(2)
     ]
     for process in processes:
@@ -74,7 +80,7 @@ def test_collectives_sum_and_gather_in_rank_order(
         assert torch.equal(found["gathered"], torch.cat([x, x + 10], dim=1))
 
 
-@pytest.mark.parametrize("name", [*MODELS, *QUANTIZED])
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_two_ranks_equal_those_of_one(
     name: str, ranks: tuple[Path, list[dict[str, torch.Tensor]]]
 ) -> None:

@@ -3,9 +3,10 @@
 Every cell of the cache (pool, block, offset) holds what was last written there. Computing a token
 writes a value determined by the whole prefix, and then reads back, through the slot's block table,
 every position that attention would read: all of them in a full group, the window in a window
-group. A block that is stale, evicted, never written, shared wrongly or given to two owners holds
-another value, and the step raises AssertionError. The order of step.py is followed literally:
-leave, enter, rows; all rows of a step write before any of them reads, as on a device.
+group. Tokens that are cached and computed again write nothing. A block that is stale, evicted,
+never written, shared wrongly or given to two owners holds another value, and the step raises
+AssertionError. The order of step.py is followed literally: leave, enter, rows; all rows of a step
+write before any of them reads, as on a device.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 
 import msgspec
 
-from quire.kv import BLOCK_SIZE, NULL_BLOCK
+from quire.kv import NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.params import SamplingParams
 from quire.step import (
@@ -167,6 +169,7 @@ class MockRunner:
     how often a proposed draft is not what will be chosen.
 
     What makes a request's label travels as its first bad word, which the scheduler must pass on.
+    `recomputed`: so many tokens before a hit must be computed again; windows reach as much further.
     """
 
     def __init__(
@@ -177,10 +180,13 @@ class MockRunner:
         fails: Callable[[Batch, list[Slot]], bool] = lambda batch, slots: False,
         nan: Callable[[Slot, Row], bool] = lambda slot, row: False,
         wrong: float = 0.0,
+        recomputed: int = 0,
     ):
-        self.groups = groups
+        self.groups, self.recomputed = groups, recomputed
+        self.hit_tokens = lcm(*(group.block_size for group in groups))
+        sizes = {group.pool: group.block_size for group in groups}
         self.pages: list[list[list[object]]] = [
-            [[None] * BLOCK_SIZE for _ in range(n)] for n in pool_blocks
+            [[None] * sizes[pool] for _ in range(n)] for pool, n in enumerate(pool_blocks)
         ]
         self.num_slots = num_slots
         self.slots: dict[int, Slot] = {}
@@ -248,11 +254,13 @@ class MockRunner:
         assert row.tokens, "an empty row"
         fresh: list[tuple[int, int]] = []
         if slot.next_start is None:
-            # Blocks from `start` on are new to this request; those before were found.
-            assert start % BLOCK_SIZE == 0, "a hit ends at a block boundary"
-            assert start < len(slot.tokens), "a hit must leave a token to compute"
+            # Blocks behind a hit are new to this request; those before were found.
+            hit = slot.enter.cached
+            assert hit % self.hit_tokens == 0, "a hit ends where blocks of all groups do"
+            assert hit < len(slot.tokens), "a hit must leave a token to compute"
+            assert start == max(0, hit - self.recomputed), "what makes the state whole"
             for g, table in enumerate(slot.tables):
-                fresh += [(g, block) for block in table[start // BLOCK_SIZE :]]
+                fresh += [(g, block) for block in table[hit // self.groups[g].block_size :]]
         else:
             assert start == slot.next_start, "tokens computed twice or left out"
         for g, new in enumerate(row.new_blocks):
@@ -260,7 +268,7 @@ class MockRunner:
             fresh += [(g, block) for block in new]
         for g, block in fresh:
             assert block != NULL_BLOCK, "the null block given out"
-            self.pages[self.groups[g].pool][block] = [POISON] * BLOCK_SIZE
+            self.pages[self.groups[g].pool][block] = [POISON] * self.groups[g].block_size
         drafts = draft_tokens(row)
         for position, token in enumerate(() if slot.broken else sure_tokens(row), start):
             if token == DEVICE_TOKEN:
@@ -278,22 +286,24 @@ class MockRunner:
             slot.drafted = prefix_hashes(slot.hashes[-1], drafts)
         slot.broken |= poison
         for g, group in enumerate(self.groups):
-            table = slot.tables[g]
-            assert len(table) * BLOCK_SIZE >= end, "tokens without a block"
-            for position in range(start, end):
-                block = table[position // BLOCK_SIZE]
+            table, size = slot.tables[g], group.block_size
+            assert len(table) * size >= end, "tokens without a block"
+            for position in range(max(start, slot.enter.cached), end):
+                block = table[position // size]
                 assert block != NULL_BLOCK, "a write to the null block"
                 value = POISON if slot.broken else (g, slot.hash_at(position))
-                self.pages[group.pool][block][position % BLOCK_SIZE] = value
+                self.pages[group.pool][block][position % size] = value
         self.tokens_computed += len(row.tokens)
         self.rows_run += 1
 
     def _read(self, slot: Slot, row: Row) -> None:
         for g, group in enumerate(self.groups):
-            first = 0 if group.window is None else max(0, row.start - group.window + 1)
+            size, first = group.block_size, 0
+            if group.window is not None:
+                first = max(0, row.start - (group.window - self.recomputed) + 1)
             for position in range(first, row.start + len(row.tokens)):
-                block = slot.tables[g][position // BLOCK_SIZE]
-                found = self.pages[group.pool][block][position % BLOCK_SIZE]
+                block = slot.tables[g][position // size]
+                found = self.pages[group.pool][block][position % size]
                 assert found == (g, slot.hash_at(position)), (
                     f"slot {row.slot} group {g} position {position} block {block}: {found}"
                 )
@@ -329,9 +339,10 @@ class MockRunner:
         prefix, enter = slot.hashes[-1], slot.enter
         for i in range(count):
             for g, group in enumerate(self.groups):
-                block = slot.tables[g][(first + i) // BLOCK_SIZE]
+                size = group.block_size
+                block = slot.tables[g][(first + i) // size]
                 assert block != NULL_BLOCK, "a draft written to the null block"
-                self.pages[group.pool][block][(first + i) % BLOCK_SIZE] = POISON
+                self.pages[group.pool][block][(first + i) % size] = POISON
             token = choose(prefix, enter.seed, enter.choice, first + 1 + i, frozenset())
             if self.numbers.random() < self.wrong:
                 token = self.numbers.randrange(VOCAB)

@@ -34,7 +34,6 @@ from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
 from quire.kernels.device_state import MAX_WORD_TOKENS, MAX_WORDS
-from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
@@ -60,7 +59,16 @@ LAYOUTS = {
     "two pools": kv_groups(None, 24, pools=(0, 1)),
     "mixed": kv_groups(7, None, 40, pools=(0, 1, 0)),
     "tiny window": kv_groups(None, 1),
+    "pages": [
+        KVGroup(0, 24, (0,), 1, 0, checkpoint=64),
+        KVGroup(1, None, (1,), 1, 1, block_size=32),
+    ],
 }
+
+
+def recomputed_tokens(groups: list[KVGroup]) -> int:
+    """Layers whose windows are checkpointed are taken to keep state of four tokens besides."""
+    return 4 if any(group.checkpoint for group in groups) else 0
 
 
 def least_blocks(groups: list[KVGroup], tokens: int, budget: int) -> list[int]:
@@ -133,9 +141,12 @@ class Driver:
     ):
         self.now, self.depth, self.rng = 100.0, depth, rng or random.Random(0)
         self.kv = KVManager(groups, pool_blocks, BlockIdentity(b"test"), caching)
-        limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue)
+        recomputed = recomputed_tokens(groups)
+        limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue, recomputed)
         self.scheduler = Scheduler(limits, self.kv, lambda: self.now, drafting)
-        self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan, wrong)
+        self.runner = MockRunner(
+            groups, pool_blocks, slots, self._fails, self._nan, wrong, recomputed
+        )
         self.pending: deque[tuple[Batch, Result | Held | None]] = deque()
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
@@ -365,9 +376,10 @@ class Driver:
         chain, hashes = [], prefix_hashes(asked.label, tokens)
         for group in self.kv.groups:
             parent = self.kv.identity.root(group.index, asked.add.tenant, asked.add.cache_salt)
-            for i in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
-                parent = self.kv.identity.block(parent, tokens[i : i + BLOCK_SIZE])
-                chain.append((parent, (group.index, hashes[i : i + BLOCK_SIZE])))
+            size = group.block_size
+            for i in range(0, len(tokens) - size + 1, size):
+                parent = self.kv.identity.block(parent, tokens[i : i + size])
+                chain.append((parent, (group.index, hashes[i : i + size])))
         return chain
 
 

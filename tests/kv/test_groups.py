@@ -38,3 +38,17 @@ def test_peak_by_hand() -> None:
     # Window 32 at position 47 reads 16..47; computing two tokens from there touches block 3 too.
     assert group(32).peak_blocks(1000, 2) == 4
     assert group(32).peak_blocks(20, 2) == 2
+
+
+def test_blocks_may_have_more_tokens() -> None:
+    pages = KVGroup(index=0, window=None, layers=(0,), page_bytes=1, block_size=128)
+    assert [pages.blocks_of(n) for n in (0, 1, 128, 129)] == [0, 1, 1, 2]
+    assert pages.peak_blocks(300, 1000) == 3
+    assert pages.first_needed(10**6) == 0
+
+
+def test_a_window_is_kept_before_checkpoints_and_the_end_of_the_prompt() -> None:
+    group = KVGroup(index=0, window=20, layers=(0,), page_bytes=1, checkpoint=64)
+    # A query at 64 reads positions 45 to 63 of others, one at 112 from 93, one at 128 from 109.
+    assert [i for i in range(10) if group.keeps(i, 112)] == [2, 3, 5, 6, 7]
+    assert [i for i in range(10) if group.keeps(i, 0)] == [2, 3, 6, 7]

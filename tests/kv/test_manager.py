@@ -267,6 +267,91 @@ def test_identities_kept_by_the_caller_give_the_same_hits() -> None:
     assert kept == [identities(kv, g, TOKENS[:160]) for g in (0, 1)]
 
 
+# -- blocks of other sizes -------------------------------------------------------------------------
+
+PAGES = KVGroup(index=1, window=None, layers=(1,), page_bytes=1, pool=1, block_size=64)
+CHECKED = KVGroup(index=0, window=20, layers=(0,), page_bytes=1, checkpoint=128)
+
+
+def test_each_group_has_blocks_of_its_own_size() -> None:
+    kv = manager(FULL, PAGES, blocks=(100, 100))
+    assert kv.hit_tokens == 64 and kv.coarsest == 1
+    assert kv.admit("a", TOKENS[:65], 1000) == 0
+    assert [len(table) for table in kv.table("a")] == [5, 2]
+    assert kv.grow("a", 128) and [len(table) for table in kv.table("a")] == [8, 2]
+    assert kv.grow("a", 129) and [len(table) for table in kv.table("a")] == [9, 3]
+    kv.commit("a", TOKENS, 127, 400)
+    assert [len(pool._index) for pool in kv.pools] == [7, 1]
+    kv.commit("a", TOKENS, 128, 400)
+    assert [len(pool._index) for pool in kv.pools] == [8, 2]
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize(("again", "hit"), [(64, 0), (65, 64), (128, 64), (129, 128), (400, 128)])
+def test_hits_end_where_blocks_of_all_groups_do(again: int, hit: int) -> None:
+    kv = manager(FULL, PAGES, blocks=(100, 100))
+    fill(kv, "a", TOKENS[:190], step=16)
+    assert kv.admit("b", TOKENS[:again], 1000) == hit
+    assert kv.table("b")[0][: hit // 16] == kv.table("a")[0][: hit // 16]
+    assert kv.table("b")[1][: hit // 64] == kv.table("a")[1][: hit // 64]
+    kv.check_integrity()
+
+
+def test_a_group_with_small_blocks_lowers_the_hit_to_a_border_of_all() -> None:
+    kv = manager(FULL, PAGES, blocks=(100, 100))
+    fill(kv, "a", TOKENS[:300])
+    kv.free("a")
+    forget(kv, 0, 9)  # of tokens 144 to 159
+    assert kv.admit("b", TOKENS[:300], 1000) == 128
+
+
+def test_windows_that_are_not_kept_free_their_blocks() -> None:
+    kv = manager(CHECKED, PAGES, blocks=(100, 100))
+    fill(kv, "a", TOKENS[:380], step=16)
+    kv.free("a")
+    # Kept are blocks 6 and 7 before 128, 14 and 15 before 256, 18 and 19 before 320, the last
+    # border of a prompt of 380 tokens, and 22, since 384 might have come. A request of 300 tokens
+    # can use 256, one of 250 only 128.
+    assert len(kv.pools[0]._index) == 7
+    for length, hit in ((380, 320), (321, 320), (300, 256), (250, 128), (128, 0)):
+        assert kv.admit("b", TOKENS[:length], 1000) == hit
+        kv.free("b")
+    kv.check_integrity()
+
+
+def test_hits_of_random_sizes_equal_trying_every_boundary() -> None:
+    rng = random.Random(6)
+    for _ in range(40):
+        sizes = [rng.choice([16, 32, 48, 64]) for _ in range(3)]
+        groups = tuple(
+            KVGroup(i, rng.choice([None, 20, 70]), (i,), 1, i, block_size=size)
+            for i, size in enumerate(sizes)
+        )
+        kv = manager(*groups, blocks=(100, 100, 100))
+        fill(kv, "a", TOKENS[:390])
+        kv.free("a")
+        have = []
+        for pool, size in zip(kv.pools, sizes, strict=True):
+            gone = [block for block in pool._index.values() if rng.random() < 0.1]
+            there = list(pool._index.values())
+            assert len(there) == 390 // size
+            have.append([block not in gone for block in there])
+            for block in gone:
+                pool.discard(block)
+        best = max(
+            boundary
+            for boundary in range(0, 390, kv.hit_tokens)
+            if all(
+                have[g][position // group.block_size]
+                for g, group in enumerate(groups)
+                for position in range(boundary)
+                if group.window is None or boundary - position < group.window
+            )
+        )
+        assert kv.admit("b", TOKENS[:390], 1000) == best
+        kv.check_integrity()
+
+
 # -- release ---------------------------------------------------------------------------------------
 
 

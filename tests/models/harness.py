@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ from quire.layers.build import Build
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.checkpoint import open_checkpoint
 from quire.models.registry import build_model, load_weights
+from quire.plan.facts import KV_DTYPES
 from quire.plan.memory import kv_groups
-from quire.runner.eager import allocate_caches
+from quire.runner.eager import allocate_caches, allocate_states
 from quire.weights.hub import resolve
 
 if TYPE_CHECKING:
@@ -136,48 +138,81 @@ def expected_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 class Loaded:
     """A checkpoint in our own model, and one sequence's cache."""
 
-    def __init__(self, path: Path, kernels: str, group: Group | None = None, max_len: int = 256):
+    def __init__(
+        self,
+        path: Path,
+        kernels: str,
+        group: Group | None = None,
+        max_len: int = 256,
+        kv_dtype: str = "float32",
+    ):
         facts = kernel_facts()
         chosen = facts.native if kernels == "native" else facts.reference
         assert chosen is not None
         files = resolve(str(path))
-        self.build = Build(chosen, torch.float32, group or Group(), max_len)
+        self.kv_dtype = KV_DTYPES[kv_dtype]
+        self.build = Build(chosen, torch.float32, group or Group(), max_len, kv_dtype=kv_dtype)
         self.model = build_model(files.config(), self.build)
         with open_checkpoint(files) as source:
             load_weights(self.build, source)
-        self.groups = kv_groups(self.build.caches, itemsize=4)
         self.blocks = -(-max_len // BLOCK_SIZE)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Memory for the caches of all layers that were built."""
+        self.groups = kv_groups(self.build.caches, self.kv_dtype.itemsize)
         pools = [1 + len(self.groups) * self.blocks] * len(self.groups)
-        allocate_caches(self.build, self.groups, pools, torch.float32)
+        allocate_caches(self.build, self.groups, pools, self.kv_dtype)
+        allocate_states(self.build, 3)
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], chunk: int | None = None) -> torch.Tensor:
         """Logits [T, V] of one sequence, computed `chunk` tokens at a time."""
+        return self.computed(tokens, chunk)[0]
+
+    @torch.inference_mode()
+    def computed(
+        self, tokens: list[int], chunk: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [T, V] and hidden states [T, H] before the head."""
+        hidden = torch.cat(
+            [
+                self.model.forward(torch.tensor(tokens)[part], positions, step)
+                for part, positions, step in self.steps(len(tokens), chunk)
+            ]
+        )
+        return self.model.logits(hidden), hidden
+
+    def steps(
+        self, length: int, chunk: int | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor, StepInputs]]:
+        """The steps of one new sequence: which of its tokens, their positions, where their KV is.
+        All memory holds NaN before."""
         for cache in self.build.caches:
             for tensor in cache.tensors:
-                tensor.fill_(torch.nan)
+                tensor.view(torch.uint8).fill_(255)  # NaN in every format
+        for state in self.build.states:
+            state.tensor.fill_(torch.nan)
         ids = list(range(1, 1 + len(self.groups) * self.blocks))
         random.Random(7).shuffle(ids)
         tables = [ids[i * self.blocks : (i + 1) * self.blocks] for i in range(len(self.groups))]
-        found = []
-        for start in range(0, len(tokens), chunk or len(tokens)):
-            part = tokens[start : start + (chunk or len(tokens))]
-            found.append(self._step(part, start, tables))
-        return torch.cat(found)
+        for start in range(0, length, chunk or length):
+            part = slice(start, min(length, start + (chunk or length)))
+            yield part, torch.arange(length)[part], self._step(part, tables)
 
-    def _step(self, tokens: list[int], start: int, tables: list[list[int]]) -> torch.Tensor:
-        end = start + len(tokens)
+    def _step(self, part: slice, tables: list[list[int]]) -> StepInputs:
+        start, end = part.start, part.stop
         positions = torch.arange(start, end)
         inputs = []
         for group, table in zip(self.groups, tables, strict=True):
             table[: group.first_needed(start)] = [NULL_BLOCK] * group.first_needed(start)
-            used = torch.tensor(table[: -(-end // BLOCK_SIZE)])
-            slots = used[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            used = torch.tensor(table[: group.blocks_of(end)])
+            size = group.block_size
+            slots = used[positions // size] * size + positions % size
             inputs.append(GroupInputs(used[None].to(torch.int32), slots))
-        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        step = StepInputs(bounds, torch.tensor([end], dtype=torch.int32), inputs)
-        hidden = self.model.forward(torch.tensor(tokens), positions, step)
-        return self.model.logits(hidden)
+        bounds = torch.tensor([0, end - start], dtype=torch.int32)
+        length = torch.tensor([end], dtype=torch.int32)
+        return StepInputs(bounds, length, inputs, state_slots=torch.tensor([1]))
 
 
 def text(length: int, seed: int = 0, vocab: int = TINY["vocab_size"]) -> list[int]:

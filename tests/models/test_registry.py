@@ -5,16 +5,32 @@ from typing import Any
 import pytest
 import torch
 
+from models.deepseek_v4.published import FLASH
 from models.test_config import LLAMA
 from quire.errors import ModelError
 from quire.kernels.reference import ops
 from quire.layers.build import Build
-from quire.models import deepseek_v3, gemma3, gpt_oss, llama, mistral, qwen2, qwen3, qwen3_moe
+from quire.models import (
+    deepseek_v3,
+    deepseek_v4,
+    gemma3,
+    gpt_oss,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from quire.models.registry import ARCHITECTURES, build_model, load_weights, read_config
 from quire.weights.dummy import DummySource
 from quire.weights.source import TensorInfo
 
-FILES = [llama, mistral, qwen2, qwen3, qwen3_moe, gemma3, gpt_oss, *[deepseek_v3] * 2]
+FILES = [
+    *(llama, mistral, qwen2, qwen3, qwen3_moe, gemma3, gpt_oss),
+    *(deepseek_v3, deepseek_v3, deepseek_v4),
+]
+# Families whose config has nothing in common with the others'.
+OWN = {"DeepseekV4ForCausalLM": {**FLASH, "n_routed_experts": 6}}
 EXTRA = {
     "num_experts": 2,
     "num_experts_per_tok": 1,
@@ -37,7 +53,7 @@ def needed(hf: dict[str, Any]) -> tuple[Build, dict[str, TensorInfo]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_builds_the_model_of_its_file(name: str) -> None:
     file = FILES[list(ARCHITECTURES).index(name)]
-    hf = {**LLAMA, **EXTRA, "architectures": [name]}
+    hf = {**OWN.get(name, {**LLAMA, **EXTRA}), "architectures": [name]}
     assert isinstance(read_config(hf), file.Config)  # type: ignore[attr-defined]
     assert isinstance(build_model(hf, Build(ops)), file.Model)  # type: ignore[attr-defined]
 

@@ -1,0 +1,1 @@
+"""Attention over a window and compressed entries of what lies before it."""

@@ -1,0 +1,5 @@
+"""DeepSeek V4: attention over compressed caches, hyper-connections, experts in every layer."""
+
+from quire.models.deepseek_v4.config import Config as Config
+from quire.models.deepseek_v4.model import Model as Model
+from quire.models.deepseek_v4.names import adapt as adapt

@@ -1,0 +1,90 @@
+"""Attention over a sliding window and compressed entries, by latent queries and one key that is
+the value too."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
+from quire.kernels.reference.compressed.sparse_attention import AT_ONCE, sparse_attention
+from quire.layers.build import Build
+from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import RotaryTable
+from quire.layers.vector import Vector
+from quire.models.deepseek_v4 import stored
+from quire.models.deepseek_v4.compressor import Compressor, Indexer
+from quire.models.deepseek_v4.config import Config, Layer
+from quire.models.deepseek_v4.parts import GroupedLinear
+from quire.models.deepseek_v4.places import Places
+
+# Products of queries and keys, of weights and values, and the keys themselves, in float32.
+SCRATCH_BYTES = 3 * 4 * AT_ONCE
+
+
+class Attention:
+    """x [T, H] -> [T, H]. Query heads are shared over ranks by output groups; every rank keeps the
+    one key that all heads read."""
+
+    def __init__(self, config: Config, build: Build, name: str, layer: Layer):
+        self.config, self.kernels, self.layer = config, build.kernels, layer
+        c = config
+        width = c.heads * c.head_size
+        names = [f"{name}.wq_a", f"{name}.wkv"]
+        self.latent = Linear(build, names, c.hidden, [c.query_rank, c.head_size])
+        self.query_norm = RMSNorm(build, f"{name}.q_norm", c.query_rank, c.eps)
+        self.key_norm = RMSNorm(build, f"{name}.kv_norm", c.head_size, c.eps)
+        self.queries = Linear(build, [f"{name}.wq_b"], c.query_rank, [width], shard="outputs")
+        self.sinks = Vector(build, f"{name}.attn_sink", c.heads, shared=True)
+        self.mix = GroupedLinear(
+            build, f"{name}.wo_a", c.output_groups, width // c.output_groups, c.output_rank
+        )
+        ranks = c.output_groups * c.output_rank
+        self.out = Linear(build, [f"{name}.wo_b"], ranks, [c.hidden], shard="inputs")
+        compressed = layer.ratio > 0
+        self.rope = RotaryTable(build, c.rotary_size, c.compressed_rope if compressed else c.rope)
+        self.ones = torch.ones(c.head_size, device=build.device)
+        self.window = stored.window(c, build)
+        self.compressor: Compressor | None = None
+        self.indexer: Indexer | None = None
+        if compressed:
+            entries, *index = stored.compressed(c, build, layer)
+            self.compressor = Compressor(c, build, f"{name}.compressor", layer, entries)
+            if layer.sparse:
+                self.indexer = Indexer(c, build, f"{name}.indexer", layer, index[0])
+        build.add_width(6 * width + ranks)
+        build.add_scratch(SCRATCH_BYTES)
+
+    def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
+        c, positions_T, table = self.config, places.positions_T, self.rope()
+        latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
+        latent_TR = self.query_norm(latent_TR.contiguous())
+        q_ND = self.queries(latent_TR).view(-1, c.head_size)
+        q_THD = self.kernels.rms_norm(q_ND, self.ones, c.eps).view(len(x_TH), -1, c.head_size)
+        q_THD = rotate_pairs(q_THD, table, positions_T)
+        key_TD = rotate_pairs(self.key_norm(key_TD.contiguous()), table, positions_T)
+        window = self.window
+        window.write(places.group(window.cache).slots, key_TD)
+        caches = [(window.memory, places.window(window.cache, c.window))]
+        if self.compressor is not None:
+            slots = self._entry_slots(self.compressor, x_TH, latent_TR, places)
+            caches.append((self.compressor.entries.memory, slots))
+        mixed_THD = sparse_attention(
+            q_THD, caches, window.entries, self.sinks.values, c.head_size**-0.5
+        )
+        mixed_THD = rotate_pairs(mixed_THD, table, positions_T, inverse=True)
+        return self.out(self.mix(mixed_THD.flatten(1)))
+
+    def _entry_slots(
+        self,
+        compressor: Compressor,
+        x_TH: torch.Tensor,
+        latent_TR: torch.Tensor,
+        places: Places,
+    ) -> torch.Tensor:
+        """Compresses the step's tokens; the slots of entries that each of them attends to."""
+        cache, ratio = compressor.entries.cache, self.layer.ratio
+        compressor(x_TH, places)
+        if self.indexer is None:
+            return places.all_entries(cache, ratio)
+        return places.entries(cache, ratio, self.indexer(x_TH, latent_TR, places))

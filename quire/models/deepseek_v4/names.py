@@ -1,0 +1,50 @@
+"""Names of DeepSeek V4's tensors: as published, which the layers here have too, and others."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from quire.weights.renamed import RenamedSource
+from quire.weights.source import WeightSource
+
+# What transformers calls otherwise when it saves a model, by the part of the name that differs.
+RESAVED = (
+    (re.compile(r"^model\.hc_head\.hc_(fn|base|scale)$"), r"hc_head_\1"),
+    (re.compile(r"^model\.embed_tokens\."), "embed."),
+    (re.compile(r"^lm_head\."), "head."),
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"\.attn\.norm\."), ".attn.kv_norm."),
+    (re.compile(r"\.topk\.tid2eid$"), ".tid2eid"),
+    (re.compile(r"\.gate\.e_score_correction_bias$"), ".gate.bias"),
+)
+# Copies of the target's embedding and head that some checkpoints keep in their MTP module.
+SHARED = re.compile(r"^mtp\.\d+\.(?:emb|.*\.emb|head\.)")
+DRAFTING = re.compile(r"^mtp\.")
+
+
+def published(name: str) -> str:
+    """The published name of a tensor."""
+    for pattern, name_of in RESAVED:
+        name = pattern.sub(name_of, name)
+    return name
+
+
+def adapt(hf: dict[str, Any], source: WeightSource) -> WeightSource:
+    """The target's tensors; those of MTP modules are for a drafter, see `adapt_drafter`."""
+
+    def rename(name: str) -> str | None:
+        name = published(name)
+        return None if DRAFTING.match(name) else name
+
+    return RenamedSource(source, rename)
+
+
+def adapt_drafter(source: WeightSource) -> WeightSource:
+    """The tensors of MTP modules alone, without copies of the target's."""
+
+    def rename(name: str) -> str | None:
+        name = published(name)
+        return name if DRAFTING.match(name) and not SHARED.match(name) else None
+
+    return RenamedSource(source, rename)

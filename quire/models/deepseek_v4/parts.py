@@ -1,0 +1,130 @@
+"""Weights of DeepSeek V4 that are neither plain linear layers nor norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+
+from quire.errors import ModelError
+from quire.layers.build import Build
+from quire.layers.linear import pack
+from quire.layers.read import read_matrix, to_dense
+from quire.weights.source import TensorInfo, WeightSource
+
+
+class FloatTable:
+    """float32 [rows, columns], added to what products give."""
+
+    def __init__(self, build: Build, name: str, rows: int, columns: int):
+        self.build, self.name, self.shape = build, name, (rows, columns)
+        self.data = torch.empty(0)
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        return [TensorInfo(self.name, self.shape, "f32")]
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        return 4 * prod(self.shape)
+
+    def load(self, source: WeightSource) -> None:
+        tensor = source.read(self.name).to(self.build.device)
+        self.data = to_dense(tensor, torch.float32, self.name).contiguous()
+
+
+class IndexTable:
+    """int64 [rows, columns] of indices below `limit`. Raises ModelError for any other value."""
+
+    def __init__(self, build: Build, name: str, rows: int, columns: int, limit: int):
+        self.build, self.name, self.shape, self.limit = build, name, (rows, columns), limit
+        self.data = torch.empty(0, dtype=torch.int64)
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        return [TensorInfo(self.name, self.shape, "i64")]
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        return 8 * prod(self.shape)
+
+    def load(self, source: WeightSource) -> None:
+        table = to_dense(source.read(self.name), torch.int64, self.name).contiguous()
+        low, high = table.aminmax()
+        if not 0 <= int(low) <= int(high) < self.limit:
+            raise ModelError(
+                "corrupt_tensor",
+                f"tensor {self.name!r} has indices from {int(low)} to {int(high)}",
+                why=f"they name one of {self.limit}",
+                fix="download the model again",
+            )
+        self.data = table.to(self.build.device)
+
+
+class ExactMatrix:
+    """A matrix [N, K] whose product is computed in float32, whatever the model's dtype."""
+
+    def __init__(self, build: Build, name: str, rows: int, columns: int):
+        self.build, self.name, self.shape = build, name, (rows, columns)
+        self.packed: Any = None
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        return [TensorInfo(self.name, self.shape, "f32")]
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        return int(self.build.kernels.packed_nbytes("f32", *self.shape))
+
+    def load(self, source: WeightSource) -> None:
+        tensor = source.read(self.name).to(self.build.device)
+        dense = to_dense(tensor, torch.float32, self.name).contiguous()
+        self.packed = self.build.kernels.pack(dense)
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.build.kernels.linear(x_TK, self.packed)
+
+
+class GroupedLinear:
+    """A linear layer of each group of the inputs by itself: x [T, G * K] -> [T, G * N]; one weight
+    [G * N, K] holds the groups' rows one after another. Groups are shared over ranks."""
+
+    def __init__(self, build: Build, name: str, groups: int, inputs: int, outputs: int):
+        self.build, self.name = build, f"{name}.weight"
+        self.groups, self.inputs, self.outputs = groups, inputs, outputs
+        self._share = build.group.shard(groups, f"groups of {name}")
+        self.packed: list[Any] = []
+        build.add_weight(self)
+
+    def tensors(self) -> list[TensorInfo]:
+        return [TensorInfo(self.name, (self.groups * self.outputs, self.inputs), "bf16")]
+
+    def nbytes(self, formats: Callable[[str], str]) -> int:
+        format = formats(self.name)
+        each = self.build.kernels.packed_nbytes(format, self.outputs, self.inputs)
+        return int(self._share.stop - self._share.start) * int(each)
+
+    def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
+        """The reason where the kernels do not take the weight's codes as they are."""
+        reason = self.build.kernels.why_widened(formats(self.name), self.inputs)
+        return {self.name: reason} if reason else {}
+
+    def load(self, source: WeightSource) -> None:
+        whole = read_matrix(self.build, source, self.name)
+        rows = [
+            slice(group * self.outputs, (group + 1) * self.outputs)
+            for group in range(self._share.start, self._share.stop)
+        ]
+        parts: list[Any] = [
+            whole[part] if isinstance(whole, torch.Tensor) else whole.rows(part) for part in rows
+        ]
+        self.packed = [pack(self.build.kernels, part) for part in parts]
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        linear, inputs = self.build.kernels.linear, self.inputs
+        return torch.cat(
+            [
+                linear(x_TI[:, g * inputs : (g + 1) * inputs], packed)
+                for g, packed in enumerate(self.packed)
+            ],
+            dim=1,
+        )

@@ -60,7 +60,8 @@ def plan_draft_model(
             why="it keeps state of requests beside its blocks"
             if build.states
             else f"its layers cannot keep keys and values as {place.kv_dtype}",
-            fix='use "method": "ngram"' + ("" if build.states else ", or leave out --kv-cache-dtype"),
+            fix='use "method": "ngram"'
+            + ("" if build.states else ", or leave out --kv-cache-dtype"),
         )
     widened = place.dtype if place.dtype in DTYPES else declared_dtype(draft.hf_config)
     formats = held_formats(build, tensor_formats(draft, options), widened, choices)

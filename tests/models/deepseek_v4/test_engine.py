@@ -15,11 +15,19 @@ from quire.kernels import native
 from quire.plan.memory import bytes_for_tokens
 
 Case = tuple[list[int], SamplingParams]
+# Drafts wherever the last token was there before, most of them wrong.
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 5,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
 # Each row changes how the same requests are computed.
 WAYS: list[Any] = [
     pytest.param({"max_num_batched_tokens": 33, "async_scheduling": True}, id="chunks"),
     pytest.param({"max_num_seqs": 3}, id="few at once"),
     pytest.param({"max_num_seqs": 6, "max_model_len": 160, "tight": True}, id="preempted"),
+    pytest.param({"max_num_batched_tokens": 40, "speculative_config": NGRAM}, id="with drafts"),
     *(
         pytest.param(way, id=name, marks=pytest.mark.full)
         for name, way in {

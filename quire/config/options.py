@@ -8,8 +8,11 @@ is vLLM's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from quire.config.tiers import parse_tiers
 
 
 def option(
@@ -22,11 +25,13 @@ def option(
     live: bool = False,
     secret: bool = False,
     size: bool = False,
+    check: Callable[[str], Any] | None = None,
 ) -> Any:
     """A dataclass field with what flags and docs need.
 
     `live`: can change while the engine runs. `size`: bytes, also written like "4GiB".
-    `low`, `high`: inclusive range of a number.
+    `low`, `high`: inclusive range of a number. `check` raises ValueError, whose text says what is
+    allowed; a list of texts is given to it with commas between.
     """
     meta = {
         "help": help,
@@ -36,6 +41,7 @@ def option(
         "live": live,
         "secret": secret,
         "size": size,
+        "check": check,
     }
     return field(default=default, metadata=meta)
 
@@ -117,6 +123,23 @@ class EngineOptions:
         None, "bytes for the KV cache (like 2GiB); by default what the plan finds", low=1, size=True
     )
     enable_prefix_caching: bool = option(True, "reuse KV of equal prompt beginnings")
+    kv_tiers: str | None = option(
+        None,
+        "where KV blocks go when the device is full, the fastest first: dram:SIZE, "
+        "fs:DIRECTORY:SIZE, mooncake:CONFIG.json, with commas between; see docs/kv-tiers.md",
+        check=parse_tiers,
+    )
+    kv_tier_policy: str = option(
+        "lru",
+        "which block leaves the DRAM tier: lru the one used longest ago; arc keeps what is used "
+        "often through a flood of new blocks",
+        choices=("lru", "arc"),
+    )
+    kv_tier_fsync: bool = option(
+        False,
+        "wait for the disk before a block file gets its name; without it a crash of the "
+        "machine can cost blocks, never give wrong ones",
+    )
     scheduling_policy: str = option(
         "fcfs", "order of waiting requests", choices=("fcfs", "priority")
     )

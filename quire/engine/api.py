@@ -10,6 +10,7 @@ import msgspec
 
 from quire.outputs import RequestDelta
 from quire.params import SamplingParams
+from quire.tiers.counts import TierStats
 from quire.tokenization.rules import TextRules
 
 
@@ -53,7 +54,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Counters since start, and gauges. `step_age`: seconds that the engine has been in the same
     step (or since it was last heard). `silence`: seconds since it was last heard, which is every
     second even while a step computes. `to_warm`: shapes of steps that are still to be prepared
-    (CUDA graphs to capture); until then they are computed more slowly."""
+    (CUDA graphs to capture); until then they are computed more slowly. `tiers`: what each tier of
+    the KV cache has done, the fastest first."""
 
     waiting: int = 0
     running: int = 0
@@ -68,6 +70,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_age: float = 0.0
     silence: float = 0.0
     to_warm: int = 0
+    tiers: list[TierStats] = []
 
 
 class AsyncEngine(Protocol):

@@ -11,6 +11,7 @@ from quire.engine.wire import Add
 
 if TYPE_CHECKING:
     from quire.engine.gates import Gate
+    from quire.engine.tiering import Visit
 
 
 class State(Enum):
@@ -34,6 +35,7 @@ class Request:
     something to do. `identities`: what KVManager.admit keeps between attempts. `longest` and
     `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
     log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
+    `visit`: what the tiers do for it before it is admitted.
     """
 
     add: Add
@@ -48,6 +50,7 @@ class Request:
     inflight_steps: int = 0
     slot: int = -1
     cached_tokens: int | None = None
+    cached_by_tier: dict[str, int] | None = None
     prompt_logprobs_sent: int = 0
     covered: int = 0
     settle_at: int = 0
@@ -56,6 +59,7 @@ class Request:
     announced: bool = False
     deadline: float = math.inf
     gate: Gate | None = None
+    visit: Visit | None = None
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
     promised: int = field(init=False)

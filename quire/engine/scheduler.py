@@ -18,6 +18,7 @@ from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
+from quire.engine.tiering import Tiering
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
 from quire.kv import BLOCK_SIZE
@@ -78,6 +79,7 @@ class Scheduler:
     def __init__(self, limits: Limits, kv: KVManager, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.kv = kv
+        self.tiering: Tiering | None = None  # set before the first request
         self.requests: dict[str, Request] = {}
         self._clock = clock
         # A heap. Requests that finished while they waited stay in it for a while.
@@ -321,6 +323,9 @@ class Scheduler:
             if request.inflight_steps:
                 skipped.append(entry)
                 break  # preempted just now; nobody overtakes it
+            if self.tiering is not None and not self.tiering.ready(request, len(self._free_slots)):
+                skipped.append(entry)
+                continue
             hit = self.kv.admit(
                 request.request_id,
                 request.tokens,
@@ -350,6 +355,8 @@ class Scheduler:
         request.settle_at = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
+            if request.visit is not None:
+                request.cached_by_tier = request.visit.cached(hit)
             if request.add.params.prompt_logprobs is None:
                 self._counts["query"] += request.num_prompt
                 self._counts["hit"] += hit
@@ -560,6 +567,7 @@ class Scheduler:
         self._release_slot(request)
         request.state = State.WAITING
         request.computed = request.scheduled = 0
+        request.visit = None
         self._queue(request)
 
     def _release_slot(self, request: Request) -> None:

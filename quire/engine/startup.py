@@ -1,4 +1,4 @@
-"""From options to a running engine core: files, plan, model, weights, caches, scheduler."""
+"""From options to a running engine.core: files, plan, model, weights, caches, scheduler."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.scheduler import Limits, Scheduler
+from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
+from quire.engine.tiering import Copier, Tiering
 from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
-from quire.kv.identity import BlockIdentity
+from quire.kv.identity import DEFAULT_KEY, BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build, CpuKernels, Kernels
 from quire.models.checkpoint import checkpoint_scheme, declared_formats
@@ -35,6 +37,7 @@ from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
+from quire.runner.pages import CpuPages, pool_tensors
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -110,7 +113,8 @@ def make_plan(
         facts = replace(
             facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
         )
-    return resolve(options, facts, detect(gpu=options.engine.device != "cpu"), found)
+    machine = detect(gpu=options.engine.device != "cpu")
+    return resolve(options, facts, machine, found, tiers=measure_tiers(options))
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
@@ -162,11 +166,13 @@ def assemble(
     source.close()
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
+    tiers = open_tiers(options, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
         allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
         runner = _make_runner(plan, found, build, model, info)
-    scheduler = make_scheduler(options, plan, info)
-    core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
+    scheduler = make_scheduler(options, plan, info, tiers.key)
+    tiering = _make_tiering(options, plan, tiers, scheduler.kv, build)
+    core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
         with explained(plan, "the largest step was computed for the first time"):
@@ -197,6 +203,22 @@ def _make_runner(
     return DeviceRunner(model, build, plan, info.vocab_size)
 
 
+def _make_tiering(
+    options: Options, plan: Plan, tiers: OpenTiers, kv: KVManager, build: Build
+) -> Tiering | None:
+    if not plan.tier_slots:
+        return None
+    on_gpu = build.device.type != "cpu"
+    slab = make_slab(plan, pinned=on_gpu)
+    pools = pool_tensors(build, plan.groups)
+    copier: Copier = CpuPages(pools, slab)
+    if on_gpu:
+        from quire.runner.device_pages import DevicePages
+
+        copier = DevicePages(pools, slab)
+    return make_tiering(options, plan, tiers, kv, slab, copier)
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of torch and of the native kernels."""
     torch.set_num_threads(threads)
@@ -206,7 +228,10 @@ def set_threads(threads: int) -> None:
         native_ops.set_num_threads(threads)
 
 
-def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
+def make_scheduler(
+    options: Options, plan: Plan, info: EngineInfo, key: bytes = DEFAULT_KEY
+) -> Scheduler:
+    """`key`: of block identities."""
     limits = Limits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -216,7 +241,7 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
         priority=options.engine.scheduling_policy == "priority",
         max_queue=options.engine.max_queue,
     )
-    identity = BlockIdentity(plan.cache_fingerprint)
+    identity = BlockIdentity(plan.cache_fingerprint, key)
     caching = options.engine.enable_prefix_caching
     return Scheduler(limits, KVManager(plan.groups, plan.pool_blocks, identity, caching))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
+from quire.kv.loans import Loans
 from quire.kv.pool import BlockPool
 
 
@@ -29,10 +31,20 @@ class RequestBlocks:
     passed: list[int] = field(default_factory=list)
 
 
-class KVManager:
-    """Owns the pools. Only the scheduler calls it, on the engine thread.
+class Page(NamedTuple):
+    """A block's content in one group: the `place`-th of its sequence."""
 
-    `enable_caching` False: no block is ever published or looked up.
+    group: int
+    place: int
+    identity: bytes
+
+
+class KVManager:
+    """Owns the pools. Only the scheduler calls it, and the tiers for it, on the engine thread.
+
+    `enable_caching` False: no block is ever published or looked up. `published` (None: nobody
+    wants to know) gathers what became findable, as (pool, block, identity), and `discarded` what
+    must not be found any more; the tiers take both. `loans`: blocks that these copy.
     """
 
     def __init__(
@@ -46,6 +58,9 @@ class KVManager:
         self.pools = tuple(BlockPool(n) for n in pool_blocks)
         self.identity = identity
         self.enable_caching = enable_caching
+        self.loans = Loans(self.pools)
+        self.published: list[tuple[int, int, bytes]] | None = None
+        self.discarded: list[bytes] = []
         self._running: dict[str, RequestBlocks] = {}
         self._checked_pool = 0
 
@@ -53,10 +68,15 @@ class KVManager:
 
     def fits_ever(self, tokens: int, step_tokens: int) -> bool:
         """Whether a request of `tokens` could run alone."""
+        need = self.peak(tokens, step_tokens)
+        return all(n < p.num_blocks for n, p in zip(need, self.pools, strict=True))
+
+    def peak(self, tokens: int, step_tokens: int) -> list[int]:
+        """Most blocks of each pool that a request of `tokens` holds."""
         need = [0] * len(self.pools)
         for group in self.groups:
             need[group.pool] += group.peak_blocks(tokens, step_tokens)
-        return all(n < p.num_blocks for n, p in zip(need, self.pools, strict=True))
+        return need
 
     def table(self, request_id: str) -> list[list[int]]:
         """Block tables by group."""
@@ -119,6 +139,59 @@ class KVManager:
         limit = (len(tokens) - 1) // BLOCK_SIZE
         return blocks.identities[0][self._longest_hit(blocks, limit) : limit]
 
+    def absent(
+        self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
+    ) -> list[Page]:
+        """Pages that no block holds and that would let `admit` begin later, in order of places.
+        `identities` as in `admit`."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        limit = (len(tokens) - 1) // BLOCK_SIZE
+        hit = self._longest_hit(blocks, limit)
+        return self._absent(blocks, hit, limit, all_windows=True)
+
+    def beyond(
+        self,
+        tokens: Sequence[int],
+        tenant: str,
+        salt: str,
+        identities: list[list[bytes]],
+        elsewhere: Container[bytes],
+    ) -> tuple[int, int, list[Page]]:
+        """(tokens that are there now, tokens that would be were the pages `elsewhere` here too, and
+        these pages)."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        limit = (len(tokens) - 1) // BLOCK_SIZE
+        hit = self._longest_hit(blocks, limit)
+        reach = self._longest_hit(blocks, limit, elsewhere)
+        pages = self._absent(blocks, hit, reach) if reach > hit else []
+        return hit * BLOCK_SIZE, reach * BLOCK_SIZE, pages
+
+    def _absent(
+        self, blocks: RequestBlocks, hit: int, reach: int, all_windows: bool = False
+    ) -> list[Page]:
+        """What is missing for a hit of `reach` blocks; with `all_windows` for any beyond `hit`."""
+        pages = []
+        for group in self.groups:
+            pool, chain = self.pools[group.pool], blocks.identities[group.index]
+            first = group.first_needed((hit + 1 if all_windows else reach) * BLOCK_SIZE)
+            for place in range(first, reach):
+                if pool.find(chain[place]) is None:
+                    pages.append(Page(group.index, place, chain[place]))
+        return sorted(pages, key=lambda page: page.place)
+
+    def fits_now(
+        self,
+        tokens: Sequence[int],
+        tenant: str,
+        salt: str,
+        identities: list[list[bytes]],
+        step_tokens: int,
+    ) -> bool:
+        """Whether `admit` would find room, whatever of the prompt is found."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        hit = self._longest_hit(blocks, (len(tokens) - 1) // BLOCK_SIZE)
+        return self._room_for(blocks, hit, len(tokens), step_tokens)
+
     def _new_blocks(
         self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
     ) -> RequestBlocks:
@@ -166,8 +239,10 @@ class KVManager:
             for group in self.groups:
                 table, pool = blocks.tables[group.index], self.pools[group.pool]
                 for i in range(blocks.published, full):
-                    if table[i] != NULL_BLOCK:
-                        pool.publish(table[i], blocks.identities[group.index][i])
+                    identity = blocks.identities[group.index][i]
+                    fresh = table[i] != NULL_BLOCK and pool.publish(table[i], identity)
+                    if fresh and self.published is not None:
+                        self.published.append((group.pool, table[i], identity))
             blocks.published = full
         next_change = (computed // BLOCK_SIZE + 1) * BLOCK_SIZE
         for group in self.groups:
@@ -191,7 +266,9 @@ class KVManager:
         for group in self.groups:
             for block in blocks.tables[group.index][blocks.hit :]:
                 if block != NULL_BLOCK:
-                    self.pools[group.pool].discard(block)
+                    identity = self.pools[group.pool].discard(block)
+                    if identity is not None and self.published is not None:
+                        self.discarded.append(identity)
         self.free(request_id)
 
     def clear_cache(self) -> None:
@@ -209,8 +286,11 @@ class KVManager:
                 parent = self.identity.block(parent, tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
                 chain.append(parent)
 
-    def _longest_hit(self, blocks: RequestBlocks, limit: int) -> int:
-        """The largest boundary (in blocks) where every group finds what it would read.
+    def _longest_hit(
+        self, blocks: RequestBlocks, limit: int, elsewhere: Container[bytes] = ()
+    ) -> int:
+        """The largest boundary (in blocks) where every group finds what it would read, here or
+        `elsewhere`.
 
         Each group lowers the boundary until it is content; repeated until none lowers it.
         """
@@ -218,22 +298,24 @@ class KVManager:
         while not settled:
             settled = True
             for group in self.groups:
-                lowered = self._lower(group, blocks.identities[group.index], boundary)
+                lowered = self._lower(group, blocks.identities[group.index], boundary, elsewhere)
                 if lowered < boundary:
                     boundary, settled = lowered, False
         return boundary
 
-    def _lower(self, group: KVGroup, chain: list[bytes], boundary: int) -> int:
+    def _lower(
+        self, group: KVGroup, chain: list[bytes], boundary: int, elsewhere: Container[bytes]
+    ) -> int:
         pool = self.pools[group.pool]
         if group.window is None:
             for i in range(boundary):
-                if pool.find(chain[i]) is None:
+                if pool.find(chain[i]) is None and chain[i] not in elsewhere:
                     return i
             return boundary
         i = boundary
         while boundary > 0 and i > group.first_needed(boundary * BLOCK_SIZE):
             i -= 1
-            if pool.find(chain[i]) is None:
+            if pool.find(chain[i]) is None and chain[i] not in elsewhere:
                 boundary = i
         return boundary
 
@@ -270,6 +352,7 @@ class KVManager:
                 for block in blocks.tables[group.index]:
                     if block != NULL_BLOCK:
                         expected[group.pool][block] += 1
+        self.loans.add_to(expected)
         for pool, counts in zip(self.pools, expected, strict=True):
             pool.check_integrity()
             assert pool.counts() == counts, "reference counts differ from block tables"

@@ -25,14 +25,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before loading. All sizes are bytes.
+    """Everything decided before loading. All sizes are bytes, of the device's memory but for
+    `tier_bytes`.
 
     `activation_bytes` is the largest working memory of a step and the rotary tables,
     `graph_bytes` what recorded steps or CUDA graphs keep, `state_bytes` the requests' state and
     the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
-    captured, `mixed_graphs` numbers of tokens of other steps. `model_fingerprint` is of the weights
+    captured, `mixed_graphs` numbers of tokens of other steps. `tier_slots`: pages of each pool in
+    host memory, where there are tiers; they take `tier_bytes`. `tier_rates`: bytes a second that
+    each of --kv-tiers gives, 0 where that is not known. `model_fingerprint` is of the weights
     and of the config's values; `ranks` share the model.
     """
 
@@ -67,11 +70,15 @@ class Plan:
     choices: tuple[Choice, ...]
     numerics_version: int
     ranks: int = 1
+    tier_slots: tuple[int, ...] = ()
+    tier_bytes: int = 0
+    tier_rates: tuple[float, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
-        return sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
+        total = sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
+        return total + (self.tier_bytes if self.device == "cpu" else 0)
 
     @property
     def cache_fingerprint(self) -> bytes:

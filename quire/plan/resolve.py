@@ -15,6 +15,7 @@ from quire.plan import cpu, gpu, memory
 from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
 from quire.plan.place import DENSE, Place
 from quire.plan.plan import Choice, Plan, format_bytes
+from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 3
@@ -32,10 +33,12 @@ def resolve(
     machine: Machine,
     found: KernelFacts,
     group: Group | None = None,
+    tiers: Sequence[TierFacts] = (),
 ) -> Plan:
     """Decide everything, or raise PlanError (with the numbers) or ModelError.
 
-    `group`: the rank whose share of weights and caches is planned; one rank by default.
+    `group`: the rank whose share of weights and caches is planned; one rank by default. `tiers`:
+    what was measured of those of the KV cache.
     """
     choices: list[Choice] = []
     if model.scheme:
@@ -48,6 +51,7 @@ def resolve(
         reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
         choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
     groups = memory.kv_groups(place.build.caches, DTYPES[place.kv_dtype].itemsize)
+    place, slots = plan_tiers(options, groups, place, machine, tiers, choices)
     table_bytes = sum(place.build.rotary_bytes.values())
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
@@ -85,6 +89,9 @@ def resolve(
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
         ranks=(group or Group()).size,
+        tier_slots=slots,
+        tier_rates=tier_rates(options, tiers),
+        tier_bytes=memory.allocated_bytes(groups, slots) if slots else 0,
     )
     downgrades = [c for c in choices if c.downgrade]
     if options.engine.strict and downgrades:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from quire.config.options import SECTIONS, all_options
-from quire.config.parse import build_options, options_markdown, parse_size, read_config_file
+from quire.config.parse import build_options, options_markdown, read_config_file
+from quire.config.sizes import parse_size
 from quire.errors import UsageError
 
 DOCS = Path(__file__).parents[2] / "docs" / "options.md"

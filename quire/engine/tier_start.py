@@ -1,0 +1,82 @@
+"""From `--kv-tiers` to open tiers: what a plan is told of them, and what an engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.config.options import Options
+from quire.config.tiers import TierSpec, parse_tiers
+from quire.engine.tiering import Copier, Tiering
+from quire.kv.identity import DEFAULT_KEY
+from quire.kv.manager import KVManager
+from quire.plan.plan import Plan
+from quire.plan.tiers import TierFacts
+from quire.tiers.chain import Chain
+from quire.tiers.cold import ColdTier
+from quire.tiers.directory import TierDirectory, make_root
+from quire.tiers.dram import DramTier
+from quire.tiers.filesystem import FileTier
+from quire.tiers.probe import disk_rates, memory_rate
+from quire.tiers.slab import HostSlab
+
+# Assumed of what cannot be measured.
+DISK_RATE = 1e9
+
+
+def measure_tiers(options: Options) -> list[TierFacts]:
+    """What a plan shows, one for each of `--kv-tiers`. Raises UsageError."""
+    return [_measure(spec) for spec in parse_tiers(options.engine.kv_tiers or "")]
+
+
+def _measure(spec: TierSpec) -> TierFacts:
+    if spec.kind == "dram":
+        return TierFacts(read=memory_rate())
+    if spec.kind == "fs":
+        make_root(spec.path)
+        try:
+            return TierFacts(*disk_rates(spec.path))
+        except OSError:
+            return TierFacts()  # opening it will say what is wrong
+    return TierFacts()
+
+
+@dataclass(frozen=True)
+class OpenTiers:
+    """Tiers below DRAM with the bytes a second they are thought to give, and the key of block
+    identities that lives with the first of them."""
+
+    cold: list[tuple[ColdTier, float]]
+    key: bytes = DEFAULT_KEY
+
+
+def open_tiers(options: Options, plan: Plan) -> OpenTiers:
+    """Open what `--kv-tiers` names below DRAM. Raises UsageError where one cannot be used."""
+    cold: list[tuple[ColdTier, float]] = []
+    key = DEFAULT_KEY
+    specs = parse_tiers(options.engine.kv_tiers or "")
+    for spec, rate in zip(specs, plan.tier_rates, strict=True):
+        if spec.kind != "fs":
+            continue
+        directory = TierDirectory(spec.path)
+        if not cold:
+            key = directory.secret
+        name = f"fs{len(cold) + 1}" if cold else "fs"
+        tier = FileTier(
+            directory, spec.size, plan.cache_fingerprint, options.engine.kv_tier_fsync, name
+        )
+        cold.append((tier, rate or DISK_RATE))
+    return OpenTiers(cold, key)
+
+
+def make_tiering(
+    options: Options, plan: Plan, tiers: OpenTiers, kv: KVManager, slab: HostSlab, copier: Copier
+) -> Tiering:
+    """The tiers over a scheduler's blocks."""
+    dram = DramTier(slab, options.engine.kv_tier_policy)
+    return Tiering(kv, Chain(dram, tiers.cold), copier, plan.max_num_batched_tokens)
+
+
+def make_slab(plan: Plan, pinned: bool) -> HostSlab:
+    """Host memory for the pages of a plan's pools."""
+    pages = {group.pool: group.page_bytes for group in plan.groups}
+    return HostSlab([pages[pool] for pool in range(len(pages))], plan.tier_slots, pinned)

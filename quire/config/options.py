@@ -167,6 +167,11 @@ class ServerOptions:
     served_model_name: str | None = option(None, "model id that clients use; default: the model")
     api_key: str | None = option(None, "key that clients must send", secret=True)
     api_key_file: str | None = option(None, "file with one `name:key` or `key` per line")
+    admin_keys: str = option(
+        "default",
+        "names of keys, with commas between, that may look at the KV cache and clear it "
+        "(`/v1/cache`); --api-key's name is default",
+    )
     allow_unauthenticated: bool = option(False, "allow binding off loopback without any key")
     allow_unknown_fields: bool = option(False, "accept unknown request fields instead of a 400")
     max_body_bytes: int = option(8 * 2**20, "largest request body", low=1024, size=True, live=True)

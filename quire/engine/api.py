@@ -91,6 +91,10 @@ class AsyncEngine(Protocol):
         """The latest counters (at most one second old). Never waits for the engine. Raises
         EngineDead once the engine has ended."""
 
+    async def clear_cache(self) -> None:
+        """Forget all KV of earlier requests, on the device and in all tiers. Raises EngineDead, or
+        TimeoutError where the engine does not come to it."""
+
     async def drain(self, timeout: float) -> None:
         """Accept nothing new, and wait until running requests are done or time is up."""
 

@@ -106,6 +106,12 @@ class EngineCore:
         self.tiering.advance()
         return self.tiering.settled
 
+    def clear_cache(self) -> None:
+        """Forget all KV of earlier tokens, on the device and in all tiers."""
+        self.scheduler.kv.clear_cache()
+        if self.tiering is not None:
+            self.tiering.clear()
+
     def close(self) -> None:
         """Bring what is still to be stored to the tiers, within a few seconds."""
         if self.tiering is not None:
@@ -170,7 +176,7 @@ class EngineCore:
         if self._inflight:
             deltas += self._commit()
             self.warm()
-        elif self.tiering is not None and self.tiering.busy:
+        elif self.tiering is not None and not self.tiering.settled:
             self.tiering.wait(TIER_WAIT_SECONDS)
         return deltas + self.scheduler.take_finished()
 

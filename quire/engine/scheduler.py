@@ -179,7 +179,15 @@ class Scheduler:
             del request.tokens[request.num_prompt + length :]
         self._finish(request, confirmed=length >= 0)
         cached = request.cached_tokens or 0
-        self._finished.append(Delta(request_id, [], finish_reason=reason, cached_tokens=cached))
+        self._finished.append(
+            Delta(
+                request_id,
+                [],
+                finish_reason=reason,
+                cached_tokens=cached,
+                cached_by_tier=request.cached_by_tier,
+            )
+        )
 
     def fail(self, request_id: str, error: QuireError) -> None:
         """Finish one request with an error; what it has computed cannot be found afterwards."""
@@ -514,6 +522,7 @@ class Scheduler:
             reason,
             stop_token,
             request.cached_tokens or 0,
+            cached_by_tier=request.cached_by_tier,
         )
 
     def _end(self, request: Request, first: int) -> tuple[str | None, int | None]:

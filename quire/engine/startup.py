@@ -208,11 +208,12 @@ def _make_tiering(
 ) -> Tiering | None:
     if not plan.tier_slots:
         return None
-    on_gpu = build.device.type != "cpu"
-    slab = make_slab(plan, pinned=on_gpu)
+    slab = make_slab(plan, pinned=plan.device != "cpu")
     pools = pool_tensors(build, plan.groups)
-    copier: Copier = CpuPages(pools, slab)
-    if on_gpu:
+    copier: Copier
+    if plan.device == "cpu":
+        copier = CpuPages(pools, slab)
+    else:
         from quire.runner.device_pages import DevicePages
 
         copier = DevicePages(pools, slab)

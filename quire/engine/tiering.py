@@ -26,14 +26,14 @@ from quire.kv.manager import KVManager, Page
 from quire.step import Copies
 from quire.tiers.chain import DRAM, Chain
 from quire.tiers.counts import Rate, TierStats
-from quire.tiers.work import Asked, Outcome
+from quire.tiers.work import Asked, Fuse, Outcome
 
 log = logging.getLogger("quire.tiers")
 
 DEVICE = "device"
 # Visits under way at a time; further requests wait for these.
 MOST_VISITS = 32
-LOOKUP_SECONDS = 0.25
+LOOKUP_SECONDS = 0.1
 # A visit ends when computing would have been done, at the latest after so long, but not before.
 LONGEST_VISIT, SHORTEST_VISIT = 10.0, 0.2
 # Steps with fewer tokens say little about the speed of computing prompts.
@@ -47,12 +47,16 @@ class Copier(Protocol):
     """Copies pages; see Copies. `copied` never waits."""
 
     rate: float  # bytes a second that are assumed before a copy was measured
-    order_bytes: int  # what one order may hold, so that steps are not held up
+    order_bytes: int  # what one order holds at most, or a little more,
+    order_pages: int  # and in pages
+    most_orders: int  # under way at a time
 
     def copy(self, order: Copies) -> None: ...
 
     def copied(self) -> list[tuple[int, float]]:
         """Numbers of the orders that are done since the last call, and the seconds they took."""
+
+    def close(self) -> None: ...
 
 
 class Phase(Enum):
@@ -67,7 +71,7 @@ class Visit:
     """A request's stay in the tiers. `unanswered`: tiers asked. `found`: who has what, by tier.
     `todo`: pages to load, and from where (-1: DRAM). `outstanding`: those under way. `sources`:
     the tier that each block of the sequence came from, by its place; `hit`: tokens that were on the
-    device. `patience`: seconds that loading may take."""
+    device, `reach`: tokens that will be. `patience`: seconds that loading may take."""
 
     request: Request
     deadline: float
@@ -78,6 +82,7 @@ class Visit:
     outstanding: set[bytes] = field(default_factory=set)
     sources: dict[int, str] = field(default_factory=dict)
     hit: int = 0
+    reach: int = 0
     patience: float = 0.0
     started: float = 0.0
     cold_bytes: dict[int, int] = field(default_factory=dict)
@@ -141,6 +146,7 @@ class Tiering:
         self._to_store: deque[tuple[int, int, bytes]] = deque()  # (pool, block, identity)
         self._orders: dict[int, Order] = {}
         self._numbers = 0
+        self._copies = Fuse("copying pages to and from the device", clock)
         self._page_bytes = chain.dram.slab.page_bytes
         kv.published = []
 
@@ -154,7 +160,8 @@ class Tiering:
     @property
     def settled(self) -> bool:
         """Nothing is on its way anywhere."""
-        return not (self.busy or self._to_store or self.chain.writing or self.chain.reading)
+        waiting = self._kv.published or self._kv.discarded or self._to_store
+        return not (waiting or self.busy or self.chain.writing or self.chain.reading)
 
     def wait(self, seconds: float) -> None:
         """Wait for news of the tiers, at most `seconds`; copies on a device do not wake it."""
@@ -169,7 +176,9 @@ class Tiering:
 
     def stats(self) -> list[TierStats]:
         """A copy of what each tier counts."""
-        return [msgspec.structs.replace(each) for each in self.chain.all_stats()]
+        found = self.chain.all_stats()
+        found[0].state = "on" if self._copies.closed else "off"
+        return [msgspec.structs.replace(each) for each in found]
 
     def clear(self) -> None:
         """Drop every page from all tiers."""
@@ -184,6 +193,7 @@ class Tiering:
             if self._orders:
                 time.sleep(0.001)
         self.chain.close(max(0.0, deadline - self._clock()))
+        self._copier.close()
 
     # -- a request before admission ---------------------------------------------------------------
 
@@ -191,8 +201,11 @@ class Tiering:
         """Whether a waiting request may be admitted now: what the tiers have for it is on the
         device, or will not come. `slots`: requests that could be admitted now."""
         if request.visit is None:
-            if not self._kv.enable_caching or request.add.params.prompt_logprobs is not None:
+            prompt_logprobs = request.add.params.prompt_logprobs is not None
+            if prompt_logprobs or not (self._kv.enable_caching and self._copies.closed):
                 return True
+            if not self._kv.fits_now(*self._sequence(request), self._step_tokens):
+                return True  # admission will say so again; what is absent may change until then
             if len(self._visits) >= MOST_VISITS:
                 return False
             request.visit = self._look(request)
@@ -272,10 +285,10 @@ class Tiering:
                 for used in set(sources):
                     (self.chain.levels[used].rate if used >= 0 else self.copy_rate).doubt()
         if chosen is not None:
-            visit.hit, reach, pages_from = chosen
+            visit.hit, visit.reach, pages_from = chosen
             visit.todo = deque(pages_from)
             visit.phase = Phase.FOUND
-            seconds = LONGEST_VISIT if rate is None else rate.seconds(reach - visit.hit)
+            seconds = LONGEST_VISIT if rate is None else rate.seconds(visit.reach - visit.hit)
             visit.patience = min(LONGEST_VISIT, max(SHORTEST_VISIT, seconds))
 
     def _load_seconds(self, pages: list[Page], sources: list[int]) -> float:
@@ -289,6 +302,8 @@ class Tiering:
 
     def _load(self, visit: Visit) -> None:
         visit.phase = Phase.LOADING
+        # What is there already must not make room for what comes.
+        self._kv.touch(visit.request.identities, visit.reach // BLOCK_SIZE)
         visit.started = self._clock()
         visit.deadline = visit.started + visit.patience
         if visit not in self._visits:
@@ -359,7 +374,11 @@ class Tiering:
         for visit in list(self._visits):
             self._continue(visit, now)
         self._order_loads()
-        self._order_stores()
+        if self._copies.closed:
+            self._order_stores()
+        else:
+            self.chain.stats.dropped += len(self._to_store)
+            self._to_store.clear()
         self.chain.write()
 
     def _continue(self, visit: Visit, now: float) -> None:
@@ -429,41 +448,45 @@ class Tiering:
 
     def _order_loads(self) -> None:
         """Have pages that are in DRAM copied to free blocks of the device."""
-        room = self._copier.order_bytes
-        chosen: dict[int, list[tuple[bytes, int]]] = {}
-        while self._in_dram and room > 0:
-            transfer = self._in_dram[0]
-            pool, identity = transfer.pool, transfer.page.identity
-            wanted = any(visit.phase is Phase.LOADING for visit in transfer.visits)
-            block = self._kv.loans.take(pool) if wanted else None
-            if block is None:  # nobody waits any more, or running requests need all blocks
-                self.chain.dram.unpin(identity)
-                self._finish(transfer, failed=True)
-            else:
-                chosen.setdefault(pool, []).append((identity, block))
-                room -= self._page_bytes[pool]
-            self._in_dram.popleft()
-        for pool, pages in chosen.items():
+        while self._in_dram and len(self._orders) < self._copier.most_orders:
+            pages: list[tuple[bytes, int]] = []
+            pool = self._in_dram[0].pool
+            while self._in_dram and self._in_dram[0].pool == pool and self._has_room(pool, pages):
+                transfer = self._in_dram.popleft()
+                identity = transfer.page.identity
+                wanted = any(visit.phase is Phase.LOADING for visit in transfer.visits)
+                block = self._kv.loans.take(pool) if wanted else None
+                if block is None:  # nobody waits any more, or running requests need all blocks
+                    self.chain.dram.unpin(identity)
+                    self._finish(transfer, failed=True)
+                else:
+                    pages.append((identity, block))
             self._order(pool, pages, store=False)
 
     def _order_stores(self) -> None:
         """Have fresh blocks copied to DRAM."""
-        room = self._copier.order_bytes
-        chosen: dict[int, list[tuple[bytes, int]]] = {}
-        while self._to_store and room > 0:
-            pool, block, identity = self._to_store.popleft()
-            if identity in self.chain.dram or not self._kv.loans.borrow(pool, block, identity):
-                continue
-            if self.chain.dram.reserve(identity, pool) is None:
-                self._kv.loans.give_back(pool, block)
-                self.chain.stats.dropped += 1
-                continue
-            chosen.setdefault(pool, []).append((identity, block))
-            room -= self._page_bytes[pool]
-        for pool, pages in chosen.items():
+        while self._to_store and len(self._orders) < self._copier.most_orders:
+            pages: list[tuple[bytes, int]] = []
+            pool = self._to_store[0][0]
+            while self._to_store and self._to_store[0][0] == pool and self._has_room(pool, pages):
+                _, block, identity = self._to_store.popleft()
+                if identity in self.chain.dram or not self._kv.loans.borrow(pool, block, identity):
+                    continue
+                if self.chain.dram.reserve(identity, pool) is None:
+                    self._kv.loans.give_back(pool, block)
+                    self.chain.stats.dropped += 1
+                    continue
+                pages.append((identity, block))
             self._order(pool, pages, store=True)
 
+    def _has_room(self, pool: int, pages: list[tuple[bytes, int]]) -> bool:
+        """Whether an order of these pages can take another."""
+        size = len(pages) * self._page_bytes[pool]
+        return len(pages) < self._copier.order_pages and size < self._copier.order_bytes
+
     def _order(self, pool: int, pages: list[tuple[bytes, int]], store: bool) -> None:
+        if not pages:
+            return
         self._numbers += 1
         slots = [self.chain.dram.entry(identity).slot for identity, _ in pages]
         copies = Copies(self._numbers, store, pool, [block for _, block in pages], slots)
@@ -471,8 +494,9 @@ class Tiering:
         try:
             self._copier.copy(order.copies)
         except Exception as error:  # a copy's fault must not end the engine
-            log.error("copying %d pages failed", len(pages), exc_info=error)
+            log.debug("copying %d pages failed", len(pages), exc_info=error)
             self.chain.stats.error("copy")
+            self._copies.fault("copy", f"{type(error).__name__}: {error}")
             del self._orders[copies.number]
             self._undo(order)
 
@@ -487,6 +511,7 @@ class Tiering:
                 self._finish(self._transfers[identity], failed=True)
 
     def _copied(self, order: Order, seconds: float) -> None:
+        self._copies.good()
         pool, store = order.copies.pool, order.copies.store
         size, stats = len(order.pages) * self._page_bytes[pool], self.chain.stats
         for identity, block in order.pages:

@@ -166,6 +166,15 @@ class KVManager:
         pages = self._absent(blocks, hit, reach) if reach > hit else []
         return hit * BLOCK_SIZE, reach * BLOCK_SIZE, pages
 
+    def touch(self, identities: list[list[bytes]], places: int) -> None:
+        """Let what is there of the first `places` blocks be evicted last, and of it the first."""
+        for group in self.groups:
+            pool = self.pools[group.pool]
+            for identity in reversed(identities[group.index][:places]):
+                block = pool.find(identity)
+                if block is not None:
+                    pool.touch(block)
+
     def _absent(
         self, blocks: RequestBlocks, hit: int, reach: int, all_windows: bool = False
     ) -> list[Page]:

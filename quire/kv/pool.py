@@ -56,6 +56,11 @@ class BlockPool:
         """The block that holds this identity's KV, if any. Takes no reference."""
         return self._index.get(identity)
 
+    def touch(self, block: int) -> None:
+        """Let a block nobody holds be evicted last."""
+        if self._count[block] == 0:
+            self._cached.move_to_end(block)
+
     def is_cached(self, block: int) -> bool:
         """True where nobody holds the block, so that acquiring it takes from `available`."""
         return self._count[block] == 0

@@ -70,6 +70,7 @@ class Plan:
     choices: tuple[Choice, ...]
     numerics_version: int
     ranks: int = 1
+    moe_routing: str = "model"
     tier_slots: tuple[int, ...] = ()
     tier_bytes: int = 0
     tier_rates: tuple[float, ...] = ()
@@ -95,6 +96,7 @@ class Plan:
             self.deterministic,
             self.numerics_version,
             self.ranks,
+            self.moe_routing,
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes) for g in self.groups],
         ]

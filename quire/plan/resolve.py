@@ -89,6 +89,7 @@ def resolve(
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
         ranks=(group or Group()).size,
+        moe_routing=options.engine.moe_routing,
         tier_slots=slots,
         tier_rates=tier_rates(options, tiers),
         tier_bytes=memory.allocated_bytes(groups, slots) if slots else 0,

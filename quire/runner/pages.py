@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quire.kernels.paged_tensors import WORD, PagedTensors
+from quire.kernels.reference.step.move_pages import move_pages
 from quire.kv.groups import KVGroup
 from quire.layers.build import Build
 from quire.step import Copies
@@ -24,21 +26,17 @@ def pool_tensors(build: Build, groups: Sequence[KVGroup]) -> list[list[torch.Ten
     return [list(tensors.values()) for tensors in pools]
 
 
-def byte_rows(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each tensor as uint8 [blocks, bytes of a block], over the same memory."""
-    return [tensor.view(tensor.shape[0], -1).view(torch.uint8) for tensor in tensors]
-
-
 class CpuPages:
-    """Copies at once, on the thread that asks. A page in host memory is the bytes of its block in
-    all tensors of the pool, one after the other."""
+    """Copies at once, on the thread that asks."""
 
     rate = 2e9
     order_bytes = 32 * 2**20  # some ten milliseconds
+    order_pages = 4096
+    most_orders = 2
 
     def __init__(self, pools: Sequence[Sequence[torch.Tensor]], slab: HostSlab):
-        self._pools = [byte_rows(tensors) for tensors in pools]
-        self._areas = slab.areas
+        self._pools = [PagedTensors.of(tensors) for tensors in pools]
+        self._areas = [area.view(WORD) for area in slab.areas]
         self._done: list[tuple[int, float]] = []
 
     @torch.inference_mode()
@@ -46,17 +44,13 @@ class CpuPages:
         """See Copies."""
         begun = time.perf_counter()
         blocks, slots = torch.tensor(order.blocks), torch.tensor(order.slots)
-        area, offset = self._areas[order.pool], 0
-        for rows in self._pools[order.pool]:
-            columns = area[:, offset : offset + rows.shape[1]]
-            offset += rows.shape[1]
-            if order.store:
-                columns[slots] = rows[blocks]
-            else:
-                rows[blocks] = columns[slots]
+        move_pages(self._pools[order.pool], blocks, self._areas[order.pool], slots, order.store)
         self._done.append((order.number, time.perf_counter() - begun))
 
     def copied(self) -> list[tuple[int, float]]:
         """The orders since the last call, with their seconds."""
         done, self._done = self._done, []
         return done
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -74,6 +74,7 @@ class Arc:
             self._often[key] = None
         else:
             self._once[key] = None
+        self._forget_ghosts()
 
     def touch(self, key: bytes) -> None:
         if key in self._once:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 MEMORY_PAGE = 4096
-CHUNK_BYTES = 2**30  # pinned at a time; a copy must not cross from one chunk into the next
+_POPULATE_WRITE = 23  # madvise(2): touch pages now, outside of the driver's locks
+CHUNK_BYTES = 2**28  # pinned at a time; a copy must not cross from one chunk into the next
 
 
 class HostSlab:
@@ -50,6 +52,8 @@ class HostSlab:
                 if done < total and first >= done:
                     some = min(chunk, total - done)
                     size = self.page_bytes[pool]
+                    with contextlib.suppress(OSError):  # an old kernel leaves it to `register`
+                        self._memory[pool].madvise(_POPULATE_WRITE, done * size, some * size)
                     register(self.areas[pool].data_ptr() + done * size, some * size)
                     self.usable[pool] = done + some
 

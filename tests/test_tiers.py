@@ -91,9 +91,9 @@ def test_bits_are_those_without_tiers_while_files_rot_and_the_disk_fails(
         real = getattr(os, name)
 
         def flaky(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
-            if "dir_fd" in kwargs or isinstance(args[1], list):  # the tier's own calls
-                if rng.random() < 0.05:
-                    raise OSError(rng.choice([errno.EIO, errno.ENOSPC, errno.EMFILE]), "no luck")
+            ours = "dir_fd" in kwargs or isinstance(args[1], list)
+            if ours and rng.random() < 0.05:
+                raise OSError(rng.choice([errno.EIO, errno.ENOSPC, errno.EMFILE]), "no luck")
             return _real(*args, **kwargs)
 
         monkeypatch.setattr(os, name, flaky)
@@ -113,9 +113,7 @@ def test_bits_are_those_without_tiers_while_files_rot_and_the_disk_fails(
 
 def prompts(count: int) -> list[dict[str, list[int]]]:
     rng = random.Random(3)
-    return [
-        {"prompt_token_ids": [rng.randrange(3, 320) for _ in range(100)]} for _ in range(count)
-    ]
+    return [{"prompt_token_ids": [rng.randrange(3, 320) for _ in range(100)]} for _ in range(count)]
 
 
 def answers(llm: LLM, count: int = 2) -> tuple[list[Bits], list[dict[str, int] | None]]:

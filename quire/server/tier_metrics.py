@@ -30,9 +30,7 @@ COUNTERS: dict[str, tuple[str, Callable[[TierStats], float]]] = {
 
 
 def tier_metrics(tiers: Sequence[TierStats]) -> Iterator[Metric]:
-    """Every metric with a sample for each tier; none where there are no tiers."""
-    if not tiers:
-        return
+    """Every metric, with a sample for each tier."""
     for table, family in ((GAUGES, GaugeMetricFamily), (COUNTERS, CounterMetricFamily)):
         for name, (text, value) in table.items():
             metric = family(f"quire:{name}", text, labels=["tier"])

@@ -235,7 +235,7 @@ def test_two_requests_with_the_same_beginning_load_it_once() -> None:
         cached(driver, prompt(1))
         flood(driver, 10, 10)
         loads = tier.loads
-        both = [driver.add(prompt(1) + [i], FOREVER) for i in (2, 3)]
+        both = [driver.add([*prompt(1), i], FOREVER) for i in (2, 3)]
         driver.drain()
         assert [a.end.cached_tokens for a in both if a.end] == [48, 48]
         assert tier.loads == loads + 3

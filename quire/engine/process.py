@@ -56,6 +56,7 @@ class EngineProcess:
                 raise QuireError("protocol", "the first message must be Start")
             core = self._start(start)
             self._serve(core)
+            core.close()
         except QuireError as error:
             self._fail(type(error).__name__, error)
             return 1
@@ -95,7 +96,6 @@ class EngineProcess:
                 deltas = []
             if core.idle:
                 core.check_when_idle()
-        core.close()
 
     def _may_wait(self, core: EngineCore) -> bool:
         """Whether there is nothing to do until a message comes."""

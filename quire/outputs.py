@@ -69,7 +69,7 @@ class RequestOutput:
 
     `prompt_logprobs[0]` is None (nothing precedes the first token). `num_cached_tokens` counts
     prompt tokens whose KV came from the prefix cache; where there are tiers,
-    `cached_tokens_by_tier` says from which ("device", "dram", "fs").
+    `cached_tokens_by_tier` says from which ("device", "dram", "fs", "mooncake").
     """
 
     request_id: str

@@ -126,7 +126,7 @@ class EngineOptions:
     kv_tiers: str | None = option(
         None,
         "where KV blocks go when the device is full, the fastest first: dram:SIZE, "
-        "fs:DIRECTORY:SIZE, with commas between; see docs/kv-tiers.md",
+        "fs:DIRECTORY:SIZE, mooncake:CONFIG.json, with commas between; see docs/kv-tiers.md",
         check=parse_tiers,
     )
     kv_tier_policy: str = option(

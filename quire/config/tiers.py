@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from quire.config.sizes import parse_size
 
-KINDS = "dram:SIZE, fs:DIRECTORY:SIZE"
+KINDS = "dram:SIZE, fs:DIRECTORY:SIZE, mooncake:CONFIG.json"
 
 
 @dataclass(frozen=True)
 class TierSpec:
-    """One tier as it was asked for. `size` in bytes, `path`: the directory of fs."""
+    """One tier as it was asked for. `size` in bytes (0: the tier's own configuration says),
+    `path`: a directory (fs) or a file of JSON (mooncake)."""
 
     kind: str
     path: str = ""
@@ -27,6 +28,8 @@ def parse_tiers(text: str) -> tuple[TierSpec, ...]:
     kinds = [tier.kind for tier in tiers]
     if kinds.count("dram") > 1 or "dram" in kinds[1:]:
         raise ValueError("a list with dram once, as its first")
+    if kinds.count("mooncake") > 1:
+        raise ValueError("a list with mooncake once")
     paths = [tier.path for tier in tiers if tier.path]
     if len(set(paths)) < len(paths):
         raise ValueError("a list that names each path once")
@@ -41,6 +44,8 @@ def _parse(part: str) -> TierSpec:
         path, _, size = rest.rpartition(":")
         if path and size:
             return TierSpec("fs", path, _size(size))
+    if kind == "mooncake" and rest:
+        return TierSpec("mooncake", rest)
     raise ValueError(f"a list of {KINDS}")
 
 

@@ -16,11 +16,13 @@ from quire.tiers.cold import ColdTier
 from quire.tiers.directory import TierDirectory, make_root
 from quire.tiers.dram import DramTier
 from quire.tiers.filesystem import FileTier
+from quire.tiers.mooncake import MooncakeTier
 from quire.tiers.probe import disk_rates, memory_rate
 from quire.tiers.slab import HostSlab
 
 # Assumed of what cannot be measured.
 DISK_RATE = 1e9
+NETWORK_RATE = 1e9
 
 
 def measure_tiers(options: Options) -> list[TierFacts]:
@@ -43,7 +45,7 @@ def _measure(spec: TierSpec) -> TierFacts:
 @dataclass(frozen=True)
 class OpenTiers:
     """Tiers below DRAM with the bytes a second they are thought to give, and the key of block
-    identities that lives with the first of them."""
+    identities: Mooncake's, which machines share, else that of the first directory."""
 
     cold: list[tuple[ColdTier, float]]
     key: bytes = DEFAULT_KEY
@@ -52,20 +54,27 @@ class OpenTiers:
 def open_tiers(options: Options, plan: Plan) -> OpenTiers:
     """Open what `--kv-tiers` names below DRAM. Raises UsageError where one cannot be used."""
     cold: list[tuple[ColdTier, float]] = []
-    key = DEFAULT_KEY
+    keys: dict[str, bytes] = {}
     specs = parse_tiers(options.engine.kv_tiers or "")
     for spec, rate in zip(specs, plan.tier_rates, strict=True):
-        if spec.kind != "fs":
-            continue
-        directory = TierDirectory(spec.path)
-        if not cold:
-            key = directory.secret
-        name = f"fs{len(cold) + 1}" if cold else "fs"
-        tier = FileTier(
-            directory, spec.size, plan.cache_fingerprint, options.engine.kv_tier_fsync, name
-        )
-        cold.append((tier, rate or DISK_RATE))
-    return OpenTiers(cold, key)
+        if spec.kind == "fs":
+            directory = TierDirectory(spec.path)
+            keys.setdefault("fs", directory.secret)
+            number = 1 + sum(tier.name.startswith("fs") for tier, _ in cold)
+            files = FileTier(
+                directory,
+                spec.size,
+                plan.cache_fingerprint,
+                options.engine.kv_tier_fsync,
+                f"fs{number}" if number > 1 else "fs",
+            )
+            cold.append((files, rate or DISK_RATE))
+        elif spec.kind == "mooncake":
+            largest = max(group.page_bytes for group in plan.groups)
+            store = MooncakeTier(spec.path, plan.cache_fingerprint, largest)
+            keys["mooncake"] = store.secret
+            cold.append((store, NETWORK_RATE))
+    return OpenTiers(cold, keys.get("mooncake") or keys.get("fs") or DEFAULT_KEY)
 
 
 def make_tiering(

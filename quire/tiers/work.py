@@ -214,6 +214,9 @@ def answer(tier: ColdTier, asked: Sequence[Asked]) -> set[bytes]:
 
 def _kind(error: Exception) -> str:
     """A short name of what went wrong, for a counter."""
+    kind = getattr(error, "kind", None)
+    if isinstance(kind, str):
+        return kind
     if isinstance(error, OSError) and error.errno is not None:
         return errno.errorcode.get(error.errno, str(error.errno))
     return type(error).__name__

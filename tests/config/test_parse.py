@@ -112,6 +112,8 @@ def test_a_wrong_value_says_where_it_came_from(tmp_path: Path) -> None:
         ("kv_tiers", "dram:0", "above 0"),
         ("kv_tiers", "fs:/x", "fs:DIRECTORY:SIZE"),
         ("kv_tiers", "fs::1GiB", "fs:DIRECTORY:SIZE"),
+        ("kv_tiers", "mooncake:", "mooncake:CONFIG"),
+        ("kv_tiers", "mooncake:a,mooncake:b", "mooncake once"),
         ("kv_tiers", "dram:1GiB,dram:2GiB", "dram once"),
         ("kv_tiers", "fs:/x:1GiB,dram:1GiB", "as its first"),
         ("kv_tiers", "fs:/x:1GiB,fs:/x:2GiB", "each path once"),
@@ -130,8 +132,9 @@ def test_tiers_are_a_text_or_a_list(tmp_path: Path) -> None:
     wanted = (
         TierSpec("dram", size=4 * 2**30),
         TierSpec("fs", "/var/cache/a:b", 10**9),
+        TierSpec("mooncake", "/etc/mooncake.json"),
     )
-    text = "dram:4GiB, fs:/var/cache/a:b:1GB"
+    text = "dram:4GiB, fs:/var/cache/a:b:1GB, mooncake:/etc/mooncake.json"
     assert parse_tiers(text) == wanted
     assert parse_tiers("") == ()
     listed = [part.strip() for part in text.split(",")]

@@ -11,7 +11,7 @@ from quire.engine.wire import Add
 
 if TYPE_CHECKING:
     from quire.engine.gates import Gate
-    from quire.engine.tiering import Visit
+    from quire.engine.visits import Visit
 
 
 class State(Enum):

@@ -13,9 +13,10 @@ import torch
 from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
+from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
-from quire.engine.tiering import Copier, Tiering
+from quire.engine.tiering import Tiering
 from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
 from quire.kernels import native

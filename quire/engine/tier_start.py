@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from quire.config.options import Options
 from quire.config.tiers import TierSpec, parse_tiers
-from quire.engine.tiering import Copier, Tiering
+from quire.engine.page_copies import Copier
+from quire.engine.tiering import Tiering
 from quire.kv.identity import DEFAULT_KEY
 from quire.kv.manager import KVManager
 from quire.plan.plan import Plan
 from quire.plan.tiers import TierFacts
 from quire.tiers.chain import Chain
 from quire.tiers.cold import ColdTier
-from quire.tiers.directory import TierDirectory, make_root
+from quire.tiers.directory import TierDirectory
 from quire.tiers.dram import DramTier
 from quire.tiers.filesystem import FileTier
 from quire.tiers.mooncake import MooncakeTier
@@ -26,7 +28,8 @@ NETWORK_RATE = 1e9
 
 
 def measure_tiers(options: Options) -> list[TierFacts]:
-    """What a plan shows, one for each of `--kv-tiers`. Raises UsageError."""
+    """What a plan shows, one for each of `--kv-tiers`. Nothing is made that stays: a directory that
+    is not there yet is measured by the one it will be in."""
     return [_measure(spec) for spec in parse_tiers(options.engine.kv_tiers or "")]
 
 
@@ -34,11 +37,12 @@ def _measure(spec: TierSpec) -> TierFacts:
     if spec.kind == "dram":
         return TierFacts(read=memory_rate())
     if spec.kind == "fs":
-        make_root(spec.path)
+        path = Path(spec.path).absolute()
+        there = next(each for each in (path, *path.parents) if each.is_dir())
         try:
-            return TierFacts(*disk_rates(spec.path))
+            return TierFacts(*disk_rates(str(there)))
         except OSError:
-            return TierFacts()  # opening it will say what is wrong
+            return TierFacts()  # where it matters, opening the tier will say what is wrong
     return TierFacts()
 
 

@@ -24,7 +24,9 @@ MOST_FORGOTTEN = 100_000
 
 
 class Level:
-    """A cold tier as the chain sees it. `rate`: bytes a second that a request gets from it."""
+    """A cold tier as the chain sees it. `rate`: bytes a second that a request gets from it. `late`:
+    lookups that were given up and not answered since; meanwhile it is not asked again, so a tier
+    that hangs delays few requests."""
 
     def __init__(self, threads: TierThreads, rate: float):
         self.threads = threads
@@ -34,6 +36,7 @@ class Level:
         self.stores = Fuse(f"storing in tier {self.name}")
         self.behind: OrderedDict[bytes, None] = OrderedDict()  # pages in DRAM to write here
         self.stats = TierStats(self.name)
+        self.late = 0
 
     def state(self) -> str:
         """For people."""
@@ -87,7 +90,8 @@ class Chain:
         """Ask the cold tiers which pages they have; returns the tiers that will answer."""
         asking = []
         for number, level in enumerate(self.levels):
-            if level.loads.closed and level.threads.lookup(ticket, asked):
+            usable = level.loads.closed and not level.late
+            if usable and level.threads.lookup(ticket, asked):
                 level.stats.misses += sum(len(each.identities) for each in asked)
                 asking.append(number)
         self._reading += len(asking)

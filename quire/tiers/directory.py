@@ -34,8 +34,8 @@ class TierDirectory:
 
     def __init__(self, path: str):
         self.path = Path(path)
-        make_root(path)
         try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._check_owner(root)
@@ -127,14 +127,6 @@ class TierDirectory:
             self.writers = -1
             for handle in handles:
                 os.close(handle)
-
-
-def make_root(path: str) -> None:
-    """Make a tier's directory, where it is not there. Raises UsageError."""
-    try:
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(Path(path), str(error)) from None
 
 
 def _unusable(path: Path, why: str, fix: str = "") -> UsageError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import queue
 import threading
 import time
@@ -22,6 +23,10 @@ log = logging.getLogger("quire.tiers")
 # Faults in a row after which a tier is left alone, and for how long: each time twice as long.
 FUSE_FAULTS = 5
 FIRST_REST, LONGEST_REST = 30.0, 600.0
+# Enough of them to hash as fast as a good disk reads (a core hashes 1.5 to 2 GB/s), and not so many
+# that they keep the engine thread from its core.
+READERS = max(2, min(8, (os.cpu_count() or 4) // 2))
+WRITERS = max(1, READERS // 2)
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class TierThreads:
         number: int,
         tier: ColdTier,
         finish: Callable[[Outcome], None],
-        readers: int = 4,
-        writers: int = 2,
+        readers: int = READERS,
+        writers: int = WRITERS,
         limit: int = 64,
     ):
         self.tier = tier

@@ -14,7 +14,7 @@ from mock_runner import VOCAB
 from test_scheduler import BASES, LAYOUTS, MODEL_LEN, least_blocks, random_operation
 from tiered import FlakyTier, TieredDriver
 
-from quire.engine import tiering as module
+from quire.engine import tiering, visits
 from quire.params import SamplingParams
 from quire.tiers import work
 
@@ -188,7 +188,8 @@ def test_a_request_that_waits_for_a_load_blocks_nobody() -> None:
 def test_a_tier_that_hangs_is_a_miss_after_its_deadline(
     hangs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LONGEST_VISIT", 0.2)
+    monkeypatch.setattr(visits, "LONGEST_VISIT", 0.2)
+    monkeypatch.setattr(tiering, "LOOKUP_SECONDS", 0.2)
     tier = FlakyTier(random.Random(0))
     with closing(plain(tiers=[tier], dram_slots=8)) as driver:
         cached(driver, prompt(1))
@@ -207,6 +208,14 @@ def test_a_tier_that_hangs_is_a_miss_after_its_deadline(
         assert asked.end.cached_tokens == 0
         stats = driver.tiering.stats()[1]
         assert stats.errors["deadline"] == 1
+        if hangs == "lookup":  # the next request does not wait for it again
+            assert driver.tiering.chain.levels[0].late == 1
+            driver.tiering.chain.levels[0].loads.good()
+            begun = time.monotonic()
+            other = driver.add(prompt(50), SamplingParams(max_tokens=1, ignore_eos=True))
+            while other.end is None:
+                driver.iterate()
+            assert time.monotonic() - begun < 0.9
         tier.delay, tier.present = 0.0, present  # type: ignore[method-assign]
         driver.drain()
 
@@ -271,7 +280,7 @@ def test_copies_that_cannot_be_launched_cost_misses_and_switch_tiers_off(
         flood(driver, 5, 3)
         assert driver.tiering.stats()[0].errors["copy"] == 5
         assert driver.tiering.stats()[0].state == "off"
-        driver.tiering._copies.good()
+        driver.tiering._copies._fuse.good()
         driver.copier.breaks = False
         flood(driver, 10, 4)
         assert cached(driver, prompt(10)) == {"dram": 48}

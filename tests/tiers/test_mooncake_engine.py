@@ -4,6 +4,7 @@ dies and comes back changes no answer.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ def test_engines_share_blocks_and_a_dead_master_changes_no_answer(
         assert cached == [{}, {}]
         close(first)
         second = load(tiny_llama, kv_tiers=tiers)
+        tier, deadline = second._engine.core.tiering.chain.levels[0].threads.tier, time.time() + 20
+        while tier._client is None and time.time() < deadline:
+            time.sleep(0.01)  # a lookup does not wait for the connection
         assert answers(second) == (expected, [{"mooncake": 96}, {"mooncake": 96}])
         cluster.kill(cluster.master)
         second._engine.core.scheduler.kv.clear_cache()

@@ -137,7 +137,8 @@ class CostModel:
             if pages and (self.prefill is None or saved > best):
                 best, visit.hit, visit.reach, visit.phase = saved, hit, reach, Phase.FOUND
                 visit.todo = deque(zip(pages, sources, strict=True))
-                visit.patience = min(LONGEST_VISIT, max(SHORTEST_VISIT, computing))
+                known = computing if self.prefill is not None else LONGEST_VISIT
+                visit.patience = min(LONGEST_VISIT, max(SHORTEST_VISIT, known))
             elif pages:
                 self._doubt(sources)
 

@@ -104,11 +104,6 @@ class CacheLayer:
         """Values of one block."""
         return sum(prod(shape) for shape in self.page)
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that holds the cache; the first dimension of each is the block."""
-        return self.keys, self.values
-
 
 @dataclass
 class Build:

@@ -1,4 +1,4 @@
-"""Reference of quire/kernels/triton/step/move_pages.py, and what moves pages on a CPU."""
+"""Reference of quire/kernels/triton/step/move_pages.py."""
 
 from __future__ import annotations
 

@@ -105,15 +105,19 @@ class DevicePages:
         flight = self._free.pop()
         flight.number = order.number
         count = len(order.blocks)
-        flight.host[:count] = torch.tensor(order.blocks, dtype=torch.int32)
-        if not self._on_gpu:
-            self._launch(order, flight)
-        else:
-            stream = self._streams[order.store]
-            if not order.store:
-                stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        try:
+            flight.host[:count] = torch.tensor(order.blocks, dtype=torch.int32)
+            if not self._on_gpu:
                 self._launch(order, flight)
+            else:
+                stream = self._streams[order.store]
+                if not order.store:
+                    stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._launch(order, flight)
+        except BaseException:
+            self._free.append(flight)
+            raise
         self._flying[order.store].append(flight)
 
     def _launch(self, order: Copies, flight: Flight) -> None:

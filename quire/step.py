@@ -46,6 +46,14 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     follow the tokens of this chunk. `gated`: its token is chosen among those of
     a mask that is given to the submitted step (Pending.open in quire/engine/core.py); of a slot's
     rows that sample either all are gated or none.
+
+    `drafts`: so many of the last tokens are guesses. The token before them chooses the next one as
+    ever; where that is the first draft, the draft's logits choose one more, and so on. What a
+    refused draft has written is written again by the slot's next row, which begins with the last
+    token chosen. Not with `gated`.
+
+    `propose`: so many drafts of what follows are wanted of the runner's drafter, if it has one.
+    There are blocks for as many tokens behind the row.
     """
 
     slot: int
@@ -55,6 +63,18 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     sample: bool
     prompt_logprobs: bool = False
     gated: bool = False
+    drafts: int = 0
+    propose: int = 0
+
+
+def sure_tokens(row: Row) -> list[int]:
+    """A row's tokens without its drafts."""
+    return row.tokens[: len(row.tokens) - row.drafts] if row.drafts else row.tokens
+
+
+def draft_tokens(row: Row) -> list[int]:
+    """A row's drafts."""
+    return row.tokens[len(row.tokens) - row.drafts :]
 
 
 def mask_bytes(vocab_size: int) -> int:
@@ -111,12 +131,15 @@ FORBIDDEN_ERROR = "invalid_value"  # its parameters exclude every token
 
 
 class RowResult(msgspec.Struct, array_like=True, gc=False):
-    """What one row gave: sampled tokens (none where Row.sample is false), or an error's code."""
+    """What one row gave: sampled tokens (none where Row.sample is false; with accepted drafts
+    more than one, and as many `logprobs`), or an error's code. `drafts`: what Row.propose asked
+    for, or fewer."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    drafts: list[int] = []
 
 
 class Result(msgspec.Struct, array_like=True):

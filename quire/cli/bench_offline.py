@@ -163,9 +163,18 @@ class Bench:
 
     def measure(self, scenario: Scenario) -> Metrics:
         """One repetition."""
-        before = self.core.scheduler.stats().preemptions
+        before = self.core.scheduler.stats()
         metrics: Metrics = getattr(self, f"_{scenario.kind}")(scenario)
-        preempted = self.core.scheduler.stats().preemptions - before
+        after = self.core.scheduler.stats()
+        preempted = after.preemptions - before.preemptions
+        drafted = after.draft_tokens - before.draft_tokens
+        if drafted:
+            accepted = after.accepted_tokens - before.accepted_tokens
+            rows = after.draft_rows - before.draft_rows
+            metrics |= {
+                "accepted": accepted / drafted,
+                "tokens_per_drafted_row": 1 + accepted / rows,
+            }
         return metrics | ({"preemptions": float(preempted)} if preempted else {})
 
     def work(self) -> Work:

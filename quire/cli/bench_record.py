@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BANDWIDTH_BYTES = 256 * 2**20
 _KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
-max_num_seqs max_num_batched_tokens context_tokens deterministic fingerprint"""
+max_num_seqs max_num_batched_tokens context_tokens deterministic speculation fingerprint"""
 
 
 class Record:

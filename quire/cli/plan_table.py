@@ -27,6 +27,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         ("weights", numbers["weights"], plan["weight_formats"]),
         ("kv cache", numbers["kv cache"], _groups(plan)),
         ("activations", numbers["activations"], _step(plan)),
+        *(
+            [("draft model", format_bytes(plan["draft_bytes"]), "weights")]
+            * bool(plan["draft_bytes"])
+        ),
         ("reserve", numbers["reserve"], "interpreter, libraries, tokenizer"),
         ("total", format_bytes(plan["total_bytes"]), ""),
     ]

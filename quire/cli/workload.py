@@ -19,7 +19,8 @@ SPECIAL_IDS = 100
 @dataclass(frozen=True)
 class Scenario:
     """`requests` prompts of `shortest` to `prompt` tokens, of which the first `shared` are the
-    same in all; each is answered with `output` tokens."""
+    same in all; each is answered with `output` tokens. With `phrase` a prompt repeats its first
+    tokens, so many of them."""
 
     name: str
     kind: str
@@ -29,6 +30,7 @@ class Scenario:
     about: str
     shared: int = 0
     shortest: int = 0
+    phrase: int = 0
 
     @property
     def tokens(self) -> int:
@@ -56,6 +58,7 @@ SCENARIOS = [
     Scenario("b256", DECODE, 256, 128, 257, "time between tokens, 256 requests"),
     Scenario("thr", TOTAL, 512, 512, 256, "throughput, 512 requests of 512 in and 256 out"),
     Scenario("pre", PREFILL, 16, 8192, 1, "prefill rate of 16 prompts of 8192 tokens"),
+    Scenario("repeat", DECODE, 1, 128, 129, "b1 of a prompt that repeats 16 tokens", phrase=16),
     Scenario("prefix", PREFIX, 64, 4160, 32, "64 prompts with 4096 tokens in common", shared=4096),
 ]
 CPU_DEFAULT = "single,prefill512,offline64"
@@ -97,5 +100,6 @@ def make_prompts(scenario: Scenario, vocab_size: int, seed: int) -> list[list[in
     prompts = []
     for _ in range(scenario.requests):
         length = numbers.randint(scenario.shortest or scenario.prompt, scenario.prompt)
-        prompts.append(shared + tokens(length - scenario.shared))
+        own = tokens(min(scenario.phrase, length) or length - scenario.shared)
+        prompts.append((shared + own * (length // len(own) + 1))[:length])
     return prompts

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from quire.config.speculation import Speculation, parse_speculation, speculation_text
 from quire.config.tiers import parse_tiers
 
 
@@ -26,12 +27,14 @@ def option(
     secret: bool = False,
     size: bool = False,
     check: Callable[[str], Any] | None = None,
+    parse: Callable[[Any], str] | None = None,
 ) -> Any:
     """A dataclass field with what flags and docs need.
 
     `live`: can change while the engine runs. `size`: bytes, also written like "4GiB".
     `low`, `high`: inclusive range of a number. `check` raises ValueError, whose text says what is
-    allowed; a list of texts is given to it with commas between.
+    allowed; a list of texts is given to it with commas between. `parse`: checks a value of
+    structure and gives the text that stands for it, or raises UsageError.
     """
     meta = {
         "help": help,
@@ -42,6 +45,7 @@ def option(
         "secret": secret,
         "size": size,
         "check": check,
+        "parse": parse,
     }
     return field(default=default, metadata=meta)
 
@@ -147,6 +151,12 @@ class EngineOptions:
         None,
         "schedule the next step before the last one's tokens are known; by default on a GPU",
     )
+    speculative_config: str | None = option(
+        None,
+        "draft tokens that the model then verifies many at a time, as JSON with vLLM's keys; see "
+        "docs/speculative.md",
+        parse=speculation_text,
+    )
     moe_routing: str = option(
         "model",
         "which experts tokens go to: the model's choice, or evenly at random (for benchmarks with "
@@ -156,6 +166,12 @@ class EngineOptions:
     max_queue: int = option(
         256, "waiting requests beyond which new ones are refused (503)", low=0, live=True
     )
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """What `speculative_config` says."""
+        asked = self.speculative_config
+        return None if asked is None else parse_speculation(asked)
 
 
 @dataclass(frozen=True)

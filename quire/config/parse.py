@@ -32,6 +32,8 @@ def convert(name: str, item: Field[Any], value: Any, where: str = "") -> Any:
     """
     if value is None and "None" in str(item.type):
         return None
+    if item.metadata["parse"]:
+        return item.metadata["parse"](value)
     try:
         if item.metadata["check"] and isinstance(value, list):
             value = ",".join(map(str, value))

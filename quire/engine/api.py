@@ -54,8 +54,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Counters since start, and gauges. `step_age`: seconds that the engine has been in the same
     step (or since it was last heard). `silence`: seconds since it was last heard, which is every
     second even while a step computes. `to_warm`: shapes of steps that are still to be prepared
-    (CUDA graphs to capture); until then they are computed more slowly. `tiers`: what each tier of
-    the KV cache has done, the fastest first."""
+    (CUDA graphs to capture); until then they are computed more slowly. `draft_rows`: rows of steps
+    that had drafts; `draft_tokens` in them; `accepted_at[i]`: how often draft i was accepted.
+    `tiers`: what each tier of the KV cache has done, the fastest first."""
 
     waiting: int = 0
     running: int = 0
@@ -71,6 +72,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     silence: float = 0.0
     to_warm: int = 0
     tiers: list[TierStats] = []
+    draft_rows: int = 0
+    draft_tokens: int = 0
+    accepted_at: list[int] = []
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Drafts that were accepted."""
+        return sum(self.accepted_at)
 
 
 class AsyncEngine(Protocol):

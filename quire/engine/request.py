@@ -12,6 +12,7 @@ from quire.engine.wire import Add
 if TYPE_CHECKING:
     from quire.engine.gates import Gate
     from quire.engine.visits import Visit
+    from quire.speculative.proposer import Drafter
 
 
 class State(Enum):
@@ -36,6 +37,9 @@ class Request:
     `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
     log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
     `visit`: what the tiers do for it before it is admitted.
+    `drafter`: guesses them. Of a row with drafts only the token that is sure to come is promised,
+    and only the tokens before the drafts are scheduled; what is accepted is added to both once it
+    is known.
     """
 
     add: Add
@@ -60,6 +64,7 @@ class Request:
     deadline: float = math.inf
     gate: Gate | None = None
     visit: Visit | None = None
+    drafter: Drafter | None = None
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
     promised: int = field(init=False)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
+from quire.engine.commit import ROW_ERRORS, error_delta, take_row
+from quire.engine.drafting import NO_DRAFTS, Drafting
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
 from quire.engine.tiering import Tiering
@@ -25,16 +27,7 @@ from quire.kv import BLOCK_SIZE
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams, check_tokens
 from quire.runner.diffs import unfit
-from quire.step import (
-    DEVICE_TOKEN,
-    FORBIDDEN_ERROR,
-    NAN_ERROR,
-    Batch,
-    Enter,
-    Result,
-    Row,
-    RowResult,
-)
+from quire.step import DEVICE_TOKEN, NAN_ERROR, Batch, Enter, Result, Row, RowResult
 
 # A request waits for blocks that another is computing only where they are worth a step.
 LEAST_SHARED_BLOCKS = 3
@@ -42,22 +35,6 @@ LEAST_SHARED_BLOCKS = 3
 ON_DEVICE = [DEVICE_TOKEN]
 # Finished requests leave the heap of waiting ones when it holds this many and as many as waiting.
 LEAST_FINISHED = 64
-
-ROW_ERRORS = {
-    NAN_ERROR: QuireError(
-        "numerical_error",
-        "the model's numbers for this request are not finite",
-        why="its weights or the number format they are computed in",
-        fix="check the weights; try --dtype float32",
-    ),
-    FORBIDDEN_ERROR: UsageError(
-        "invalid_value",
-        "no token is allowed at some position of this request",
-        why="allowed_token_ids, bad_words and logit_bias leave none, or only those that end the "
-        "request before min_tokens",
-        fix="allow more tokens, or lower min_tokens",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -76,10 +53,19 @@ class Limits:
 class Scheduler:
     """Owns all requests and the KVManager. Only the engine thread calls it."""
 
-    def __init__(self, limits: Limits, kv: KVManager, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        limits: Limits,
+        kv: KVManager,
+        clock: Callable[[], float] = time.monotonic,
+        drafting: Drafting | None = None,
+    ):
         self.limits = limits
         self.kv = kv
         self.tiering: Tiering | None = None  # set before the first request
+        self._drafting = drafting
+        # Most tokens that one step writes of a request.
+        self.step_tokens = limits.max_num_batched_tokens + (drafting.ahead if drafting else 0)
         self.requests: dict[str, Request] = {}
         self._clock = clock
         # A heap. Requests that finished while they waited stay in it for a while.
@@ -117,6 +103,8 @@ class Scheduler:
             max_tokens=self._max_tokens(add),
             gate=gate,
         )
+        if self._drafting is not None and gate is None:
+            request.drafter = self._drafting.drafter()
         self._num_gated += gate is not None
         if add.timeout is not None:
             request.deadline = self._clock() + add.timeout
@@ -140,7 +128,7 @@ class Scheduler:
         length = len(prompt)
         output = self._max_tokens(add)
         # The last token's KV is never computed.
-        if not self.kv.fits_ever(length + output - 1, self.limits.max_num_batched_tokens):
+        if not self.kv.fits_ever(length + output - 1, self.step_tokens):
             _, total = self.kv.usage()
             raise UsageError(
                 "prompt_too_large",
@@ -194,7 +182,7 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, discard=True)
-            self._finished.append(_error_delta(request_id, error))
+            self._finished.append(error_delta(request_id, error))
 
     def expire(self) -> None:
         """Abort the requests whose deadline has passed."""
@@ -262,7 +250,7 @@ class Scheduler:
         masks, failed = opened
         for request, error in failed:
             self._finish(request)
-            self._finished.append(_error_delta(request.request_id, error))
+            self._finished.append(error_delta(request.request_id, error))
         return masks
 
     def _schedule_running(
@@ -272,10 +260,14 @@ class Scheduler:
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
         decoding, prefilling = list[Request](), list[Request]()
+        drafting = self._drafting
         for request in running:
             gap = request.promised - request.scheduled  # Request.gap, without a call
-            if gap > 0 and request.promised < request.longest:
+            if gap <= 0 or request.promised >= request.longest:
+                continue
+            if drafting is None or not drafting.waits(request):
                 (decoding if gap == 1 else prefilling).append(request)
+        room = self._room_for_drafts(budget, len(decoding), bool(prefilling))
         short = False
         for request in decoding + prefilling:
             if budget == 0:
@@ -285,15 +277,48 @@ class Scheduler:
             gap = request.promised - request.scheduled
             count = gap if gap < budget else budget
             end = request.scheduled + count
-            new_blocks = self._no_blocks
-            if end > request.covered:
-                if not self._make_room(request, end, parts):
+            new_blocks, drafts, propose = self._no_blocks, NO_DRAFTS, 0
+            if drafting is not None:
+                drafts, propose = self._speculate(request, end, room if gap == 1 else 0)
+            need = end + len(drafts) + propose
+            if need > request.covered:
+                if need == end and not self._make_room(request, end, parts):
                     short = True
                     continue
-                new_blocks = self._new_blocks(request, end)
-            parts.append((request, self._row(request, count, new_blocks)))
-            budget -= count
+                new_blocks = self._new_blocks(request, need)
+            parts.append((request, self._row(request, count, new_blocks, drafts, propose)))
+            budget -= count + len(drafts)
+            room -= len(drafts)
         return 0 if short else budget
+
+    def _room_for_drafts(self, budget: int, decoding: int, prefilling: bool) -> int:
+        if self._drafting is None or self._suspects or not decoding:
+            return 0
+        sampling = len(self._running) + min(len(self._free_slots), self.num_waiting)
+        others = prefilling or self.num_waiting > 0
+        return self._drafting.room(budget, decoding, sampling, others)
+
+    def _speculate(self, request: Request, end: int, room: int) -> tuple[list[int], int]:
+        """For a row that ends at `end`: drafts behind it, at most `room`, and how many more the
+        runner is to make; as far as there are blocks, which are taken."""
+        drafting = self._drafting
+        if drafting is None or self._suspects or end < request.promised:
+            return NO_DRAFTS, 0
+        drafts = drafting.drafts(request, room)
+        propose = drafting.proposals(request, end + len(drafts))
+        if self._grows(request, end + len(drafts) + propose):
+            return drafts, propose
+        if drafts and not self._grows(request, end + len(drafts)):
+            drafts = drafts[: max(0, request.covered - end)]
+        return drafts, 0
+
+    def _grows(self, request: Request, end: int) -> bool:
+        """Whether a running request has blocks for `end` tokens, or takes free ones that nobody
+        may need for a token of this step."""
+        if end <= request.covered:
+            return True
+        needed = len(self._running) * len(self.kv.groups)
+        return self.kv.available() >= needed and self.kv.grow(request.request_id, end)
 
     def _make_room(self, request: Request, end: int, parts: list[tuple[Request, Row]]) -> bool:
         """Give a running request blocks for `end` tokens, taken from later ones where needed.
@@ -337,7 +362,7 @@ class Scheduler:
             hit = self.kv.admit(
                 request.request_id,
                 request.tokens,
-                self.limits.max_num_batched_tokens,
+                self.step_tokens,
                 tenant=request.add.tenant,
                 salt=request.add.cache_salt,
                 use_cache=request.add.params.prompt_logprobs is None,
@@ -350,8 +375,10 @@ class Scheduler:
             count = min(request.gap, budget)
             grown = self.kv.grow(request.request_id, hit + count)
             assert grown, "admission looked at less than the first step needs"
-            batch.enter.append(self._enter(request, hit + count))
-            parts.append((request, self._row(request, count, self._no_blocks)))
+            _, propose = self._speculate(request, hit + count, 0)
+            batch.enter.append(self._enter(request, hit + count + propose))
+            row = self._row(request, count, self._no_blocks, propose=propose)
+            parts.append((request, row))
             budget -= count
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
@@ -360,7 +387,7 @@ class Scheduler:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
         request.computed = request.scheduled = hit
-        request.settle_at = 0
+        request.settle_at = request.covered = 0
         if request.cached_tokens is None:
             request.cached_tokens = hit
             if request.visit is not None:
@@ -396,7 +423,14 @@ class Scheduler:
                     del self._computing[identity]
             request.announced = False
 
-    def _row(self, request: Request, count: int, new_blocks: list[list[int]]) -> Row:
+    def _row(
+        self,
+        request: Request,
+        count: int,
+        new_blocks: list[list[int]],
+        drafts: list[int] = NO_DRAFTS,
+        propose: int = 0,
+    ) -> Row:
         start = request.scheduled
         end = request.scheduled = start + count
         request.inflight_steps += 1
@@ -411,7 +445,11 @@ class Scheduler:
             request.promised += 1
         prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
         gated = sample and request.gate is not None
-        return Row(request.slot, start, tokens, new_blocks, sample, prompt_logprobs, gated)
+        if drafts:
+            tokens = tokens + drafts
+        count = len(drafts)
+        slot = request.slot
+        return Row(slot, start, tokens, new_blocks, sample, prompt_logprobs, gated, count, propose)
 
     def _new_blocks(self, request: Request, end: int) -> list[list[int]]:
         """What the runner does not know yet of block tables that were grown to `end` tokens."""
@@ -448,7 +486,7 @@ class Scheduler:
         for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
             request.inflight_steps -= 1
             if request.slot >= 0:
-                request.computed += len(row.tokens)
+                request.computed += len(row.tokens) - row.drafts
             elif request.state is State.FINISHED:
                 continue
             delta = self._commit_row(request, row, got)
@@ -486,58 +524,26 @@ class Scheduler:
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
         if got.error is not None:
             self._finish(request, discard=got.error == NAN_ERROR)
-            return _error_delta(request.request_id, ROW_ERRORS[got.error])
-        tokens, logprobs, prompt_logprobs = got.tokens, got.logprobs, got.prompt_logprobs
-        reason = stop_token = None
+            return error_delta(request.request_id, ROW_ERRORS[got.error])
+        first = len(request.tokens)
+        delta = take_row(request, row, got)
+        if self._drafting is not None:
+            if row.drafts:
+                self._drafting.count(row, min(len(got.tokens) - 1, len(delta.token_ids)))
+            if got.drafts:
+                self._drafting.take(request, got.drafts)
         if row.sample:
-            known = request.tokens
-            first = len(known)
-            known += tokens
-            if len(known) >= request.longest or not request.end_tokens.isdisjoint(tokens):
-                reason, stop_token = self._end(request, first)
-                tokens = known[first:]
-                logprobs = logprobs[: len(tokens)] if logprobs else None
-            request.promised += len(tokens) - 1
             if first == request.num_prompt:
                 self._counts["prompt_tokens"] += first
             if self._suspects:
                 self._suspects.discard(request)
             if request.announced:
                 self._withdraw(request)
-        if prompt_logprobs:
-            # A request preempted in its prompt computes positions again that were sent already.
-            prompt_logprobs = prompt_logprobs[max(0, request.prompt_logprobs_sent - row.start) :]
-            request.prompt_logprobs_sent += len(prompt_logprobs)
         if request.computed >= request.settle_at and request.slot >= 0:
             self._publish(request, confirmed=False)
-        if reason is not None:
+        if delta.finish_reason is not None:
             self._finish(request)
-        if not tokens and not prompt_logprobs:
-            return None
-        return Delta(
-            request.add.request_id,
-            tokens,
-            logprobs or None,
-            prompt_logprobs or None,
-            reason,
-            stop_token,
-            request.cached_tokens or 0,
-            cached_by_tier=request.cached_by_tier,
-        )
-
-    def _end(self, request: Request, first: int) -> tuple[str | None, int | None]:
-        """Cut new tokens, those from `first` on, behind the one that ends the request: (finish
-        reason, stop token) where one does."""
-        known = request.tokens
-        for length, token in enumerate(known[first:], first + 1):
-            if token in request.end_tokens and length >= request.earliest_end:
-                del known[length:]
-                named = token in (request.add.params.stop_token_ids or ())
-                return "stop", token if named else None
-            if length >= request.longest:
-                del known[length:]
-                return "length", None
-        return None, None
+        return delta if delta.token_ids or delta.prompt_logprobs else None
 
     def _publish(self, request: Request, confirmed: bool) -> None:
         """Offer computed blocks to the prefix index.
@@ -594,6 +600,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         used, total = self.kv.usage()
         counts = self._counts
+        drafts = None if self._drafting is None else self._drafting.counts()
         return EngineStats(
             waiting=self.num_waiting,
             running=len(self._running),
@@ -605,6 +612,9 @@ class Scheduler:
             steps=counts["done_steps"],
             prompt_tokens=counts["prompt_tokens"],
             generated_tokens=counts["generated_tokens"],
+            draft_rows=drafts.rows if drafts else 0,
+            draft_tokens=drafts.drafted if drafts else 0,
+            accepted_at=drafts.accepted_at if drafts else [],
         )
 
     def check_slice(self) -> None:
@@ -630,7 +640,8 @@ class Scheduler:
         for parts in self._inflight.values():
             for request, row in parts:
                 if request.state is State.RUNNING:
-                    flying[id(request)] = flying.get(id(request), 0) + len(row.tokens)
+                    count = len(row.tokens) - row.drafts
+                    flying[id(request)] = flying.get(id(request), 0) + count
         for request in self.requests.values():
             request.check_integrity()
             assert request.inflight == flying.get(id(request), 0)
@@ -638,12 +649,3 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
-
-
-def _error_delta(request_id: str, error: QuireError) -> Delta:
-    return Delta(
-        request_id=request_id,
-        token_ids=[],
-        finish_reason="error",
-        error=[error.code, error.what, error.why, error.fix],
-    )

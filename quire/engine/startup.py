@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -13,6 +13,7 @@ import torch
 from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
+from quire.engine.drafting import Drafting
 from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
@@ -23,7 +24,7 @@ from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
 from quire.kv.identity import DEFAULT_KEY, BlockIdentity
 from quire.kv.manager import KVManager
-from quire.layers.build import Build, CpuKernels, Kernels
+from quire.layers.build import Build, CacheLayer, CpuKernels, Kernels
 from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.models.registry import (
     Model,
@@ -39,6 +40,7 @@ from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches
 from quire.runner.pages import CpuPages, pool_tensors
+from quire.speculative.proposer import make_proposer
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -86,6 +88,30 @@ def make_plan(
 ) -> Plan:
     """Plan with what is known: formats of tensors where there are weights (or dummies, which need
     no `source`), else config.json alone."""
+    facts = _facts(options, files, source)
+    drafter = draft_options(options)
+    draft = None
+    if drafter is not None:
+        theirs = find_model(drafter)
+        draft = _facts(drafter, theirs, open_weights(drafter, theirs))
+    machine = detect(gpu=options.engine.device != "cpu")
+    tiers = measure_tiers(options)
+    return resolve(options, facts, machine, found, draft=draft, tiers=tiers)
+
+
+def draft_options(options: Options) -> Options | None:
+    """The options of the model that --speculative-config has draft, as if it were the model."""
+    asked = options.engine.speculation
+    if asked is None or asked.model is None:
+        return None
+    return replace(
+        options,
+        model=replace(options.model, model=asked.model, revision=asked.revision, quantization=None),
+        engine=replace(options.engine, speculative_config=None),
+    )
+
+
+def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> ModelFacts:
     hf, scheme, online = (
         files.config(),
         checkpoint_scheme(files),
@@ -114,8 +140,7 @@ def make_plan(
         facts = replace(
             facts, scheme=f"{online.method}, while loading", scheme_from="--quantization"
         )
-    machine = detect(gpu=options.engine.device != "cpu")
-    return resolve(options, facts, machine, found, tiers=measure_tiers(options))
+    return facts
 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
@@ -160,25 +185,61 @@ def assemble(
         device=device,
         moe_routing=options.engine.moe_routing,
     )
-    model = build_model(files.config(), build)
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
-        load_weights(build, source, lambda done: say("loading weights", done))
-    source.close()
+        model = _load(build, files, source, lambda done: say("loading weights", done))
+        draft = _load_draft_model(options, build)
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
     tiers = open_tiers(options, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
-        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype])
-        runner = _make_runner(plan, found, build, model, info)
+        more = [] if draft is None else draft[1].caches
+        allocate_caches(build, plan.groups, plan.pool_blocks, DTYPES[plan.kv_dtype], more)
+        runner = _make_runner(plan, found, build, model, draft, info)
     scheduler = make_scheduler(options, plan, info, tiers.key)
-    tiering = _make_tiering(options, plan, tiers, scheduler.kv, build)
+    tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
     core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
         with explained(plan, "the largest step was computed for the first time"):
             runner.warm()  # most kernels are there then, and memory has sufficed
     return Engine(core, plan, info, files, build)
+
+
+def _load(
+    build: Build,
+    files: ModelFiles,
+    source: WeightSource,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
+    model = build_model(files.config(), build)
+    load_weights(build, source, progress)
+    source.close()
+    return model
+
+
+def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | None:
+    """The model that --speculative-config has draft, built like the target and beside it."""
+    theirs = draft_options(options)
+    if theirs is None:
+        return None
+    files = find_model(theirs)
+    source = open_weights(theirs, files)
+    if source is None:
+        if theirs.model.load_format != "dummy":
+            raise no_weights(files)
+        source = dummy_source(theirs, files, target.device)
+    build = Build(
+        target.kernels,
+        dtype=target.dtype,
+        group=target.group,
+        widened=DTYPES[declared_dtype(files.config())],
+        max_len=target.max_len,
+        device=target.device,
+        moe_routing=target.moe_routing,
+        first_layer=len(target.caches),
+    )
+    return _load(build, files, source), build
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:
@@ -194,23 +255,33 @@ def _cpu_kernels(plan: Plan, found: KernelFacts) -> CpuKernels:
 
 
 def _make_runner(
-    plan: Plan, found: KernelFacts, build: Build, model: Model, info: EngineInfo
+    plan: Plan,
+    found: KernelFacts,
+    build: Build,
+    model: Model,
+    draft: tuple[Model, Build] | None,
+    info: EngineInfo,
 ) -> Runner:
     if plan.device == "cpu":
-        kernels = _cpu_kernels(plan, found)
-        return EagerRunner(model, kernels, len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+        sizes = (len(plan.groups), plan.max_num_seqs, plan.max_model_len)
+        return EagerRunner(model, _cpu_kernels(plan, found), *sizes, draft and draft[0])
     from quire.runner.device import DeviceRunner
 
-    return DeviceRunner(model, build, plan, info.vocab_size)
+    return DeviceRunner(model, build, plan, info.vocab_size, draft)
 
 
 def _make_tiering(
-    options: Options, plan: Plan, tiers: OpenTiers, kv: KVManager, build: Build
+    options: Options,
+    plan: Plan,
+    tiers: OpenTiers,
+    scheduler: Scheduler,
+    caches: Sequence[CacheLayer],
 ) -> Tiering | None:
+    """`caches`: of all layers of the plan's groups, by number."""
     if not plan.tier_slots:
         return None
     slab = make_slab(plan, pinned=plan.device != "cpu")
-    pools = pool_tensors(build, plan.groups)
+    pools = pool_tensors(caches, plan.groups)
     copier: Copier
     if plan.device == "cpu":
         copier = CpuPages(pools, slab)
@@ -218,7 +289,7 @@ def _make_tiering(
         from quire.runner.device_pages import DevicePages
 
         copier = DevicePages(pools, slab)
-    return make_tiering(options, plan, tiers, kv, slab, copier)
+    return make_tiering(options, tiers, scheduler, slab, copier)
 
 
 def set_threads(threads: int) -> None:
@@ -245,7 +316,17 @@ def make_scheduler(
     )
     identity = BlockIdentity(plan.cache_fingerprint, key)
     caching = options.engine.enable_prefix_caching
-    return Scheduler(limits, KVManager(plan.groups, plan.pool_blocks, identity, caching))
+    kv = KVManager(plan.groups, plan.pool_blocks, identity, caching)
+    return Scheduler(limits, kv, drafting=make_drafting(plan))
+
+
+def make_drafting(plan: Plan) -> Drafting | None:
+    """What the scheduler needs for drafts."""
+    asked = plan.speculation
+    if asked is None:
+        return None
+    drafts = asked.num_speculative_tokens
+    return Drafting(make_proposer(asked), drafts, plan.max_sampled, asked.ahead)
 
 
 def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:

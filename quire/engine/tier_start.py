@@ -8,9 +8,9 @@ from pathlib import Path
 from quire.config.options import Options
 from quire.config.tiers import TierSpec, parse_tiers
 from quire.engine.page_copies import Copier
+from quire.engine.scheduler import Scheduler
 from quire.engine.tiering import Tiering
 from quire.kv.identity import DEFAULT_KEY
-from quire.kv.manager import KVManager
 from quire.plan.plan import Plan
 from quire.plan.tiers import TierFacts
 from quire.tiers.chain import Chain
@@ -82,11 +82,11 @@ def open_tiers(options: Options, plan: Plan) -> OpenTiers:
 
 
 def make_tiering(
-    options: Options, plan: Plan, tiers: OpenTiers, kv: KVManager, slab: HostSlab, copier: Copier
+    options: Options, tiers: OpenTiers, scheduler: Scheduler, slab: HostSlab, copier: Copier
 ) -> Tiering:
     """The tiers over a scheduler's blocks."""
     dram = DramTier(slab, options.engine.kv_tier_policy)
-    return Tiering(kv, Chain(dram, tiers.cold), copier, plan.max_num_batched_tokens)
+    return Tiering(scheduler.kv, Chain(dram, tiers.cold), copier, scheduler.step_tokens)
 
 
 def make_slab(plan: Plan, pinned: bool) -> HostSlab:

@@ -67,9 +67,18 @@ class Flag(IntFlag):
 
 
 class RowFlag(IntFlag):
-    """The fourth number of a row of a step."""
+    """The fourth number of a row of a step: a flag, and three numbers above it, in units of these.
+
+    A row that is computed has so many DRAFTS as its last tokens, which lie behind the slot's known
+    ones in its history. A row that samples is that of the token behind the first BEHIND of the
+    slot's drafts, of which there are DRAFTS; those of one slot follow each other. PROPOSE: how many
+    drafts are wanted behind a row that is computed.
+    """
 
     SAMPLE = 1
+    DRAFTS = 1 << 8
+    BEHIND = 1 << 16
+    PROPOSE = 1 << 24
 
 
 @dataclass(frozen=True)

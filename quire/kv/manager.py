@@ -86,6 +86,10 @@ class KVManager:
         """Blocks held and blocks in all, over all pools."""
         return sum(p.held for p in self.pools), sum(p.num_blocks - 1 for p in self.pools)
 
+    def available(self) -> int:
+        """Blocks that every pool can still give."""
+        return min(pool.available for pool in self.pools)
+
     # -- a request's life --------------------------------------------------------------------
 
     def admit(

@@ -110,7 +110,8 @@ class Build:
     """Context of building one model: kernels, dense dtype (None keeps the checkpoint's, and makes
     quantised weights that the kernels do not have `widened`), device, ranks, the longest context
     in tokens (the size of rotary tables), and whether experts are chosen by the "model" or evenly
-    at random ("uniform", for benchmarks).
+    at random ("uniform", for benchmarks). Caches are numbered from `first_layer` on, behind those
+    of a model whose blocks are shared.
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
@@ -131,6 +132,7 @@ class Build:
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
     on_experts: Callable[[torch.Tensor], None] | None = None
+    first_layer: int = 0
     weights: list[Weight] = field(default_factory=list)
     caches: list[CacheLayer] = field(default_factory=list)
     spare: list[str] = field(default_factory=list)
@@ -152,6 +154,7 @@ class Build:
         value_size: int,
     ) -> CacheLayer:
         """The next layer's cache; arguments as CacheLayer has them."""
-        cache = CacheLayer(len(self.caches), page, window, heads, kv_heads, key_size, value_size)
+        number = self.first_layer + len(self.caches)
+        cache = CacheLayer(number, page, window, heads, kv_heads, key_size, value_size)
         self.caches.append(cache)
         return cache

@@ -15,6 +15,7 @@ from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
 from quire.plan.place import Place, choose_latent_form, held_formats, remaining, sum_weights
 from quire.plan.plan import Choice
+from quire.plan.speculation import sampled_rows
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
@@ -59,7 +60,8 @@ def place(
     weights = sum_weights(build, formats)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
-    activations = memory.activation_bytes(config, build.width, tokens, sequences)
+    sampled = sampled_rows(engine, sequences, tokens)
+    activations = memory.activation_bytes(config, build.width, tokens, sampled)
     recorded = 0
     if name == "reference":
         activations += memory.reference_bytes(build, formats)
@@ -102,6 +104,7 @@ def place(
         reserve_bytes=memory.RESERVE_BYTES,
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
+        max_sampled=sampled,
     )
 
 
@@ -110,13 +113,8 @@ def _choose_kernels(
 ) -> tuple[str, Kernels]:
     asked, why_not = options.engine.kernels, found.why_not
     fix = "install a C++ compiler and reinstall quire, or use --kernels reference"
-    odd = sorted({c.key_size for c in caches if not c.latent} - set(NATIVE_HEAD_SIZES))
-    wide = max((c.key_size for c in caches if c.latent), default=0)
-    if found.native is not None and (odd or wide > NATIVE_LATENT):
-        why_not = f"they do not have latents of {wide} values: up to {NATIVE_LATENT}"
-        if odd:
-            why_not = f"they do not have head size {odd[0]}: multiples of 8 up to 256"
-        fix = "use --kernels reference"
+    if found.native is not None and (misfit := native_misfit(caches)):
+        why_not, fix = misfit, "use --kernels reference"
     if asked == "native" and why_not:
         raise PlanError(
             "no_native_kernels",
@@ -131,6 +129,17 @@ def _choose_kernels(
     reason = "asked for with --kernels" if asked == "reference" else why_not
     choices.append(Choice("kernels", "reference", reason, downgrade=asked == "auto"))
     return "reference", found.reference
+
+
+def native_misfit(caches: list[CacheLayer]) -> str:
+    """What of these layers the native kernels do not have, empty where they have all."""
+    odd = sorted({c.key_size for c in caches if not c.latent} - set(NATIVE_HEAD_SIZES))
+    wide = max((c.key_size for c in caches if c.latent), default=0)
+    if odd:
+        return f"they do not have head size {odd[0]}: multiples of 8 up to 256"
+    if wide > NATIVE_LATENT:
+        return f"they do not have latents of {wide} values: up to {NATIVE_LATENT}"
+    return ""
 
 
 def _choose_determinism(options: Options, kernels: str, choices: list[Choice]) -> bool:

@@ -31,6 +31,7 @@ from quire.plan.place import (
     sum_weights,
 )
 from quire.plan.plan import Choice
+from quire.plan.speculation import sampled_rows
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -100,9 +101,9 @@ def place(
     dtype = _choose_dtype(options, hf, quantized, choices)
     if dtype != "bfloat16":
         build = _build(hf, dtype, group)
-    _check_head_sizes(build)
+    check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
-    _check_experts(read_config(hf), build, formats)
+    check_experts(read_config(hf), build, formats)
     packed = {f for f in map(formats, matrices(build)) if f in BLOCK_FORMATS and f not in DENSE}
     if packed:
         reason = f"there are no GPU kernels for {', '.join(sorted(packed))}"
@@ -115,24 +116,23 @@ def place(
     config = read_config(hf)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
-    decode, mixed = graph_sizes(tokens, sequences) if runner == "graph" else ((), ())
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
     groups = len({(c.window, c.page) for c in build.caches})
-    widest = 0 if deterministic else _widened_bytes(build, formats)
+    sampled = sampled_rows(engine, sequences, tokens)
+    decode, mixed = graph_sizes(tokens, sampled) if runner == "graph" else ((), ())
+    widest = 0 if deterministic else widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
         "activations": widest
-        + memory.gpu_activation_bytes(config, build.width, tokens, sequences, itemsize),
+        + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize),
         "graphs": widest
-        + memory.gpu_activation_bytes(
-            config, build.width, max(mixed, default=0), sequences, itemsize
-        )
+        + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
         + GRAPH_BYTES * (3 * len(decode) + len(mixed))
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
-        + SamplingScratch.nbytes(sequences, config.vocab_size)
+        + SamplingScratch.nbytes(sampled, config.vocab_size)
         + config.hidden * tokens * itemsize,  # hidden states between forward pass and sampling
         "context and libraries": RESERVE_BYTES,
     }
@@ -160,6 +160,7 @@ def place(
         reserve_bytes=RESERVE_BYTES,
         room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
         fill=True,
+        max_sampled=sampled,
         decode_graphs=decode,
         mixed_graphs=mixed,
     )
@@ -217,7 +218,7 @@ def _choose_kv_dtype(options: Options, dtype: str) -> str:
     return dtype if asked == "auto" else asked
 
 
-def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
+def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
     """Raises PlanError. `formats`: those that weights are held in."""
     stacked = [weight for weight in build.weights if isinstance(weight, StackedExperts)]
     held = {formats(i.name) for weight in stacked for i in weight.tensors() if len(i.shape) == 2}
@@ -240,7 +241,8 @@ def _check_experts(config: ModelConfig, build: Build, formats: Callable[[str], s
         )
 
 
-def _check_head_sizes(build: Build) -> None:
+def check_head_sizes(build: Build) -> None:
+    """Raises PlanError."""
     for latent in (cache for cache in build.caches if cache.latent):
         if latent.value_size > MAX_RANK or latent.key_size - latent.value_size > MAX_REST:
             raise PlanError(
@@ -304,7 +306,7 @@ def _choose_quantized(
             choices.append(Choice(f"{what} in {name}", *_served(kind, name, deterministic, gpu)))
 
 
-def _widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
+def widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
     """The largest weight that many tokens have decoded to bfloat16 before they are multiplied."""
     linears = [weight for weight in build.weights if isinstance(weight, Linear)]
     sizes = [w.values() for w in linears if any(_decoded(formats(i.name)) for i in w.tensors())]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from quire.config.options import Options
 from quire.errors import ModelError, PlanError
 from quire.formats.layout import is_quantized
 from quire.layers.build import Build
@@ -13,17 +14,20 @@ from quire.layers.embedding import Embedding
 from quire.layers.experts import StackedExperts
 from quire.layers.latent import HeadProducts
 from quire.layers.linear import Linear
+from quire.plan.facts import ModelFacts, declared_dtype
 from quire.plan.plan import Choice, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
 class Place:
     """One device's part of the plan; sizes are bytes, names as in Plan.
 
-    `room`: what the KV cache and the rotary tables may take. `fill`: the KV cache takes it all by
-    default, instead of a default number of tokens.
+    `max_sampled`: rows of logits that a step samples from at most. `room`: what the KV cache and
+    the rotary tables may take. `fill`: the KV cache takes it all by default, instead of a default
+    number of tokens. `ahead`: tokens that a model drafts behind those of a step.
     """
 
     device: str
@@ -46,8 +50,27 @@ class Place:
     reserve_bytes: int
     room: int
     fill: bool
+    max_sampled: int
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
+    ahead: int = 0
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of one request that a step writes."""
+        return self.max_num_batched_tokens + self.ahead
+
+
+def tensor_formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
+    """The format each tensor will have before packing: --dtype changes dense ones."""
+    dense = DENSE.get(options.model.dtype)
+    fallback = DENSE[declared_dtype(model.hf_config)]
+
+    def lookup(name: str) -> str:
+        stored = (model.formats or {}).get(name, fallback)
+        return dense if dense is not None and stored in DENSE_FORMATS else stored
+
+    return lookup
 
 
 def matrices(build: Build) -> list[str]:

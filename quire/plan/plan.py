@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quire.config.speculation import Speculation
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 
@@ -33,10 +34,13 @@ class Plan:
     the kernels' scratch on a GPU, `reserve_bytes` what the process needs besides (interpreter,
     libraries, tokenizer, the GPU's context). `context_tokens` is how many tokens all requests
     together can hold in the KV cache. `decode_graphs`: numbers of rows for which a decode step is
-    captured, `mixed_graphs` numbers of tokens of other steps. `tier_slots`: pages of each pool in
-    host memory, where there are tiers; they take `tier_bytes`. `tier_rates`: bytes a second that
-    each of --kv-tiers gives, 0 where that is not known. `model_fingerprint` is of the weights
-    and of the config's values; `ranks` share the model.
+    captured (with drafts, of tokens: each is a row of its own then), `mixed_graphs` numbers of
+    tokens of other steps.
+    `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
+    model that drafts; its layers' caches are in `groups`, numbered behind the model's.
+    `tier_slots`: pages of each pool in host memory, where there are tiers; they take `tier_bytes`.
+    `tier_rates`: bytes a second that each of --kv-tiers gives, 0 where that is not known.
+    `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
     """
 
     model: str
@@ -69,6 +73,10 @@ class Plan:
     pool_blocks: tuple[int, ...]
     choices: tuple[Choice, ...]
     numerics_version: int
+    max_sampled: int
+    speculation: Speculation | None = None
+    draft_bytes: int = 0
+    draft_fingerprint: str = ""
     ranks: int = 1
     moe_routing: str = "model"
     tier_slots: tuple[int, ...] = ()
@@ -78,8 +86,8 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
-        total = sum(parts) + self.graph_bytes + self.state_bytes + self.reserve_bytes
-        return total + (self.tier_bytes if self.device == "cpu" else 0)
+        rest = (self.graph_bytes, self.state_bytes, self.reserve_bytes, self.draft_bytes)
+        return sum(parts) + sum(rest) + (self.tier_bytes if self.device == "cpu" else 0)
 
     @property
     def cache_fingerprint(self) -> bytes:
@@ -100,6 +108,8 @@ class Plan:
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes) for g in self.groups],
         ]
+        if self.draft_fingerprint:
+            fields.append(self.draft_fingerprint)
         return hashlib.blake2b(msgspec.json.encode(fields), digest_size=32).digest()
 
     @property

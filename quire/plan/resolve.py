@@ -12,14 +12,15 @@ from quire.kv.groups import KVGroup
 from quire.layers.build import Build
 from quire.models.registry import read_config
 from quire.plan import cpu, gpu, memory
-from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
-from quire.plan.place import DENSE, Place
+from quire.plan.draft_model import plan_draft_model, with_draft_model
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.place import Place, tensor_formats
 from quire.plan.plan import Choice, Plan, format_bytes
+from quire.plan.speculation import describe_speculation
 from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 3
-DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
 # A default KV cache on a CPU holds one request of the model's longest context, within these
 # bounds, if half of what is left allows.
 DEFAULT_CONTEXT_TOKENS = range(16384, 32769)
@@ -33,30 +34,42 @@ def resolve(
     machine: Machine,
     found: KernelFacts,
     group: Group | None = None,
+    draft: ModelFacts | None = None,
     tiers: Sequence[TierFacts] = (),
 ) -> Plan:
     """Decide everything, or raise PlanError (with the numbers) or ModelError.
 
-    `group`: the rank whose share of weights and caches is planned; one rank by default. `tiers`:
-    what was measured of those of the KV cache.
+    `group`: the rank whose share of weights and caches is planned; one rank by default. `draft`:
+    the model that drafts, where --speculative-config names one. `tiers`: what was measured of
+    those of the KV cache.
     """
     choices: list[Choice] = []
     if model.scheme:
         choices.append(Choice("quantisation", model.scheme, model.scheme_from))
-    formats = _formats(model, options)
+    formats = tensor_formats(model, options)
     device = gpu.choose_device(options, machine, found, choices)
     make = gpu.place if device == "cuda" else cpu.place
     place = make(options, model.hf_config, formats, machine, found, group or Group(), choices)
     if model.kv_cache:
         reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
         choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
-    groups = memory.kv_groups(place.build.caches, DTYPES[place.kv_dtype].itemsize)
+    caches, table_bytes = list(place.build.caches), sum(place.build.rotary_bytes.values())
+    speculation, drafter = options.engine.speculation, None
+    if speculation is not None and draft is not None:
+        drafter = plan_draft_model(options, draft, model.hf_config, place, choices)
+        caches += drafter.layers
+        table_bytes += drafter.rotary_bytes
+        place = with_draft_model(place, drafter, speculation.ahead)
+    groups = memory.kv_groups(caches, DTYPES[place.kv_dtype].itemsize)
     place, slots = plan_tiers(options, groups, place, machine, tiers, choices)
-    table_bytes = sum(place.build.rotary_bytes.values())
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
-    blocks = memory.pool_blocks(groups, tokens, step, sequences)
+    blocks = memory.pool_blocks(groups, tokens, place.step_tokens, sequences)
+    draft_bytes = 0 if drafter is None else drafter.weight_bytes
+    if speculation is not None:
+        ahead = options.engine.async_scheduling
+        describe_speculation(speculation, place.max_sampled, ahead, draft_bytes, choices)
     plan = Plan(
         model=model.name,
         model_fingerprint=model.fingerprint,
@@ -71,7 +84,7 @@ def resolve(
         isa=place.isa,
         runner=place.runner,
         deterministic=place.deterministic,
-        async_scheduling=place.async_scheduling,
+        async_scheduling=place.async_scheduling and speculation is None,
         weight_bytes=place.weight_bytes,
         kv_bytes=memory.allocated_bytes(groups, blocks),
         activation_bytes=place.activation_bytes + table_bytes * max_len,
@@ -88,6 +101,10 @@ def resolve(
         pool_blocks=blocks,
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
+        max_sampled=place.max_sampled,
+        speculation=speculation,
+        draft_bytes=draft_bytes,
+        draft_fingerprint="" if drafter is None else drafter.fingerprint,
         ranks=(group or Group()).size,
         moe_routing=options.engine.moe_routing,
         tier_slots=slots,
@@ -103,18 +120,6 @@ def resolve(
             fix="remove the cause, or start without --strict",
         )
     return plan
-
-
-def _formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
-    """The format each tensor will have before packing: --dtype changes dense ones."""
-    dense = DENSE.get(options.model.dtype)
-    fallback = DENSE[declared_dtype(model.hf_config)]
-
-    def lookup(name: str) -> str:
-        stored = (model.formats or {}).get(name, fallback)
-        return dense if dense is not None and stored in DENSE_FORMATS else stored
-
-    return lookup
 
 
 def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:
@@ -137,7 +142,7 @@ def _choose_context(
 ) -> tuple[int, int]:
     """(largest context of one request, tokens of KV in all). `table_bytes`: rotary tables take
     this much per position."""
-    room, step, sequences = place.room, place.max_num_batched_tokens, place.max_num_seqs
+    room, step, sequences = place.room, place.step_tokens, place.max_num_seqs
     asked = options.model.max_model_len
     if asked is not None and asked > longest:
         raise PlanError(

@@ -21,6 +21,7 @@ from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
 from quire.kernels.triton.ops import TritonKernels
+from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
 from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.apply_runs import apply_runs
@@ -28,12 +29,13 @@ from quire.kernels.triton.step.count_tokens import count_tokens
 from quire.kernels.triton.step.keep_hidden import keep_hidden
 from quire.kernels.triton.step.prepare_step import prepare_step
 from quire.kv import BLOCK_SIZE
-from quire.layers.build import Build
+from quire.layers.build import Build, CacheLayer
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.plan.plan import Plan
 from quire.runner.clock import DeviceClock
+from quire.runner.device_drafter import DeviceDrafter
 from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
@@ -58,6 +60,23 @@ class Shape(NamedTuple):
     rows: int
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Tokens and rows of the pass in which a model that drafts reads a step, with its padding; more
+    tokens than rows."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """Rows of its passes after that, with padding, and the sampler's variant."""
+
+    rows: int
+    variant: str
+
+
 class Sampling(NamedTuple):
     """Rows of a sampling pass with its padding, the kernel's variant, and whether any row wants
     log-probabilities."""
@@ -65,6 +84,9 @@ class Sampling(NamedTuple):
     rows: int
     variant: str
     logprobs: bool
+
+
+Key = Shape | Sampling | Reading | Guessing
 
 
 @dataclass(frozen=True)
@@ -79,36 +101,50 @@ class DeviceRunner:
     """Owns the slots, the steps' buffers and the graphs; the model and its caches are given
     built, loaded and allocated. `submit` raises what launching raises; then call `reset`."""
 
-    def __init__(self, model: Model, build: Build, plan: Plan, vocab_size: int):
+    def __init__(
+        self,
+        model: Model,
+        build: Build,
+        plan: Plan,
+        vocab_size: int,
+        draft: tuple[Model, Build] | None = None,
+    ):
         self.model, self.device = model, build.device
         self._kernels = cast(TritonKernels, build.kernels)
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
         self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
         groups, max_blocks = len(plan.groups), -(-plan.max_model_len // BLOCK_SIZE) + 1
-        # Two tables of rows: those that are computed, and of these the ones that sample.
-        self.state = DeviceState.allocate(
-            rows, plan.max_model_len, vocab_size, groups, max_blocks, self.device, 2 * rows
-        )
+        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
+        # Tables of rows: those that are computed, those that sample, those that a drafter reads.
+        sampled = self._sampled = plan.max_sampled
+        drafted = self._size(rows, self._decode_sizes) if draft else 0
+        sizes = (rows, plan.max_model_len, vocab_size, groups, max_blocks)
+        self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
+        self._verifying = plan.speculation is not None
         self._diffs = Diffs(self.state.layout)
         self._packets = PacketRing(self.device)
-        self._buffers = StepBuffers.allocate(rows, tokens, groups, max_blocks, self.device)
-        self._attention_scratch(build, plan)
-        self._sampling_scratch = SamplingScratch.allocate(rows, vocab_size, self.device)
-        self._outputs = SampleOutputs.allocate(rows, self.device)
+        self._buffers = StepBuffers.allocate(sampled, tokens, groups, max_blocks, self.device)
+        self._attention_scratch(build.caches + (draft[1].caches if draft else []), plan)
+        self._sampling_scratch = SamplingScratch.allocate(sampled, vocab_size, self.device)
+        self._outputs = SampleOutputs.allocate(sampled, self.device)
         self._hidden: torch.Tensor | None = None
         self._spoiled = torch.zeros(tokens, dtype=torch.int32, device=self.device)
         self._prompts: dict[int, Prompt] = {}
         self._logprobs: list[int | None] = [None] * rows  # how many of the top each slot wants
-        self._ring = [HostOutputs(self._outputs, self._spoiled) for _ in range(RING)]
+        self._drafter: DeviceDrafter | None = None
+        if draft is not None:
+            table = self.state.rows[2 * sampled : 2 * sampled + drafted]
+            self._drafter = DeviceDrafter(draft[0], self.state, table, self._sampling_scratch, plan)
+        drafts = None if self._drafter is None else self._drafter.drafts
+        self._ring = [HostOutputs(self._outputs, self._spoiled, drafts) for _ in range(RING)]
         self._submitted = 0
         self.clock: DeviceClock | None = None  # set by who wants to measure
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
-        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted = deque(self._planned())
 
-    def _attention_scratch(self, build: Build, plan: Plan) -> None:
+    def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
         """One scratch for all layers, of the shape that takes the most."""
         common: dict[str, Any] = {
             "total_tokens": plan.context_tokens,
@@ -117,8 +153,8 @@ class DeviceRunner:
             "device": self.device,
         }
         shapes = {
-            (self._rows, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
-            for c in build.caches
+            (self._sampled, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
+            for c in caches
         }
 
         def size() -> int:
@@ -136,9 +172,14 @@ class DeviceRunner:
         """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
-        rows, columns = batch.rows, Columns.of(batch.rows)
-        shape = self._shape(columns.num_tokens, len(rows))
+        rows, columns = batch.rows, Columns.of(batch.rows, self._drafter is not None)
+        shape = self._shape(columns.num_tokens, columns.num_rows)
         tables = [self._diffs.rows(columns, shape.rows)]
+        if self._drafter is not None:
+            padded = max(self._reading(columns).rows, self._guessing_rows(columns))
+            tables.append(self._diffs.whole_rows(columns, padded, 2 * self._sampled))
+        if columns.drafts:
+            tables += self._diffs.drafts(columns)
         if not columns.gated:
             tables.append(self._sampling_table(columns))
         self._apply(batch, tables)
@@ -174,16 +215,50 @@ class DeviceRunner:
             size = self._size(sampled, self._decode_sizes)
             sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
+        if self._drafter is not None:
+            self._launch_drafting(self._drafter, columns)
+            pending.drafted = bool(columns.propose)
         # Logits say of a token that samples whether it is finite; of others the host must ask.
-        pending.host.copy(sampled, logprobs, 0 if columns.decode else columns.num_tokens)
+        tokens = 0 if columns.decode else columns.num_tokens
+        pending.host.copy(sampled, logprobs, tokens, pending.drafted)
         if self.clock is not None:
             self.clock.end()
         if logprobs:
             pending.wanted = [self._logprobs[slot] for slot in columns.sampling_slots]
 
+    def _launch_drafting(self, drafter: DeviceDrafter, columns: Columns) -> None:
+        """Let a model read the step as it stands, and guess what follows where that is wanted."""
+        reading = self._reading(columns)
+        self._run(reading, self._compute(reading))
+        if columns.propose:
+            flags = {self._diffs.flags[columns.slots[i]] for i in columns.propose}
+            guessing = Guessing(self._guessing_rows(columns), variant(flags))
+            self._run(guessing, self._compute(guessing))
+
+    def _reading(self, columns: Columns) -> Reading:
+        # Behind each row one token more at most; and so there are more tokens than rows.
+        rows = len(columns.slots)
+        shape = self._shape(columns.num_tokens + rows, rows)
+        return Reading(shape.tokens, shape.rows)
+
+    def _guessing_rows(self, columns: Columns) -> int:
+        return self._size(len(columns.slots), self._decode_sizes)
+
+    def _compute(self, key: Key) -> Callable[[], None]:
+        """What computes a shape."""
+        if isinstance(key, Shape):
+            return lambda: self._forward(key)
+        if isinstance(key, Sampling):
+            return lambda: self._sample(key)
+        drafter = self._drafter
+        assert drafter is not None
+        if isinstance(key, Reading):
+            return lambda: drafter.read(key.rows, key.tokens)
+        return lambda: drafter.draft(key.rows, key.variant)
+
     def _sampling_table(self, columns: Columns) -> Run:
         size = self._size(len(columns.sampling), self._decode_sizes)
-        return self._diffs.sampling_rows(columns, size, first=self._rows)
+        return self._diffs.sampling_rows(columns, size, first=self._sampled)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -199,31 +274,31 @@ class DeviceRunner:
         key = self._wanted.popleft()
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
-        if isinstance(key, Shape):
-            self._prepare(key, lambda: self._forward(key))
-        else:
-            self._prepare(key, lambda: self._sample(key))
+        self._prepare(key, self._compute(key))
         if not self._wanted:
             count_tokens(self.state, self._slots([-1]))
         return len(self._wanted)
 
-    def _prepare(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
-        sizes = (*self._decode_sizes, *self._mixed_sizes)
-        if self._graphs is None or (isinstance(key, Shape) and key.tokens not in sizes):
+    def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
+        captured = self._graphs is not None
+        if isinstance(key, Shape | Reading):
+            alike = self._decode_sizes if key.tokens == key.rows else self._mixed_sizes
+            captured &= key.tokens in alike
+        if self._graphs is None or not captured:
             compute()
         elif not self._graphs.known(key):
             self._graphs.capture(key, compute)
 
-    def _planned(self) -> list[Shape | Sampling]:
+    def _planned(self) -> list[Key]:
         """Shapes to prepare, the largest first, so that the others find memory in the pool."""
-        size, keys = self._tokens, list[Shape | Sampling]()
+        size, keys = self._tokens, list[Key]()
         # What gets no graph is computed at every doubling: between them kernels are the same
         # (gemm_tiles.size_class).
-        while size > max((*self._decode_sizes, *self._mixed_sizes, 1)):
+        while size > max((*self._mixed_sizes, 1)):
             keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
             size = -(-size // 2)
         keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
-        most = min(self._rows, self._tokens)
+        most = min(self._sampled, self._tokens)
         # Without graphs, a size of each class of rows that kernels tell apart.
         sizes = self._decode_sizes or sorted({most, *(min(2**i, most) for i in range(7))})
         for rows in reversed(sizes):
@@ -231,14 +306,26 @@ class DeviceRunner:
         keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
         # The rest is captured where a request asks for it; its kernels are compiled before.
         rest = (("full", False), ("greedy", True), ("full", True))
-        return keys + [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
+        keys += [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
+        return keys if self._drafter is None else keys + self._planned_drafts(keys, sizes)
 
-    def _run(self, key: Shape | Sampling, compute: Callable[[], None]) -> None:
+    def _planned_drafts(self, keys: list[Key], sizes: Sequence[int]) -> list[Key]:
+        """Of the model that drafts: it reads steps of all sizes, and guesses for all requests."""
+        mixed = [key for key in keys if isinstance(key, Shape) and key.tokens > key.rows]
+        found: list[Key] = [Reading(self._tokens + self._rows, self._rows)]
+        found += [Reading(*key) for key in mixed]
+        most = self._size(self._rows, self._decode_sizes)
+        guessing = [rows for rows in reversed(sizes) if rows <= most]
+        for rows in guessing:
+            found += [Guessing(rows, name) for name in ("greedy", "plain")]
+        return [*found, Guessing(guessing[0], "full")]
+
+    def _run(self, key: Key, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
         if self._graphs is None or not self.replaying:
             compute()
         elif not self._graphs.replay(key):
-            if isinstance(key, Sampling) and not self._graphs.known(key):
+            if isinstance(key, Sampling | Guessing) and not self._graphs.known(key):
                 self._wanted.appendleft(key)  # captured only where a request asks for it
             compute()
 
@@ -306,12 +393,14 @@ class DeviceRunner:
     def _sample(self, sampling: Sampling) -> None:
         """Sample for the second table of rows; its second column says whose hidden states."""
         assert self._hidden is not None
-        rows = self.state.rows[self._rows : self._rows + sampling.rows]
+        rows = self.state.rows[self._sampled : self._sampled + sampling.rows]
         logits_BV = self.model.logits(self._hidden.index_select(0, rows[:, 1]))
         sample(
             logits_BV, rows, self.state, sampling.variant, self._outputs.view(sampling.rows),
-            self._sampling_scratch, sampling.logprobs,
+            self._sampling_scratch, sampling.logprobs, append=not self._verifying,
         )  # fmt: skip
+        if self._verifying:
+            accept(rows, self.state, self._outputs.view(sampling.rows))
 
     # -- log-probabilities ---------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from quire.kernels.device_state import (
 )
 from quire.params import SamplingParams
 from quire.runner.packets import Run
-from quire.step import Enter, Row, mask_bytes
+from quire.step import Enter, Row, draft_tokens, mask_bytes
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
@@ -34,6 +34,9 @@ LEAST_REPETITION = float(np.finfo(np.float32).smallest_subnormal)
 _GREEDY = int(Flag.GREEDY)
 _ALLOWED = int(Flag.ALLOWED)
 _SAMPLE = int(RowFlag.SAMPLE)
+_DRAFTS = int(RowFlag.DRAFTS)
+_BEHIND = int(RowFlag.BEHIND)
+_PROPOSE = int(RowFlag.PROPOSE)
 _SPECIAL = sum(flag for flag in Flag if flag not in (Flag.GREEDY, Flag.LOGPROBS))
 
 
@@ -85,7 +88,9 @@ def unfit(end_tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> str 
 class Columns(NamedTuple):
     """The rows of a step, column by column, and of those that sample their index, their slot and
     the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
-    gated rows."""
+    gated rows. `drafts`: by index, of the rows that have any; such a row samples once more for each
+    of them, and `behind` says of each sample how many of them come before. `propose`: by index,
+    how many drafts are wanted behind the rows that want any."""
 
     slots: list[int]
     starts: list[int]
@@ -96,28 +101,44 @@ class Columns(NamedTuple):
     sampling_slots: list[int]
     places: list[int]
     gated: list[int]
+    behind: list[int]
+    drafts: dict[int, list[int]]
+    propose: dict[int, int]
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Columns:
+    def of(cls, rows: Sequence[Row], drafting: bool = False) -> Columns:
+        """`drafting`: whether any row may want drafts behind it."""
         slots = [row.slot for row in rows]
         starts = [row.start for row in rows]
         lengths = [len(row.tokens) for row in rows]
         samples = [row.sample for row in rows]
         gates = [row.gated for row in rows]
+        propose = {i: row.propose for i, row in enumerate(rows) if row.propose} if drafting else {}
         gated = [i for i, gate in enumerate(gates) if gate] if True in gates else []
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
-            return cls(slots, starts, lengths, samples, len(rows), places, slots, places, gated)
+            columns = (slots, starts, lengths, samples, len(rows), places, slots, places, gated)
+            return cls(*columns, [0] * len(rows), {}, propose)
         ends = list(accumulate(lengths))
-        sampling = [i for i, sample in enumerate(samples) if sample]
-        places = [ends[i] - 1 for i in sampling]
+        drafts = {i: draft_tokens(row) for i, row in enumerate(rows) if row.drafts}
+        counts = [1 + len(drafts.get(i, ())) if sample else 0 for i, sample in enumerate(samples)]
+        sampling = [i for i, count in enumerate(counts) for _ in range(count)]
+        behind = [k for count in counts for k in range(count)]
+        places = [ends[i] - counts[i] + k for i, k in zip(sampling, behind, strict=True)]
         mine = [slots[i] for i in sampling]
-        return cls(slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
+        columns = (slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
+        return cls(*columns, behind, drafts, propose)
 
     @property
     def decode(self) -> bool:
-        """Each row samples from the only token it has."""
+        """Each token is sampled behind: rows have one, and drafts behind it."""
         return self.num_tokens == len(self.sampling)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are computed: where all decode, a draft is one by itself, as attention reads
+        the keys of a row with one query by many programs."""
+        return len(self.sampling) if self.decode else len(self.slots)
 
     def without(self, rows: Collection[int]) -> Columns:
         """The same step, where `rows` do not sample."""
@@ -126,6 +147,7 @@ class Columns(NamedTuple):
             sampling=[self.sampling[k] for k in kept],
             sampling_slots=[self.sampling_slots[k] for k in kept],
             places=[self.places[k] for k in kept],
+            behind=[self.behind[k] for k in kept],
         )
 
 
@@ -198,15 +220,44 @@ class Diffs:
                     self._extend(runs, group, row.slot, blocks)
         return runs
 
+    def drafts(self, rows: Columns) -> list[Run]:
+        """The runs that put drafts behind what their slots know."""
+        return [
+            (
+                self.layout.offset(
+                    rows.slots[i], "history", rows.starts[i] + rows.lengths[i] - len(drafts)
+                ),
+                array("i", drafts),
+            )
+            for i, drafts in rows.drafts.items()
+        ]
+
     def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
+        if not (rows.decode and rows.drafts):
+            return self.whole_rows(rows, size, 0)
+        values = array("i", (-1, 0, 0, 0)) * size
+        for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
+            flags = _SAMPLE + _DRAFTS * behind
+            values[4 * k : 4 * k + 4] = array(
+                "i", (rows.slots[i], rows.starts[i] + behind, 1, flags)
+            )
+        return self.layout.rows_offset, values
+
+    def whole_rows(self, rows: Columns, size: int, first: int) -> Run:
+        """The run that sets `size` of DeviceState.rows from the `first` on: a row of the step in
+        each, the last of them padding."""
         end = 4 * len(rows.slots)
         values = array("i", (-1, 0, 0, 0)) * size
         values[0:end:4] = array("i", rows.slots)
         values[1:end:4] = array("i", rows.starts)
         values[2:end:4] = array("i", rows.lengths)
         values[3:end:4] = array("i", rows.samples)  # True is RowFlag.SAMPLE
-        return self.layout.rows_offset, values
+        for i, drafts in rows.drafts.items():
+            values[4 * i + 3] += _DRAFTS * len(drafts)
+        for i, count in rows.propose.items():
+            values[4 * i + 3] += _PROPOSE * count
+        return self.layout.rows_offset + 4 * first, values
 
     def sampling_rows(self, rows: Columns, size: int, first: int) -> Run:
         """The run that sets `size` of DeviceState.rows from the `first` on: rows that sample, and
@@ -216,6 +267,9 @@ class Diffs:
         values[0:end:4] = array("i", rows.sampling_slots)
         values[1:end:4] = array("i", rows.places)
         values[3:end:4] = array("i", (_SAMPLE,)) * len(rows.sampling)
+        if rows.drafts:
+            for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
+                values[4 * k + 3] += _DRAFTS * len(rows.drafts.get(i, ())) + _BEHIND * behind
         return self.layout.rows_offset + 4 * first, values
 
     def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +12,24 @@ import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
-from quire.layers.build import Build, CpuKernels
-from quire.layers.inputs import GroupInputs, StepInputs
+from quire.layers.build import Build, CacheLayer, CpuKernels
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
+from quire.runner.eager_drafter import EagerDrafter
+from quire.runner.forward import forward
 from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import NAN_ERROR, Sampler
-from quire.runner.slots import Flat, Slots, flatten
+from quire.runner.slots import Slots, flatten
 from quire.runner.watch import WatchLogits
-from quire.step import Batch, Result, Row, RowResult, TokenLogprobs
+from quire.step import (
+    Batch,
+    Result,
+    Row,
+    RowResult,
+    TokenLogprobs,
+    draft_tokens,
+    sure_tokens,
+)
 
 
 class EagerPending:
@@ -44,18 +54,24 @@ class EagerPending:
 
 
 def allocate_caches(
-    build: Build, groups: Sequence[KVGroup], pool_blocks: Sequence[int], dtype: torch.dtype
+    build: Build,
+    groups: Sequence[KVGroup],
+    pool_blocks: Sequence[int],
+    dtype: torch.dtype,
+    more: Sequence[CacheLayer] = (),
 ) -> None:
     """Memory for every attention layer: its tensors, of as many blocks as its pool has.
+    `more`: layers of another model, numbered behind those of this one.
 
     Groups of one pool share its memory, as each block belongs to one of them at a time. Pages are
     touched when first written, so a large cache costs nothing until it is used.
     """
+    caches = [*build.caches, *more]
     memory: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
     for group in groups:
         blocks = pool_blocks[group.pool]
         for i, layer in enumerate(group.layers):
-            cache = build.caches[layer]
+            cache = caches[layer]
             if (group.pool, i) not in memory:
                 memory[group.pool, i] = tuple(
                     torch.empty((blocks, *shape), dtype=dtype, device=build.device)
@@ -77,6 +93,7 @@ class EagerRunner:
         num_groups: int,
         num_slots: int,
         max_model_len: int,
+        draft_model: Model | None = None,
     ):
         self.model = model
         self.sampler = Sampler(kernels)
@@ -86,6 +103,11 @@ class EagerRunner:
         self.slots = Slots(num_slots, max_blocks, num_groups)
         record = getattr(kernels, "record", None)  # only the native kernels can be recorded
         self._recorded = record and RecordedSteps(model, record, num_groups, max_blocks)
+        self._drafter: EagerDrafter | None = None
+        if draft_model is not None:
+            self._drafter = EagerDrafter(draft_model, self.sampler, self.slots, num_groups)
+            if record:
+                self._drafter.record(record, num_groups, max_blocks)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> EagerPending:
@@ -102,16 +124,24 @@ class EagerRunner:
             logits_BV = self._recorded.logits(flat)
             if logits_BV is not None:
                 return self._sampled(batch, list(range(len(rows))), logits_BV, results)
-        hidden_TH = self._forward(flat)
+        hidden_TH = forward(self.model, flat)
         self._prompt_logprobs(rows, hidden_TH, results)
-        for i in _spoiled_rows(hidden_TH, flat.query_start):
-            results[i] = RowResult(tokens=[], error=NAN_ERROR)
-        ends = flat.query_start[1:] - 1
+        fine = _fine_tokens(hidden_TH, flat.query_start)
+        for i, row in enumerate(rows):
+            if fine[i] < len(sure_tokens(row)):
+                results[i] = RowResult(tokens=[], error=NAN_ERROR)
         sampling = [i for i, row in enumerate(rows) if row.sample and results[i].error is None]
         if not sampling:
             return self._sampled(batch, [], hidden_TH[:0], results)
-        logits_BV = self.model.logits(hidden_TH[torch.from_numpy(ends[sampling]).long()])
-        return self._sampled(batch, sampling, logits_BV, results)
+        # What lies behind a draft that is not fine is left to the next step.
+        drafts = [draft_tokens(rows[i])[: fine[i] - len(sure_tokens(rows[i]))] for i in sampling]
+        places = [
+            flat.query_start[i + 1] - 1 - rows[i].drafts + k
+            for i, some in zip(sampling, drafts, strict=True)
+            for k in range(1 + len(some))
+        ]
+        logits_RV = self.model.logits(hidden_TH[torch.tensor(places)])
+        return self._sampled(batch, sampling, logits_RV, results, drafts)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -121,44 +151,41 @@ class EagerRunner:
         """Nothing to prepare: decode steps are recorded when they first come."""
         return 0
 
-    def _forward(self, flat: Flat) -> torch.Tensor:
-        groups = [
-            GroupInputs(torch.from_numpy(table), torch.from_numpy(slots))
-            for table, slots in zip(flat.block_tables, flat.slots, strict=True)
-        ]
-        step = StepInputs(
-            torch.from_numpy(flat.query_start), torch.from_numpy(flat.context_len), groups
-        )
-        return self.model.forward(
-            torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step
-        )
-
     def _sampled(
         self,
         batch: Batch,
         sampling: list[int],
-        logits_BV: torch.Tensor,
+        logits_RV: torch.Tensor,
         results: list[RowResult],
+        drafts: list[list[int]] | None = None,
     ) -> EagerPending:
-        """Sample for the rows that `sampling` names, in the order of `logits_BV`: now, or once
-        the masks of gated rows are there."""
+        """Sample for the rows that `sampling` names, in the order of `logits_RV`, which has a row
+        for each and one for each of its `drafts`: now, or once the masks of gated rows are there.
+        """
         rows, result = batch.rows, Result(batch.step, results)
+        drafts = [[] for _ in sampling] if drafts is None else drafts
 
         @torch.inference_mode()
         def sample(masks: dict[int, bytes]) -> None:
             chosen = [k for k, i in enumerate(sampling) if i in masks or not rows[i].gated]
-            if not chosen:
-                return
+            if chosen:
+                extend(chosen, masks)
+            if self._drafter is not None:
+                self._drafter.draft(batch, results)
+
+        def extend(chosen: list[int], masks: dict[int, bytes]) -> None:
             slots = [self.slots[rows[sampling[k]].slot] for k in chosen]
             for k, slot in zip(chosen, slots, strict=True):
                 mask = masks.get(sampling[k])
-                slot.mask = None if mask is None else _bools(mask, logits_BV.shape[1])
-            some = logits_BV if len(chosen) == len(sampling) else logits_BV[chosen]
-            for k, slot, got in zip(chosen, slots, self.sampler.sample(some, slots), strict=True):
+                slot.mask = None if mask is None else _bools(mask, logits_RV.shape[1])
+            some = logits_RV
+            if len(chosen) < len(sampling):
+                places = [p for k, p in enumerate(_spans(drafts)) if k in chosen]
+                some = logits_RV[[i for place in places for i in place]]
+            found = self.sampler.extend(some, slots, [drafts[k] for k in chosen])
+            for k, got in zip(chosen, found, strict=True):
                 mine = results[sampling[k]]
                 mine.tokens, mine.logprobs, mine.error = got.tokens, got.logprobs, got.error
-                for token in got.tokens:
-                    slot.append(token)
 
         if any(row.gated for row in rows):
             return EagerPending(result, sample)
@@ -203,9 +230,18 @@ def _bools(mask: bytes, size: int) -> torch.Tensor:
     return torch.from_numpy(bits).bool()
 
 
-def _spoiled_rows(hidden_TH: torch.Tensor, query_start: npt.NDArray[np.int32]) -> list[int]:
-    """Rows with a token whose hidden state is not all finite: then its keys and values may not be
-    either, and if they are not, neither is its hidden state, as it attends to itself."""
-    spoiled_T = (~torch.isfinite(hidden_TH)).any(1).numpy()
-    found: list[int] = np.flatnonzero(np.logical_or.reduceat(spoiled_T, query_start[:-1])).tolist()
+def _spans(drafts: list[list[int]]) -> list[range]:
+    """Where among rows of logits those of each row of a step are."""
+    ends = list(accumulate(1 + len(some) for some in drafts))
+    return [range(end - 1 - len(some), end) for end, some in zip(ends, drafts, strict=True)]
+
+
+def _fine_tokens(hidden_TH: torch.Tensor, query_start: npt.NDArray[np.int32]) -> list[int]:
+    """How many tokens of each row come before one whose hidden state is not all finite: then its
+    keys and values may not be either, and if they are not, neither is its hidden state, as it
+    attends to itself."""
+    spoiled = np.flatnonzero((~torch.isfinite(hidden_TH)).any(1).numpy())
+    starts, ends = query_start[:-1], query_start[1:]
+    first = np.append(spoiled, len(hidden_TH))[np.searchsorted(spoiled, starts)]
+    found: list[int] = (np.minimum(first, ends) - starts).tolist()
     return found

@@ -9,18 +9,20 @@ import torch
 
 from quire.kernels.paged_tensors import WORD, PagedTensors
 from quire.kv.groups import KVGroup
-from quire.layers.build import Build
+from quire.layers.build import CacheLayer
 from quire.step import Copies
 from quire.tiers.slab import HostSlab
 
 
-def pool_tensors(build: Build, groups: Sequence[KVGroup]) -> list[list[torch.Tensor]]:
+def pool_tensors(
+    caches: Sequence[CacheLayer], groups: Sequence[KVGroup]
+) -> list[list[torch.Tensor]]:
     """The memory of each pool: tensors whose first dimension is the block, each once. All of a
     block in all of them is its page."""
     pools: list[dict[int, torch.Tensor]] = [{} for _ in range(1 + max(g.pool for g in groups))]
     for group in groups:
         for layer in group.layers:
-            for tensor in build.caches[layer].tensors:
+            for tensor in caches[layer].tensors:
                 pools[group.pool].setdefault(tensor.data_ptr(), tensor)
     return [list(tensors.values()) for tensors in pools]
 

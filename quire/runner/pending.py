@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from quire.kernels.sampling import SampleOutputs, Status
 from quire.runner.diffs import Columns
+from quire.speculative.verify import verify
 from quire.step import FORBIDDEN_ERROR, NAN_ERROR, Result, RowResult, TokenLogprobs
 
 
@@ -21,10 +24,13 @@ def token_logprobs(
 
 
 class HostOutputs:
-    """Pinned copies of one step's sampling outputs, and of which tokens are spoiled. `outputs` and
-    `spoiled` are those of the device, which every step writes anew."""
+    """Pinned copies of one step's sampling outputs, of which tokens are spoiled, and of the drafts
+    that follow. `outputs`, `spoiled` and `drafts` (int32 [k, rows], where a model drafts) are those
+    of the device, which every step writes anew."""
 
-    def __init__(self, outputs: SampleOutputs, spoiled: torch.Tensor):
+    def __init__(
+        self, outputs: SampleOutputs, spoiled: torch.Tensor, drafts: torch.Tensor | None = None
+    ):
         on_gpu = outputs.tokens.is_cuda
 
         def pinned(array: torch.Tensor) -> torch.Tensor:
@@ -32,15 +38,17 @@ class HostOutputs:
 
         self._device_chosen, self._device_spoiled = outputs.chosen(), spoiled
         self._chosen, self._spoiled = pinned(self._device_chosen), pinned(spoiled)
+        self._device_drafts = drafts
+        self._drafts = None if drafts is None else pinned(drafts)
         rest = [outputs.logprob, outputs.rank, outputs.top_ids, outputs.top_logprobs]
         self._logprobs = [(pinned(array), array) for array in rest]
         self._host = SampleOutputs(*self._chosen, *(host for host, _ in self._logprobs))
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._rows = 0
 
-    def copy(self, rows: int, logprobs: bool, tokens: int) -> None:
+    def copy(self, rows: int, logprobs: bool, tokens: int, drafts: bool = False) -> None:
         """Start copying the outputs of `rows` rows that sampled, their log-probabilities too where
-        these are wanted, and which of the first `tokens` tokens are spoiled."""
+        these are wanted, which of the first `tokens` tokens are spoiled, and `drafts`."""
         self._rows = rows
         self._chosen.copy_(self._device_chosen, non_blocking=True)
         if logprobs:
@@ -48,8 +56,17 @@ class HostOutputs:
                 host[:rows].copy_(device[:rows], non_blocking=True)
         if tokens:
             self._spoiled[:tokens].copy_(self._device_spoiled[:tokens], non_blocking=True)
+        if drafts:
+            assert self._drafts is not None and self._device_drafts is not None
+            self._drafts.copy_(self._device_drafts, non_blocking=True)
         if self._event is not None:
             self._event.record()
+
+    def drafts(self, row: int, count: int) -> list[int]:
+        """At most `count` drafts of one row, after `wait`."""
+        assert self._drafts is not None
+        found = self._drafts[:count, row].tolist()
+        return found[: found.index(-1)] if -1 in found else found
 
     def done(self) -> bool:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
@@ -60,14 +77,14 @@ class HostOutputs:
             self._event.synchronize()
         return self._host.view(self._rows)
 
-    def spoiled_rows(self, lengths: list[int]) -> list[int]:
-        """Which of rows with these numbers of tokens have one that is spoiled, after `wait`."""
-        ends = np.cumsum(lengths, dtype=np.int64)
-        flags = self._spoiled[: ends[-1]].numpy()
-        found: list[int] = np.flatnonzero(
-            np.maximum.reduceat(flags, ends - np.array(lengths))
-        ).tolist()
-        return found
+    def spoiled_rows(self, lengths: list[int]) -> dict[int, int]:
+        """Which of rows with these numbers of tokens have one that is spoiled, and how many come
+        before it, after `wait`."""
+        starts = np.cumsum([0, *lengths], dtype=np.int64)
+        spoiled = np.flatnonzero(self._spoiled[: starts[-1]].numpy())
+        rows = np.searchsorted(starts, spoiled, side="right") - 1
+        before = (spoiled - starts[rows]).tolist()
+        return dict(zip(reversed(rows.tolist()), reversed(before), strict=True))  # the first stays
 
 
 class DevicePending:
@@ -80,6 +97,7 @@ class DevicePending:
     ):
         self.step, self.rows, self.host, self.prompts = step, rows, host, prompts
         self.wanted: list[int | None] = []
+        self.drafted = False
         self._sample: Sample | None = None
 
     def hold(self, sample: Sample) -> None:
@@ -100,25 +118,52 @@ class DevicePending:
         assert self._sample is None, "a step with gated rows must be opened first"
         outputs, sampling = self.host.wait(), self.rows.sampling
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
-        if self.rows.decode and not (any(status) or self.wanted or self.prompts):
+        special = self.wanted or self.prompts or self.drafted or self.rows.drafts
+        if self.rows.decode and not (any(status) or special):
             return Result(self.step, [RowResult([token]) for token in tokens])
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
-        for place, i in enumerate(sampling):
-            if status[place] == Status.OK:
-                rows[i].tokens = [tokens[place]]
-            else:
-                rows[i].error = NAN_ERROR if status[place] == Status.NAN else FORBIDDEN_ERROR
-        for place, count in enumerate(self.wanted):
-            if count is not None and status[place] == Status.OK:
-                rows[sampling[place]].logprobs = [_at(outputs, place, count)]
+        chosen = Chosen(outputs, tokens, status, self.wanted)
+        for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):
+            if not behind:
+                drafts = self.rows.drafts.get(i, ())
+                rows[i] = verify(drafts, partial(chosen.behind, place))
         for i, found in self.prompts.items():
             if any(math.isnan(position.logprobs[0]) for position in found):
                 rows[i] = RowResult(tokens=[], error=NAN_ERROR)
             else:
                 rows[i].prompt_logprobs = found
-        for i in [] if self.rows.decode else self.host.spoiled_rows(self.rows.lengths):
-            rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+        if not self.rows.decode:
+            self._fail_spoiled(rows)
+        for i, count in self.rows.propose.items() if self.drafted else ():
+            if rows[i].tokens:
+                rows[i].drafts = self.host.drafts(i, count)
         return Result(self.step, rows)
+
+    def _fail_spoiled(self, rows: list[RowResult]) -> None:
+        """Those of which a token that counts is spoiled: refused drafts do not."""
+        for i, fine in self.host.spoiled_rows(self.rows.lengths).items():
+            refused = len(self.rows.drafts.get(i, ())) - max(0, len(rows[i].tokens) - 1)
+            if fine < self.rows.lengths[i] - refused:
+                rows[i] = RowResult(tokens=[], error=NAN_ERROR)
+
+
+class Chosen(NamedTuple):
+    """What was sampled: the outputs, as lists too, and how many log-probabilities are wanted."""
+
+    outputs: SampleOutputs
+    tokens: list[int]
+    status: list[int]
+    wanted: list[int | None]
+
+    def behind(self, first: int, drafts: int) -> RowResult:
+        """Of a row whose samples begin at the place `first`, the one behind so many drafts."""
+        place = first + drafts
+        status = self.status[place]
+        if status != Status.OK:
+            return RowResult([], error=NAN_ERROR if status == Status.NAN else FORBIDDEN_ERROR)
+        count = self.wanted[place] if self.wanted else None
+        found = None if count is None else [_at(self.outputs, place, count)]
+        return RowResult([self.tokens[place]], found)
 
 
 Sample = Callable[[DevicePending, dict[int, bytes]], None]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from quire.layers.build import CpuKernels
 from quire.runner.slots import Slot
+from quire.speculative.verify import verify
 from quire.step import FORBIDDEN_ERROR as FORBIDDEN_ERROR
 from quire.step import NAN_ERROR as NAN_ERROR
 from quire.step import RowResult, TokenLogprobs
@@ -35,16 +37,49 @@ class Sampler:
         best = self.kernels.argmax(logits_BV).tolist()
         return [self._sample_row(logits_BV[i], best[i], slot) for i, slot in enumerate(slots)]
 
+    def guess(self, logits_BV: torch.Tensor, slots: Sequence[Slot]) -> list[int | None]:
+        """What `sample` would choose, None where it would fail, and no log-probabilities."""
+        best = self.kernels.argmax(logits_BV).tolist()
+        rows = zip(logits_BV, best, slots, strict=True)
+        return [self._choice(logits_V, found, slot)[0] for logits_V, found, slot in rows]
+
+    def extend(
+        self, logits_RV: torch.Tensor, slots: Sequence[Slot], drafts: Sequence[Sequence[int]]
+    ) -> list[RowResult]:
+        """Let each slot go on by one token, and by one more behind each of its `drafts` that is
+        accepted. `logits_RV` has a row for the first and one for each draft, slot by slot."""
+        best = self.kernels.argmax(logits_RV).tolist()
+        found, first = [], 0
+        for slot, guesses in zip(slots, drafts, strict=True):
+            found.append(verify(guesses, partial(self._extend, logits_RV, best, slot, first)))
+            first += 1 + len(guesses)
+        return found
+
+    def _extend(
+        self, logits_RV: torch.Tensor, best: list[int], slot: Slot, first: int, i: int
+    ) -> RowResult:
+        got = self._sample_row(logits_RV[first + i], best[first + i], slot)
+        for token in got.tokens:
+            slot.append(token)
+        return got
+
     def _sample_row(self, logits_V: torch.Tensor, best: int, slot: Slot) -> RowResult:
-        if best < 0 or not math.isfinite(logits_V[best]):
-            return RowResult(tokens=[], error=NAN_ERROR)
-        token = best if _plain_greedy(slot) else self._choose(logits_V.clone(), slot)
+        token, error = self._choice(logits_V, best, slot)
         if token is None:
-            return RowResult(tokens=[], error=FORBIDDEN_ERROR)
+            return RowResult(tokens=[], error=error)
         logprobs = None
         if slot.params.logprobs is not None:
             logprobs = self.logprobs(logits_V[None], [token], slot.params.logprobs)
         return RowResult(tokens=[token], logprobs=logprobs)
+
+    def _choice(
+        self, logits_V: torch.Tensor, best: int, slot: Slot
+    ) -> tuple[int | None, str | None]:
+        """The token of a row whose largest logit is that of `best`, or an error."""
+        if best < 0 or not math.isfinite(logits_V[best]):
+            return None, NAN_ERROR
+        token = best if _plain_greedy(slot) else self._choose(logits_V.clone(), slot)
+        return token, FORBIDDEN_ERROR if token is None else None
 
     def logprobs(
         self, logits_BV: torch.Tensor, tokens: Sequence[int], count: int

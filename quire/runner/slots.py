@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 
 from quire.kv import BLOCK_SIZE
 from quire.params import SamplingParams
-from quire.step import Batch, Enter, Row
+from quire.step import Batch, Enter, Row, draft_tokens
 
 
 class TokenCounts:
@@ -23,6 +23,13 @@ class TokenCounts:
         self._counts = np.zeros(16, dtype=np.float32)
         for token in tokens:
             self.add(token)
+
+    def copy(self) -> TokenCounts:
+        """The same counts, to go on by themselves."""
+        made = TokenCounts()
+        made._places, made._ids = dict(self._places), self._ids.copy()
+        made._counts = self._counts.copy()
+        return made
 
     def add(self, token: int) -> None:
         place = self._places.setdefault(token, len(self._places))
@@ -70,6 +77,11 @@ class Slot:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def branch(self) -> Slot:
+        """The same request, to go on by guesses while this one stays."""
+        counts = None if self.output_counts is None else self.output_counts.copy()
+        return replace(self, tokens=list(self.tokens), output_counts=counts)
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
@@ -140,11 +152,14 @@ class Slots:
         self._filled[group, slot] += len(blocks)
 
 
-def _known(tokens: list[int], start: int, count: int) -> list[int]:
-    """`count` tokens from `start` on. A row that failed has appended nothing, and the step after it
-    may be scheduled already: its result will be dropped, whatever token stands there."""
-    found = tokens[start : start + count]
-    return found + [0] * (count - len(found))
+def _tokens(row: Row, known: list[int]) -> list[int]:
+    """Of a row, whose slot knows these. A row that failed has appended nothing, and the step after
+    it may be scheduled already: its result will be dropped, whatever token stands there."""
+    count = len(row.tokens) - row.drafts
+    found = known[row.start : row.start + count]
+    if len(found) < count:
+        found += [0] * (count - len(found))
+    return found + draft_tokens(row) if row.drafts else found
 
 
 @dataclass
@@ -165,7 +180,7 @@ def flatten(rows: list[Row], slots: Slots) -> Flat:
     starts = np.array([r.start for r in rows], dtype=np.int64)
     query_start = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_start[1:])
-    tokens = [t for r in rows for t in _known(slots[r.slot].tokens, r.start, len(r.tokens))]
+    tokens = [token for row in rows for token in _tokens(row, slots[row.slot].tokens)]
     owner_T = np.repeat(np.arange(len(rows)), lengths)
     positions_T = np.arange(len(tokens)) - np.repeat(query_start[:-1], lengths) + starts[owner_T]
     context_len = (starts + lengths).astype(np.int32)

@@ -9,7 +9,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -58,6 +58,30 @@ COUNTERS: dict[str, tuple[str | None, str, Callable[[EngineStats], float]]] = {
     ),
     "num_preemptions": ("num_preemptions", "requests preempted", lambda s: s.preemptions),
     "engine_steps": (None, "engine steps", lambda s: s.steps),
+    "draft_rows": (
+        "spec_decode_num_drafts",
+        "rows of steps that had drafts",
+        lambda s: s.draft_rows,
+    ),
+    "draft_tokens": (
+        "spec_decode_num_draft_tokens",
+        "tokens drafted",
+        lambda s: s.draft_tokens,
+    ),
+    "accepted_tokens": (
+        "spec_decode_num_accepted_tokens",
+        "drafts that were accepted",
+        lambda s: s.accepted_tokens,
+    ),
+}
+# Name -> (vLLM's name, meaning, label that numbers the values, values).
+NUMBERED: dict[str, tuple[str | None, str, str, Callable[[EngineStats], Sequence[float]]]] = {
+    "accepted_tokens_per_pos": (
+        "spec_decode_num_accepted_tokens_per_pos",
+        "drafts that were accepted, by their place in a row",
+        "position",
+        lambda s: s.accepted_at,
+    ),
 }
 HISTOGRAMS: dict[str, tuple[str | None, str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": (
@@ -150,6 +174,12 @@ class Metrics(Collector):
                     metric.add_metric(values, value(self._stats))
                     yield metric
         yield from tier_metrics(self._stats.tiers)
+        for name, (alias, text, label, many) in NUMBERED.items():
+            for full, labels, values in self._names(name, alias):
+                numbered = CounterMetricFamily(full, text, labels=[*labels, label])
+                for i, number in enumerate(many(self._stats)):
+                    numbered.add_metric([*values, str(i)], number)
+                yield numbered
         for name, (alias, text, _) in HISTOGRAMS.items():
             data = self.histograms[name]
             for full, labels, values in self._names(name, alias):

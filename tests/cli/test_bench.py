@@ -33,6 +33,8 @@ def test_prompts_are_seeded_and_share_only_what_they_should() -> None:
     assert prompts == make_prompts(prefix, 1000, 1) != make_prompts(prefix, 1000, 2)
     assert len({tuple(p[: prefix.shared]) for p in prompts}) == 1
     assert len({tuple(p[prefix.shared :]) for p in prompts}) == len(prompts)
+    [again] = make_prompts(find_scenarios("repeat")[0], 1000, 1)
+    assert len(again) == 128 and again == (again[:16] * 8) and len(set(again)) > 10
     mix = next(s for s in SCENARIOS if s.name == "offline64")
     lengths = [len(p) for p in make_prompts(mix, 1000, 1)]
     assert min(lengths) >= 128 and max(lengths) <= 256 and len(set(lengths)) > 10
@@ -69,6 +71,18 @@ def test_bench_offline_measures_every_kind_and_records_how(
     ran = quire("bench", "offline", ids_model, *IDS, "--scale", "0.01", "--repeat", "1", "--json")
     assert json.loads(ran.out)["results"].keys() == {"single", "prefill512", "offline64"}
     assert ran.err == ""
+
+
+def test_bench_offline_says_how_many_drafts_were_right(quire: Quire, ids_model: str) -> None:
+    config = '{"method": "ngram", "num_speculative_tokens": 3}'
+    argv = ["--scenarios", "repeat", "--repeat", "1", "--scale", "0.3", "--json"]
+    ran = quire("bench", "offline", ids_model, *IDS, *argv, "--speculative-config", config)
+    assert ran.code == 0, ran.err
+    record = json.loads(ran.out)
+    assert record["plan"]["speculation"]["num_speculative_tokens"] == 3
+    median = record["results"]["repeat"]["median"]
+    assert 0 <= median["accepted"] <= 1
+    assert median["tokens_per_drafted_row"] == pytest.approx(1 + 3 * median["accepted"], abs=0.3)
 
 
 def test_jobs_are_seeded_words_with_a_shared_beginning() -> None:

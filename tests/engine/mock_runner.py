@@ -10,8 +10,9 @@ leave, enter, rows; all rows of a step write before any of them reads, as on a d
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -27,7 +28,9 @@ from quire.step import (
     Row,
     RowResult,
     TokenLogprobs,
+    draft_tokens,
     mask_of,
+    sure_tokens,
 )
 
 VOCAB = 12
@@ -147,15 +150,21 @@ class Slot:
     next_start: int | None = None
     last_sampled: int | None = None
     broken: bool = False
+    drafted: list[int] = field(default_factory=list)  # hashes of the prefixes with drafts
 
     @property
     def label(self) -> int:
         return label_of(*self.enter.bad_words[0])
 
+    def hash_at(self, position: int) -> int:
+        known = len(self.hashes)
+        return self.hashes[position] if position < known else self.drafted[position - known]
+
 
 class MockRunner:
     """`fails(batch)` true makes that step raise; `nan(slot, row)` true makes what the row writes
-    poison, and it and all later rows of the slot an error, whether they sample or not.
+    poison, and it and all later rows of the slot an error, whether they sample or not. `wrong`:
+    how often a proposed draft is not what will be chosen.
 
     What makes a request's label travels as its first bad word, which the scheduler must pass on.
     """
@@ -167,6 +176,7 @@ class MockRunner:
         num_slots: int,
         fails: Callable[[Batch, list[Slot]], bool] = lambda batch, slots: False,
         nan: Callable[[Slot, Row], bool] = lambda slot, row: False,
+        wrong: float = 0.0,
     ):
         self.groups = groups
         self.pages: list[list[list[object]]] = [
@@ -175,6 +185,7 @@ class MockRunner:
         self.num_slots = num_slots
         self.slots: dict[int, Slot] = {}
         self.fails, self.nan = fails, nan
+        self.wrong, self.numbers = wrong, random.Random(0)
         self.last_step = 0
         self.held: Held | None = None
         self.tokens_computed = 0
@@ -250,13 +261,21 @@ class MockRunner:
         for g, block in fresh:
             assert block != NULL_BLOCK, "the null block given out"
             self.pages[self.groups[g].pool][block] = [POISON] * BLOCK_SIZE
-        for position, token in enumerate(row.tokens if not slot.broken else (), start):
+        drafts = draft_tokens(row)
+        for position, token in enumerate(() if slot.broken else sure_tokens(row), start):
             if token == DEVICE_TOKEN:
                 assert slot.last_sampled is not None, "no token was sampled in this slot"
                 assert position == len(slot.tokens) - 1, "the device token is not the last"
                 token = slot.last_sampled
             assert token == slot.tokens[position], "the host sent another token"
-        slot.next_start = end
+        slot.next_start = end - row.drafts
+        slot.drafted = []
+        if drafts and not slot.broken:
+            assert row.sample and not row.gated, "drafts where nothing is sampled"
+            assert start + len(sure_tokens(row)) == len(slot.tokens), (
+                "drafts after an unknown token"
+            )
+            slot.drafted = prefix_hashes(slot.hashes[-1], drafts)
         slot.broken |= poison
         for g, group in enumerate(self.groups):
             table = slot.tables[g]
@@ -264,7 +283,7 @@ class MockRunner:
             for position in range(start, end):
                 block = table[position // BLOCK_SIZE]
                 assert block != NULL_BLOCK, "a write to the null block"
-                value = POISON if slot.broken else (g, slot.hashes[position])
+                value = POISON if slot.broken else (g, slot.hash_at(position))
                 self.pages[group.pool][block][position % BLOCK_SIZE] = value
         self.tokens_computed += len(row.tokens)
         self.rows_run += 1
@@ -275,7 +294,7 @@ class MockRunner:
             for position in range(first, row.start + len(row.tokens)):
                 block = slot.tables[g][position // BLOCK_SIZE]
                 found = self.pages[group.pool][block][position % BLOCK_SIZE]
-                assert found == (g, slot.hashes[position]), (
+                assert found == (g, slot.hash_at(position)), (
                     f"slot {row.slot} group {g} position {position} block {block}: {found}"
                 )
 
@@ -283,7 +302,7 @@ class MockRunner:
         if slot.broken:
             return RowResult([], error=NAN_ERROR)
         result = RowResult([])
-        end = row.start + len(row.tokens)
+        end = row.start + len(sure_tokens(row))
         if row.prompt_logprobs:
             result.prompt_logprobs = [
                 logprobs_of(slot.hashes[p - 1], slot.tokens[p])
@@ -294,18 +313,44 @@ class MockRunner:
             return result
         if row.sample:
             assert end == len(slot.tokens), "sampling from a token that is not the last"
-            params, done = slot.enter.params, len(slot.tokens) - slot.enter.num_prompt
-            banned = frozenset(slot.enter.end_tokens if done < params.min_tokens else ())
-            if mask is not None:
-                assert mask == mask_of(alternating(slot.tokens[slot.enter.num_prompt :]), VOCAB)
-                bits = int.from_bytes(mask, "little")
-                banned |= frozenset(t for t in range(VOCAB) if not bits >> t & 1)
-            prefix = slot.hashes[-1]
-            token = choose(prefix, slot.enter.seed, slot.enter.choice, end, banned)
-            slot.last_sampled = token
-            slot.tokens.append(token)
-            slot.hashes.append(hash((prefix, token)))
-            result.tokens = [token]
-            if params.logprobs is not None:
-                result.logprobs = [logprobs_of(prefix, token)]
+            self._sample(slot, mask, result)
+            for draft in draft_tokens(row):
+                if slot.last_sampled != draft:
+                    break
+                slot.next_start = len(slot.tokens)
+                self._sample(slot, mask, result)
+            result.drafts = self._propose(slot, row.propose)
         return result
+
+    def _propose(self, slot: Slot, count: int) -> list[int]:
+        """Drafts behind the slot's tokens. What a drafter writes from the last of these on is
+        poison for who reads it before the next row has written there."""
+        first, drafts = len(slot.tokens) - 1, list[int]()
+        prefix, enter = slot.hashes[-1], slot.enter
+        for i in range(count):
+            for g, group in enumerate(self.groups):
+                block = slot.tables[g][(first + i) // BLOCK_SIZE]
+                assert block != NULL_BLOCK, "a draft written to the null block"
+                self.pages[group.pool][block][(first + i) % BLOCK_SIZE] = POISON
+            token = choose(prefix, enter.seed, enter.choice, first + 1 + i, frozenset())
+            if self.numbers.random() < self.wrong:
+                token = self.numbers.randrange(VOCAB)
+            drafts.append(token)
+            prefix = hash((prefix, token))
+        return drafts
+
+    def _sample(self, slot: Slot, mask: bytes | None, result: RowResult) -> None:
+        params, done = slot.enter.params, len(slot.tokens) - slot.enter.num_prompt
+        banned = frozenset(slot.enter.end_tokens if done < params.min_tokens else ())
+        if mask is not None:
+            assert mask == mask_of(alternating(slot.tokens[slot.enter.num_prompt :]), VOCAB)
+            bits = int.from_bytes(mask, "little")
+            banned |= frozenset(t for t in range(VOCAB) if not bits >> t & 1)
+        prefix = slot.hashes[-1]
+        token = choose(prefix, slot.enter.seed, slot.enter.choice, len(slot.tokens), banned)
+        slot.last_sampled = token
+        slot.tokens.append(token)
+        slot.hashes.append(hash((prefix, token)))
+        result.tokens.append(token)
+        if params.logprobs is not None:
+            result.logprobs = [*(result.logprobs or []), logprobs_of(prefix, token)]

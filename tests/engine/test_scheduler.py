@@ -28,6 +28,7 @@ from mock_runner import (
     reference,
 )
 
+from quire.engine.drafting import Drafting
 from quire.engine.request import State
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.wire import Add, Delta
@@ -127,12 +128,14 @@ class Driver:
         priority: bool = False,
         rng: random.Random | None = None,
         max_queue: int = 1000,
+        drafting: Drafting | None = None,
+        wrong: float = 0.0,
     ):
         self.now, self.depth, self.rng = 100.0, depth, rng or random.Random(0)
         self.kv = KVManager(groups, pool_blocks, BlockIdentity(b"test"), caching)
         limits = Limits(slots, budget, MODEL_LEN, VOCAB, EOS, priority, max_queue)
-        self.scheduler = Scheduler(limits, self.kv, clock=lambda: self.now)
-        self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan)
+        self.scheduler = Scheduler(limits, self.kv, lambda: self.now, drafting)
+        self.runner = MockRunner(groups, pool_blocks, slots, self._fails, self._nan, wrong)
         self.pending: deque[tuple[Batch, Result | Held | None]] = deque()
         self.asked: dict[str, Asked] = {}
         self.found: list[tuple[int, str, int]] = []  # stop strings on their way to the engine
@@ -377,12 +380,15 @@ class Driver:
 BASES = [[random.Random(b).randrange(2, VOCAB) for _ in range(MODEL_LEN)] for b in range(3)]
 
 
-def random_driver(rng: random.Random) -> Driver:
+def random_driver(
+    rng: random.Random, drafting: Drafting | None = None, wrong: float = 0.0
+) -> Driver:
     groups = LAYOUTS[rng.choice(list(LAYOUTS))]
     budget = rng.choice([1, 5, 16, 33, 64])
     slots = rng.choice([1, 2, 3, 6])
     slack = rng.choice([0, 0, 1, 3, 10, 60])
-    blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget)]
+    ahead = 0 if drafting is None else drafting.ahead
+    blocks = [n + slack for n in least_blocks(groups, MODEL_LEN, budget + ahead)]
     return Driver(
         groups,
         blocks,
@@ -392,6 +398,8 @@ def random_driver(rng: random.Random) -> Driver:
         caching=rng.random() < 0.8,
         priority=rng.random() < 0.3,
         rng=rng,
+        drafting=drafting,
+        wrong=wrong,
     )
 
 
@@ -456,9 +464,11 @@ def random_operation(driver: Driver, rng: random.Random) -> None:
         driver.iterate()
 
 
-def run_random(seed: int, operations: int) -> Driver:
+def run_random(
+    seed: int, operations: int, drafting: Drafting | None = None, wrong: float = 0.0
+) -> Driver:
     rng = random.Random(seed)
-    driver = random_driver(rng)
+    driver = random_driver(rng, drafting, wrong)
     for _ in range(operations):
         random_operation(driver, rng)
     driver.drain()

@@ -15,7 +15,7 @@ import torch
 
 from quire.config.parse import build_options
 from quire.engine.gates import Gate
-from quire.engine.startup import Engine, assemble, find_model, kernel_facts
+from quire.engine.startup import Engine, assemble, draft_options, find_model, kernel_facts
 from quire.engine.weights import asked_quantization, dummy_source, open_weights
 from quire.engine.wire import Abort, Add
 from quire.errors import PlanError
@@ -51,7 +51,9 @@ def engine(model: str, device: str, warm: bool = True, **given: Any) -> Engine:
     found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
     online = asked_quantization(options, files)
     formats = declared_formats(files.config(), checkpoint_scheme(files), online)
-    plan = resolve(options, ModelFacts("m", files.config(), formats), MACHINE, found)
+    facts, draft = ModelFacts("m", files.config(), formats), draft_options(options)
+    draft_facts = draft and ModelFacts("d", find_model(draft).config(), None)
+    plan = resolve(options, facts, MACHINE, found, draft=draft_facts)
     where = DEVICE if device == "cuda" else torch.device("cpu")
     source = open_weights(options, files) or dummy_source(options, files, where)
     made = assemble(options, files, plan, source, found, where, lambda phase, done: None)

@@ -197,6 +197,51 @@ def test_rows_that_sample_arrive_with_the_places_of_their_last_tokens() -> None:
     ]
 
 
+def test_rows_with_drafts_sample_behind_each_and_their_drafts_arrive_in_the_history() -> None:
+    at = state()
+    rows = [
+        Row(2, 7, [1, 8, 9], [[], []], True, drafts=2),
+        Row(0, 3, [4, 5], [[], []], False),
+        Row(1, 9, [3], [[], []], True, propose=3),
+    ]
+    columns, diffs = Columns.of(rows, drafting=True), Diffs(at.layout)
+    assert not columns.decode and columns.num_rows == 3
+    runs = [diffs.rows(columns, 3), *diffs.drafts(columns), diffs.sampling_rows(columns, 5, 4)]
+    apply(at, runs)
+    assert at.history[2, 8:10].tolist() == [8, 9]
+    two = RowFlag.SAMPLE + 2 * RowFlag.DRAFTS
+    wants = RowFlag.SAMPLE + 3 * RowFlag.PROPOSE
+    assert at.rows[:3].tolist() == [[2, 7, 3, two], [0, 3, 2, 0], [1, 9, 1, wants]]
+    assert at.rows[4:9].tolist() == [
+        [2, 0, 0, two],
+        [2, 1, 0, two + RowFlag.BEHIND],
+        [2, 2, 0, two + 2 * RowFlag.BEHIND],
+        [1, 5, 0, RowFlag.SAMPLE],
+        [-1, 0, 0, 0],
+    ]
+
+
+def test_where_all_rows_decode_each_draft_is_a_row_of_its_own() -> None:
+    at = state()
+    rows = [Row(2, 7, [1, 8, 9], [[], []], True, drafts=2), Row(1, 9, [3], [[], []], True)]
+    columns, diffs = Columns.of(rows), Diffs(at.layout)
+    assert columns.decode and (columns.num_tokens, columns.num_rows) == (4, 4)
+    apply(at, [diffs.rows(columns, 5), diffs.whole_rows(columns, 3, first=6)])
+    sample, draft = int(RowFlag.SAMPLE), int(RowFlag.DRAFTS)
+    assert at.rows[:5].tolist() == [
+        [2, 7, 1, sample],
+        [2, 8, 1, sample + draft],
+        [2, 9, 1, sample + 2 * draft],
+        [1, 9, 1, sample],
+        [-1, 0, 0, 0],
+    ]
+    assert at.rows[6:9].tolist() == [
+        [2, 7, 3, sample + 2 * draft],
+        [1, 9, 1, sample],
+        [-1, 0, 0, 0],
+    ]
+
+
 @pytest.mark.parametrize("last", [Row(1, 4, [5], [[]], False), Row(1, 4, [5, 6], [[]], True)])
 def test_a_step_is_decode_only_where_every_row_samples_from_its_only_token(last: Row) -> None:
     rows = [Row(slot, 4, [5], [[]], True) for slot in (4, 0, 2)]

@@ -94,7 +94,7 @@ def test_pages_come_back_to_other_blocks_as_they_were(
 def test_a_page_is_all_that_a_block_has_in_its_groups_layers(write_model: WriteModel) -> None:
     for family, changes in FAMILIES.items():
         made = engine(write_model(**changes), "cpu", kernels="reference")
-        pools = pool_tensors(made.build, made.plan.groups)
+        pools = pool_tensors(made.build.caches, made.plan.groups)
         for group in made.plan.groups:
             blocks = {tensor.shape[0] for tensor in pools[group.pool]}
             assert blocks == {made.plan.pool_blocks[group.pool]}, family

@@ -79,6 +79,29 @@ def test_a_spoiled_token_anywhere_in_a_row_is_its_error() -> None:
     assert pending(rows, made, [0] * 8).result().rows == expected
 
 
+def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft() -> None:
+    rows = [Row(1, 4, [9, 5, 6], [[]], True, drafts=2), Row(3, 0, [1], [[]], False), *decode(2)]
+    ok, nan = Status.OK, Status.NAN
+    cases = [
+        ([5, 6, 7], [ok, ok, ok], [], [5, 6, 7]),
+        ([5, 6, 7], [ok, ok, ok], [2], None),  # an accepted draft counts
+        ([5, 6, -1], [ok, ok, nan], [2], [5, 6]),
+        ([5, 4, -1], [ok, ok, nan], [2], [5, 4]),
+        ([5, -1, -1], [ok, nan, nan], [1, 2], [5]),
+        ([4, -1, -1], [ok, nan, nan], [1, 2], [4]),
+        ([5, 6, 7], [ok, ok, ok], [0], None),
+        ([-1, 6, 7], [nan, ok, ok], [], None),
+    ]
+    for tokens, status, spoiled, expected in cases:
+        flags = [int(i in spoiled) for i in range(5)]
+        made = outputs([*tokens, 8], [*status, ok])
+        found = pending(rows, made, flags).result().rows
+        want = RowResult([], error=NAN_ERROR) if expected is None else RowResult(expected)
+        assert found == [want, RowResult([]), RowResult([8])], (tokens, spoiled)
+        if not spoiled:  # where all decode, logits tell
+            assert pending([rows[0], rows[2]], made, flags).result().rows == [want, RowResult([8])]
+
+
 def test_log_probabilities_come_with_the_rows_that_want_them() -> None:
     made = outputs([4, 5], [Status.OK] * 2)
     made.logprob[:2], made.rank[:2] = torch.tensor([-1.5, -2.5]), torch.tensor([1, 3])

@@ -9,6 +9,7 @@ from fake_engine import MODEL
 from prometheus_client.parser import text_string_to_metric_families
 from server_harness import RunningServer, running
 
+from quire.engine.api import EngineStats
 from quire.server.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELLED, Histogram, Metrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -68,6 +69,19 @@ def test_every_alias_has_the_value_of_its_metric() -> None:
         "e2e_request_latency_seconds",
         "request_success",
     }
+
+
+def test_accepted_drafts_are_counted_by_their_place() -> None:
+    stats = EngineStats(draft_rows=5, draft_tokens=14, accepted_at=[4, 2, 0])
+    text = Metrics().render(stats, "m").decode()
+    for line in (
+        "quire:draft_rows_total 5.0",
+        'vllm:spec_decode_num_draft_tokens_total{model_name="m"} 14.0',
+        "quire:accepted_tokens_total 6.0",
+        'quire:accepted_tokens_per_pos_total{position="1"} 2.0',
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="m",position="0"} 4.0',
+    ):
+        assert line in text.splitlines()
 
 
 def test_histogram_buckets_are_cumulative() -> None:

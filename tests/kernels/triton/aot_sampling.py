@@ -7,6 +7,7 @@ from typing import Any
 import triton
 
 from quire.kernels.sampling import CANDIDATES, PICKS, SUBTILE, TILE, num_tiles
+from quire.kernels.triton.sampling.accept import accept_kernel
 from quire.kernels.triton.sampling.adjust import adjust_tiles_kernel
 from quire.kernels.triton.sampling.logprobs_of import (
     list_likely_kernel,
@@ -61,8 +62,10 @@ CASES = [
     case("adjust", adjust_tiles_kernel, "bf16", 151936, num_warps=8),
     case("cut", cut_rows_kernel, "fp32", 151936, BLOCK=2048),
     case("list or pick", list_or_pick_kernel, "fp32", 151936, num_warps=8),
-    case("finish plain", finish_kernel, "fp32", 151936, FULL=False),
-    case("finish full", finish_kernel, "fp32", 151936, FULL=True, num_warps=8),
+    case("finish plain", finish_kernel, "fp32", 151936, FULL=False, APPEND=True),
+    case("finish full", finish_kernel, "fp32", 151936, FULL=True, APPEND=True, num_warps=8),
+    case("finish drafts", finish_kernel, "fp32", 151936, FULL=True, APPEND=False, num_warps=8),
+    case("accept", accept_kernel, "fp32", 151936, num_warps=1),
     case("measure tiles", measure_tiles_kernel, "bf16", 151936),
     case("measure rows", measure_rows_kernel, "fp32", 151936),
     case("list likely", list_likely_kernel, "bf16", 151936, num_warps=8),

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from quire.kernels.triton.step.apply_runs import apply_runs_kernel
 from quire.kernels.triton.step.count_tokens import count_tokens_kernel
+from quire.kernels.triton.step.draft_rows import draft_rows_kernel
+from quire.kernels.triton.step.keep_drafts import keep_drafts_kernel
 from quire.kernels.triton.step.keep_hidden import keep_hidden_kernel
 from quire.kernels.triton.step.move_pages import move_pages_kernel
 from quire.kernels.triton.step.prepare_step import prepare_step_kernel
 from tests.kernels.triton.aot import Case
 
 INTS = ["rows", "scalars", "tables", "history", "query_start", "context_len", "out_tables", "slots"]
-INTS += ["arena", "packet", "blocks"]
+INTS += ["arena", "packet", "blocks", "out", "status", "kept"]
 TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
     "counts_ptr": "*i16",
     "tokens_ptr": "*i64",
     "positions_ptr": "*i64",
     "out_slots_ptr": "*i64",
-    **dict.fromkeys(("num_rows", "num_tokens"), "i32"),
+    **dict.fromkeys(("num_rows", "num_tokens", "behind"), "i32"),
     **dict.fromkeys(("group_tables", "group_slots"), "i64"),
 }
 RECORD = 21088
 
 CASES = [
+    Case("draft_rows", draft_rows_kernel, TYPES, {"RECORD": RECORD}, num_warps=1),
+    Case(
+        "keep_drafts",
+        keep_drafts_kernel,
+        TYPES | {"tokens_ptr": "*i32"},
+        {"RECORD": RECORD, "HISTORY": 8193},
+        num_warps=1,
+    ),
     Case("apply_runs", apply_runs_kernel, TYPES, {"BLOCK": 1024}),
     Case(
         "count_tokens",

@@ -35,7 +35,8 @@ def moe_variant(tokens: int, deterministic: bool) -> Variant:
 def runner(most: int, rows: int) -> DeviceRunner:
     """Only what chooses shapes."""
     made = object.__new__(DeviceRunner)
-    made._tokens, made._rows = most, rows
+    made._tokens, made._rows, made._sampled = most, rows, rows
+    made._drafter = None
     made._decode_sizes, made._mixed_sizes = graph_sizes(most, rows)
     return made
 

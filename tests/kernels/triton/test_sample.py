@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runner.numpy_sampler import distribution, processed
 
-from quire.kernels.device_state import DeviceState
+from quire.kernels.device_state import DeviceState, RowFlag
 from quire.kernels.reference import ops
+from quire.kernels.reference.sampling.accept import accept as accept_reference
 from quire.kernels.reference.sampling.sample import sample as reference
 from quire.kernels.sampling import SampleOutputs, Scratch, Status
+from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.sample import sample
 from quire.params import SamplingParams
 from quire.runner.sampler import Sampler
@@ -45,13 +47,16 @@ def run(
     variant: str = "full",
     logprobs: bool = False,
     kernel: Any = sample,
+    drafts: bool = False,
 ) -> SampleOutputs:
     count, vocab_size = logits.shape
     out = SampleOutputs.allocate(count, state.device)
     scratch = Scratch.allocate(count, vocab_size, state.device)
     poison(out)
     poison(scratch)
-    kernel(logits, rows, state, variant, out, scratch, logprobs)
+    kernel(logits, rows, state, variant, out, scratch, logprobs, not drafts)
+    if drafts:
+        (accept if kernel is sample else accept_reference)(rows, state, out)
     return out
 
 
@@ -61,11 +66,12 @@ def check(
     state: DeviceState,
     variant: str = "full",
     logprobs: bool = False,
+    drafts: bool = False,
 ) -> SampleOutputs:
     """Run kernel and reference; state and results must be equal. Gives the results."""
     wanted_state = copy_of(state)
-    found = run(logits, rows, state, variant, logprobs)
-    wanted = run(logits, rows, wanted_state, variant, logprobs, reference)
+    found = run(logits, rows, state, variant, logprobs, drafts=drafts)
+    wanted = run(logits, rows, wanted_state, variant, logprobs, reference, drafts)
     for field in fields(found):
         ours, theirs = getattr(found, field.name), getattr(wanted, field.name)
         if ours.is_floating_point():
@@ -200,6 +206,62 @@ def test_every_parameter_as_in_the_cpu_sampler(
         assert found.tokens.tolist() == [result.tokens[0] for result in wanted]
         for slot, result in zip(slots, wanted, strict=True):
             slot.append(result.tokens[0])
+
+
+def draft_rows(slots: int, drafts: int, device: torch.device) -> torch.Tensor:
+    """All slots, each with so many drafts."""
+    flags = [
+        RowFlag.SAMPLE + RowFlag.DRAFTS * drafts + RowFlag.BEHIND * k for k in range(drafts + 1)
+    ]
+    return rows_of([(slot, 7, 0, flag) for slot in range(slots) for flag in flags], device)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "cases"),
+    [
+        (0.8, [CASES[i] for i in (10, -2)]),
+        (0.0, [CASES[2]]),
+        *(pytest.param(t, CASES, marks=pytest.mark.full) for t in (0.0, 0.8)),
+    ],
+)
+def test_rows_behind_drafts_are_sampled_as_the_cpu_sampler_does_one_by_one(
+    temperature: float, cases: Any, device: torch.device
+) -> None:
+    """Every parameter; drafts are what will be chosen, but for the last of every third slot. So
+    penalties, counts, min_tokens and bad words are those of each position: logits stay the same, so
+    that penalties alone change what greedy sampling chooses."""
+    drafts, enters = 2, []
+    for slot, (params, ends, words) in enumerate(cases):
+        params = {"temperature": temperature, "max_tokens": None, "logprobs": 1, **params}
+        enters.append(
+            slot_of(slot, SamplingParams(**params), slot, end_tokens=ends, bad_words=words)
+        )
+    logits = logits_of(len(cases), 50, device, scale=1.0).round()
+    logits = logits.repeat_interleave(1 + drafts, 0)
+    sampler, state = Sampler(ops), state_of(enters, device, slots=len(cases))
+    wanted: list[list[int]] = []
+    for slot, enter in enumerate(enters):
+        one, tokens = new_slot(enter), []
+        for k in range(1 + drafts):
+            row = logits[slot * (1 + drafts) + k].cpu()[None]
+            [got] = sampler.sample(row, [one])
+            one.append(got.tokens[0])
+            tokens += got.tokens
+        guesses = tokens[:-1]
+        if slot % 3 == 0:
+            guesses[-1] = (guesses[-1] + 1) % 50
+            tokens = tokens[:-1]
+        wanted.append(tokens)
+        length = int(state.length[slot])
+        state.history[slot, length : length + drafts] = torch.tensor(guesses)
+    before = state.length[: len(cases)].clone()
+    found = check(logits, draft_rows(len(cases), drafts, device), state, "full", True, True)
+    for slot, tokens in enumerate(wanted):
+        first = slot * (1 + drafts)
+        assert found.tokens[first : first + len(tokens)].tolist() == tokens, cases[slot]
+        length = int(before[slot])
+        assert int(state.length[slot]) == length + len(tokens)
+        assert state.history[slot, length : length + len(tokens)].tolist() == tokens
 
 
 @settings(max_examples=4, deadline=None)

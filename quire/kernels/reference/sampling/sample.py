@@ -8,6 +8,7 @@ import torch
 
 from quire.kernels.device_state import DeviceState, Flag, RowFlag, Scalar
 from quire.kernels.reference import ops
+from quire.kernels.reference.sampling.accept import append_token
 from quire.kernels.reference.sampling.logprobs_of import logprobs_of
 from quire.kernels.sampling import SampleOutputs, Scratch, Status
 
@@ -20,6 +21,7 @@ def sample(
     out: SampleOutputs,
     scratch: Scratch,
     logprobs: bool = False,
+    append: bool = True,
 ) -> None:
     """`variant` and `scratch` change nothing here."""
     for i, (slot, _, _, row_flags) in enumerate(rows.tolist()):
@@ -30,18 +32,14 @@ def sample(
         if raw.isnan().any() or raw.max().isinf():
             out.status[i] = Status.NAN
             continue
-        token = _choose(raw.clone(), _Slot(state, slot))
+        token = _choose(raw.clone(), _Slot(state, slot, row_flags // RowFlag.BEHIND))
         if token is None:
             out.status[i] = Status.FORBIDDEN
             continue
         out.tokens[i], out.status[i] = token, Status.OK
-        length = int(state.length[slot])
-        state.history[slot, length] = token
-        state.length[slot] = length + 1
-        flags = int(state.flags[slot])
-        if flags & Flag.PENALTIES and int(state.counts[slot, token]) & 0x7FFF != 0x7FFF:
-            state.counts[slot, token] += 1
-        if logprobs and flags & Flag.LOGPROBS:
+        if append:
+            append_token(state, slot, token)
+        if logprobs and int(state.flags[slot]) & Flag.LOGPROBS:
             wanted = int(state.scalars[slot, Scalar.NUM_LOGPROBS])
             found = logprobs_of(raw[None], out.tokens[i : i + 1], wanted, scratch)
             out.logprob[i], out.rank[i] = found[0][0], found[1][0]
@@ -50,17 +48,20 @@ def sample(
 
 
 class _Slot:
-    """A slot's values on the host."""
+    """A slot's values on the host, with so many of its drafts for output."""
 
-    def __init__(self, state: DeviceState, slot: int):
+    def __init__(self, state: DeviceState, slot: int, behind: int):
         scalars = state.scalars[slot].contiguous().cpu()
         self.ints = scalars.tolist()
         self.floats = scalars.view(torch.float32)
         self.top_p = float(scalars.view(torch.float64)[Scalar.TOP_P // 2])
         self.flags = Flag(self.ints[Scalar.FLAGS])
-        self.num_output = self.ints[Scalar.LENGTH] - self.ints[Scalar.NUM_PROMPT]
-        self.tokens = state.history[slot, : self.ints[Scalar.LENGTH]].tolist()
+        length = self.ints[Scalar.LENGTH] + behind
+        self.num_output = length - self.ints[Scalar.NUM_PROMPT]
+        self.tokens = state.history[slot, :length].tolist()
         self.counts = state.counts[slot].int()
+        for token in self.tokens[length - behind :]:
+            self.counts[token] += int(self.counts[token]) & 0x7FFF != 0x7FFF
         self.ends = state.ends[slot, : self.ints[Scalar.NUM_ENDS]].long()
         self.bias_ids = state.bias_ids[slot, : self.ints[Scalar.NUM_BIAS]].long()
         self.bias_values = state.bias_values[slot, : self.ints[Scalar.NUM_BIAS]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.device_state import BLOCK, DeviceState, StepBuffers
+from quire.kernels.device_state import BLOCK, DeviceState, RowFlag, StepBuffers
 
 
 def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> None:
@@ -12,14 +12,15 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
     out.positions.zero_()
     out.slots.fill_(-1)
     end = 0
-    for i, (slot, start, count, _) in enumerate(rows.tolist()):
+    for i, (slot, start, count, flags) in enumerate(rows.tolist()):
         out.query_start[i] = end
         out.context_len[i] = 0
         if slot < 0:
             continue
         begin, end = end, end + count
         out.context_len[i] = start + count
-        known = state.history[slot, start : min(start + count, int(state.length[slot]))]
+        length = int(state.length[slot]) + flags % RowFlag.BEHIND // RowFlag.DRAFTS
+        known = state.history[slot, start : min(start + count, length)]
         out.tokens[begin : begin + len(known)] = known
         positions = torch.arange(start, start + count, device=state.device)
         out.positions[begin:end] = positions

@@ -28,6 +28,7 @@ from quire.kernels.triton.sampling.slots import (
     PRESENCE,
     REPETITION,
     load_float,
+    row_behind,
     sampling_slot,
 )
 from quire.kernels.triton.sampling.tiles import checked
@@ -39,8 +40,9 @@ _SPARSE = tl.constexpr(HAS_BIAS.value | HAS_BAD_WORDS.value | HAS_ENDS.value)
 
 
 @triton.jit
-def _adjusted(x, bias, token, inside, allowed_ptr, counts_ptr, scalars_ptr):
-    """Logits x of tokens, allowed or not, biased, penalised and finite above."""
+def _adjusted(x, bias, token, inside, allowed_ptr, counts_ptr, scalars_ptr, drafts_ptr, behind):
+    """Logits x of tokens, allowed or not, biased, penalised and finite above. The first `behind` of
+    the drafts count as output."""
     flags = tl.load(scalars_ptr + FLAGS)
     if flags & HAS_ALLOWED != 0:
         bits = tl.load(allowed_ptr + token // 32, mask=inside, other=0)
@@ -51,6 +53,9 @@ def _adjusted(x, bias, token, inside, allowed_ptr, counts_ptr, scalars_ptr):
         presence = load_float(scalars_ptr + PRESENCE)
         frequency = load_float(scalars_ptr + FREQUENCY)
         counts = tl.load(counts_ptr + token, mask=inside, other=0).to(tl.int32)
+        for i in range(behind):
+            once_more = (token == tl.load(drafts_ptr + i)) & ((counts & 0x7FFF) != 0x7FFF)
+            counts += once_more.to(tl.int32)
         repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         x = tl.where(counts != 0, repeated, x)
         output = counts & 0x7FFF
@@ -61,9 +66,10 @@ def _adjusted(x, bias, token, inside, allowed_ptr, counts_ptr, scalars_ptr):
 
 
 @triton.jit
-def _forbid_words(x_ptr, first, last, word_starts_ptr, word_tokens_ptr, history_ptr, scalars_ptr):
+def _forbid_words(
+    x_ptr, first, last, word_starts_ptr, word_tokens_ptr, history_ptr, scalars_ptr, length
+):
     """-inf for the last tokens of words whose other tokens end the output."""
-    length = tl.load(scalars_ptr + LENGTH)
     num_output = length - tl.load(scalars_ptr + NUM_PROMPT)
     word = tl.arange(0, _WORDS_BLOCK)
     inside = word < tl.load(scalars_ptr + NUM_WORDS)
@@ -126,7 +132,13 @@ def adjust_tiles_kernel(
         x = tl.load(logits_ptr + token, mask=inside, other=-INFINITY)
         x, largest = checked(x.to(tl.float32))
         tl.store(tile_max_ptr + row * tl.num_programs(0) + tile, largest)
-        x = _adjusted(x, 0.0, token, inside, allowed_ptr, counts_ptr, scalars_ptr)
+        history_ptr += slot * RECORD
+        behind = row_behind(rows_ptr, row)
+        length = tl.load(scalars_ptr + LENGTH)
+        drafts_ptr = history_ptr + length
+        x = _adjusted(
+            x, 0.0, token, inside, allowed_ptr, counts_ptr, scalars_ptr, drafts_ptr, behind
+        )
         tl.store(adjusted_ptr + token, x, mask=inside)
         flags = tl.load(scalars_ptr + FLAGS)
         if flags & _SPARSE != 0:
@@ -141,7 +153,9 @@ def adjust_tiles_kernel(
                 bias = tl.load(bias_values_ptr + slot * RECORD + i, mask=has, other=0.0)
                 raw = tl.load(logits_ptr + id, mask=has, other=0.0).to(tl.float32)
                 raw = tl.where(raw == raw, raw, -INFINITY)
-                biased = _adjusted(raw, bias, id, has, allowed_ptr, counts_ptr, scalars_ptr)
+                biased = _adjusted(
+                    raw, bias, id, has, allowed_ptr, counts_ptr, scalars_ptr, drafts_ptr, behind
+                )
                 tl.store(adjusted_ptr + id, biased, mask=has)
             tl.debug_barrier()
             if flags & HAS_BAD_WORDS != 0:
@@ -151,11 +165,12 @@ def adjust_tiles_kernel(
                     last,
                     word_starts_ptr + slot * RECORD,
                     word_tokens_ptr + slot * RECORD,
-                    history_ptr + slot * RECORD,
+                    history_ptr,
                     scalars_ptr,
+                    length + behind,
                 )
             if flags & HAS_ENDS != 0:
-                num_output = tl.load(scalars_ptr + LENGTH) - tl.load(scalars_ptr + NUM_PROMPT)
+                num_output = length + behind - tl.load(scalars_ptr + NUM_PROMPT)
                 if num_output < tl.load(scalars_ptr + MIN_TOKENS):
                     i = tl.arange(0, _ENDS_BLOCK)
                     has = i < tl.load(scalars_ptr + NUM_ENDS)

@@ -27,6 +27,7 @@ def sample(
     out: SampleOutputs,
     scratch: Scratch,
     logprobs: bool = False,
+    append: bool = True,
 ) -> None:
     """Choose a token for each row of `logits` [B, V] whose row of `rows` int32 [B, 4] has a slot
     and RowFlag.SAMPLE, and append it to the slot's history.
@@ -35,6 +36,8 @@ def sample(
     are all they ask for, "full" for everything (quire.runner.diffs.variant). A row's token has
     the same bits in each variant that serves it, and in every batch. `logprobs`: also report the
     log-probabilities of slots that ask for them. Noise is keyed by (seed, choice, length).
+    Rows may be behind drafts of their slot (RowFlag), which lie behind its history; each is sampled
+    as if those before it were output. Then `append` must be False, and `accept` says what stands.
     `scratch` has at least B rows. Raises ValueError for an unknown variant or shapes that do not
     belong together.
     """
@@ -71,7 +74,7 @@ def sample(
             TILE=TILE,
             num_warps=8 if variant == "plain" else 4,
         )
-    _finish(count, rows, state, variant == "full", out, scratch)
+    _finish(count, rows, state, variant == "full", append, out, scratch)
     if logprobs:
         report_logprobs(
             logits,
@@ -161,6 +164,7 @@ def _finish(
     rows: torch.Tensor,
     state: DeviceState,
     full: bool,
+    append: bool,
     out: SampleOutputs,
     scratch: Scratch,
 ) -> None:
@@ -195,5 +199,6 @@ def _finish(
         CANDIDATES=CANDIDATES,
         BLOCK=512,  # with 8 warps 110 registers: two programs on a multiprocessor
         FULL=full,
+        APPEND=append,
         num_warps=8 if full else 4,
     )

@@ -35,9 +35,11 @@ from quire.kernels.triton.sampling.slots import (
     NUM_LOGPROBS,
     TEMPERATURE,
     TOP_K,
+    count_once,
     load_float,
     load_key,
     load_top_p,
+    row_behind,
     sampling_slot,
     scaled,
 )
@@ -155,7 +157,8 @@ def list_or_pick_kernel(
             x = tl.load(logits_ptr + token, mask=token < V, other=-INFINITY)
             if flags & HAS_MIN_P != 0:
                 x = tl.where(scaled_key(x, largest, temperature) <= last, x, -INFINITY)
-            pick, pick_id = pick_of_tile(x, first, scalars_ptr, True, TILE)
+            behind = row_behind(rows_ptr, row)
+            pick, pick_id = pick_of_tile(x, first, scalars_ptr, behind, True, TILE)
             tl.store(pick_ptr + at, pick)
             tl.store(pick_id_ptr + at, pick_id)
 
@@ -163,6 +166,7 @@ def list_or_pick_kernel(
 @triton.jit
 def _select(
     scalars_ptr,
+    behind,
     logits_ptr,
     largest,
     cut,
@@ -213,7 +217,7 @@ def _select(
             nothing, last_token, ties, last, count, list_key_ptr, list_id_ptr, logits_ptr,
             largest, temperature, BY_TOKEN, V, CANDIDATES, False, BLOCK,
         )  # fmt: skip
-    position, choice, low, high = load_key(scalars_ptr)
+    position, choice, low, high = load_key(scalars_ptr, behind)
     best = tl.full([BLOCK], -INFINITY, dtype=tl.float32)
     best_token = tl.full([BLOCK], NO_TOKEN, dtype=tl.int32)
     for start in range(0, total, BLOCK):
@@ -257,6 +261,7 @@ def finish_kernel(
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
+    APPEND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
@@ -284,6 +289,7 @@ def finish_kernel(
                     tile_mass = tl.load(tile_mass_ptr + at, mask=tile < TILES, other=0)
                     token = _select(
                         scalars_ptr,
+                        row_behind(rows_ptr, row),
                         logits_ptr + row * V,
                         largest,
                         tl.load(cut_ptr + row),
@@ -298,14 +304,14 @@ def finish_kernel(
             else:
                 pick = tl.load(pick_ptr + at, mask=tile < TILES, other=-INFINITY)
                 pick_id = tl.load(pick_id_ptr + at, mask=tile < TILES, other=NO_TOKEN)
-                token = pick_of_row(pick, pick_id, largest, scalars_ptr)
-            length = tl.load(scalars_ptr + LENGTH)
-            tl.store(history_ptr + slot * RECORD + length, token, mask=length < HISTORY)
-            tl.store(scalars_ptr + LENGTH, length + 1)
-            if flags & HAS_PENALTIES != 0:
-                count = tl.load(counts_ptr + slot * V + token)
-                full = (count & 0x7FFF) == 0x7FFF
-                tl.store(counts_ptr + slot * V + token, tl.where(full, count, count + 1))
+                behind = row_behind(rows_ptr, row)
+                token = pick_of_row(pick, pick_id, largest, scalars_ptr, behind)
+            if APPEND:
+                length = tl.load(scalars_ptr + LENGTH)
+                tl.store(history_ptr + slot * RECORD + length, token, mask=length < HISTORY)
+                tl.store(scalars_ptr + LENGTH, length + 1)
+                if flags & HAS_PENALTIES != 0:
+                    count_once(counts_ptr + slot * V + token)
             if flags & HAS_LOGPROBS != 0:
                 wanted = tl.load(scalars_ptr + NUM_LOGPROBS)
     tl.store(tokens_ptr + row, token)

@@ -41,6 +41,8 @@ HAS_MIN_P = tl.constexpr(int(Flag.MIN_P))
 HAS_SELECTION = tl.constexpr(int(Flag.TOP_K | Flag.TOP_P))
 
 _SAMPLE = tl.constexpr(int(RowFlag.SAMPLE))
+_DRAFTS = tl.constexpr(int(RowFlag.DRAFTS))
+_BEHIND = tl.constexpr(int(RowFlag.BEHIND))
 
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -53,6 +55,18 @@ def sampling_slot(rows_ptr, row):
     slot = tl.load(rows_ptr + 4 * row)
     samples = tl.load(rows_ptr + 4 * row + 3) & _SAMPLE
     return tl.where(samples != 0, slot, -1).to(tl.int64)
+
+
+@triton.jit
+def row_drafts(rows_ptr, row):
+    """How many drafts a row's slot has."""
+    return tl.load(rows_ptr + 4 * row + 3) % _BEHIND // _DRAFTS
+
+
+@triton.jit
+def row_behind(rows_ptr, row):
+    """How many of them come before the token that the row samples."""
+    return tl.load(rows_ptr + 4 * row + 3) // _BEHIND
 
 
 @triton.jit
@@ -69,13 +83,21 @@ def load_top_p(scalars_ptr):
 
 
 @triton.jit
-def load_key(scalars_ptr):
-    """What the noise of the slot's next token depends on: position, choice, seed."""
-    position = tl.load(scalars_ptr + LENGTH).to(tl.uint32, bitcast=True)
+def load_key(scalars_ptr, behind):
+    """What the noise of a slot's next token depends on, `behind` so many drafts: position, choice,
+    seed."""
+    position = (tl.load(scalars_ptr + LENGTH) + behind).to(tl.uint32, bitcast=True)
     choice = tl.load(scalars_ptr + CHOICE).to(tl.uint32, bitcast=True)
     low = tl.load(scalars_ptr + SEED_LOW).to(tl.uint32, bitcast=True)
     high = tl.load(scalars_ptr + SEED_HIGH).to(tl.uint32, bitcast=True)
     return position, choice, low, high
+
+
+@triton.jit
+def count_once(count_ptr):
+    """One more of a token in the output; 15 bits count."""
+    count = tl.load(count_ptr)
+    tl.store(count_ptr, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from quire.kernels.triton.sampling.slots import (
     TEMPERATURE,
     load_float,
     load_key,
+    row_behind,
     sampling_slot,
     scaled,
 )
@@ -31,14 +32,14 @@ def _first_best(score, token):
 
 
 @triton.jit
-def pick_of_tile(x, first, scalars_ptr, NOISE: tl.constexpr, TILE: tl.constexpr):
+def pick_of_tile(x, first, scalars_ptr, behind, NOISE: tl.constexpr, TILE: tl.constexpr):
     """(logit, token) chosen among the logits x [TILE // 4, 4] of the tokens from `first` on."""
     token = first + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     score = x
     if NOISE:  # noqa: SIM102 (decided when this is compiled, the other when it runs)
         if tl.load(scalars_ptr + FLAGS) & IS_GREEDY == 0:
             temperature = load_float(scalars_ptr + TEMPERATURE)
-            position, choice, low, high = load_key(scalars_ptr)
+            position, choice, low, high = load_key(scalars_ptr, behind)
             noise = noise_of_tile(first, position, choice, low, high, TILE)
             score = scaled(x, tl.max(x), temperature) + noise
     best = _first_best(score, token)
@@ -46,12 +47,12 @@ def pick_of_tile(x, first, scalars_ptr, NOISE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def pick_of_row(x, token, largest, scalars_ptr):
+def pick_of_row(x, token, largest, scalars_ptr, behind):
     """The token chosen among tiles' choices: logits x [N] of tokens [N]."""
     score = x
     if tl.load(scalars_ptr + FLAGS) & IS_GREEDY == 0:
         temperature = load_float(scalars_ptr + TEMPERATURE)
-        position, choice, low, high = load_key(scalars_ptr)
+        position, choice, low, high = load_key(scalars_ptr, behind)
         score = scaled(x, largest, temperature) + noise_of(token, position, choice, low, high)
     return _first_best(score, token)
 
@@ -89,7 +90,9 @@ def pick_tiles_kernel(
         token = first + tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         x = tl.load(logits_ptr + row * STRIDE + token, mask=token < V, other=-INFINITY)
         x, largest = checked(x.to(tl.float32))
-        pick, pick_id = pick_of_tile(x, first, scalars_ptr + slot * RECORD, NOISE, TILE)
+        behind = row_behind(rows_ptr, row)
+        scalars_ptr += slot * RECORD
+        pick, pick_id = pick_of_tile(x, first, scalars_ptr, behind, NOISE, TILE)
         at = row * tl.num_programs(0) + tile
         tl.store(tile_max_ptr + at, largest)
         tl.store(pick_ptr + at, pick)

@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.device_state import BLOCK, DeviceState, Scalar, StepBuffers
+from quire.kernels.device_state import BLOCK, DeviceState, RowFlag, Scalar, StepBuffers
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
 _LENGTH = tl.constexpr(int(Scalar.LENGTH))
+_DRAFTS = tl.constexpr(int(RowFlag.DRAFTS))
+_BEHIND = tl.constexpr(int(RowFlag.BEHIND))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "group_tables", "group_slots"])
@@ -66,7 +68,9 @@ def prepare_step_kernel(
         else:
             start = tl.load(rows_ptr + 4 * row + 1)
             count = tl.load(rows_ptr + 4 * row + 2)
+            # Drafts lie behind what is known.
             length = tl.load(scalars_ptr + slot * RECORD + _LENGTH)
+            length += tl.load(rows_ptr + 4 * row + 3) % _BEHIND // _DRAFTS
             tables_ptr += slot * RECORD
             if begin == 0:
                 tl.store(context_len_ptr + row, start + count)
@@ -99,10 +103,11 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
     """Fill `out` (B rows, T tokens) for a step over `rows` int32 [B, 4]: slot or -1, start, count,
     flags.
 
-    A row computes the tokens at positions start to start + count of its slot's history; those
-    the device does not know, which happens after a row that failed, are 0. A row without a slot
-    has no tokens. Tokens past the last row's have token 0, position 0 and slot -1. Block tables
-    are written as far as the context goes. The rows' counts must add up to at most T.
+    A row computes the tokens at positions start to start + count of its slot's history, the last of
+    which may be drafts (RowFlag); those the device does not know, which happens after a row that
+    failed, are 0. A row without a slot has no tokens. Tokens past the last row's have token 0,
+    position 0 and slot -1. Block tables are written as far as the context goes. The rows' counts
+    must add up to at most T.
     """
     layout = state.layout
     num_rows, num_tokens = rows.shape[0], out.tokens.shape[0]

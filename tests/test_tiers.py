@@ -64,7 +64,9 @@ def test_bits_are_those_without_tiers(
     expected = run(small(path, dtype, enable_prefix_caching=False), given)
     page = small(path, dtype).plan.groups[0].page_bytes
     tiers = f"dram:{40 * page}B,fs:{tmp_path}/kv:{200 * page}B"
-    for i, options in enumerate([{}, {"async_scheduling": True}, {"max_num_batched_tokens": 7}]):
+    guesses = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    ways = [{}, {"async_scheduling": True}, {"max_num_batched_tokens": 7} | guesses]
+    for i, options in enumerate(ways):
         llm = small(path, dtype, kv_tiers=tiers, kv_tier_policy=policy, **options)
         order = list(range(len(given)))
         for _ in range(3):

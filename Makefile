@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard quire/kernels/nati
 PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest -q --timeout=900 --timeout-method=thread
 # Tests of processes, deadlines and memory have the machine for themselves; of the others two files
 # run at a time.
-ALONE := tests/server tests/engine tests/cli tests/comm tests/plan/test_measured.py
+ALONE := tests/server tests/engine tests/cli tests/comm tests/tiers tests/plan/test_measured.py
 BESIDE := OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 
 .PHONY: run serve chat test test-all lint bench clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class LLM:
         if not self.options.model.skip_tokenizer_init:
             self._tokenizer = Tokenizer.from_files(self._engine.files)
         self._next_id = 0
+        weakref.finalize(self, self._engine.core.close)  # also when the process ends
 
     @property
     def plan(self) -> Plan:
@@ -239,6 +241,7 @@ def _empty_output(request: GenerateRequest) -> RequestOutput:
 def _extend(output: RequestOutput, news: RequestDelta) -> None:
     """Add a delta to a whole output."""
     output.num_cached_tokens = news.num_cached_tokens
+    output.cached_tokens_by_tier = news.cached_tokens_by_tier
     output.finished = news.finished
     if news.prompt_logprobs is not None:
         output.prompt_logprobs = (output.prompt_logprobs or []) + news.prompt_logprobs

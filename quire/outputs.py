@@ -68,7 +68,8 @@ class RequestOutput:
     """A request with its choices.
 
     `prompt_logprobs[0]` is None (nothing precedes the first token). `num_cached_tokens` counts
-    prompt tokens whose KV came from the prefix cache.
+    prompt tokens whose KV came from the prefix cache; where there are tiers,
+    `cached_tokens_by_tier` says from which ("device", "dram", "fs", "mooncake").
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    cached_tokens_by_tier: dict[str, int] | None = None
     finished: bool = False
 
 
@@ -88,6 +90,7 @@ class RequestDelta:
     choices: list[ChoiceDelta]
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    cached_tokens_by_tier: dict[str, int] | None = None
     num_output_tokens: int = 0
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     finished: bool = False

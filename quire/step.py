@@ -106,6 +106,18 @@ class Batch(msgspec.Struct, array_like=True):
         return sum(len(row.tokens) for row in self.rows)
 
 
+class Copies(msgspec.Struct, array_like=True):
+    """Pages to copy between blocks of a pool and slots of host memory (quire/tiers/slab.py), before
+    any step that is submitted later writes to these blocks, and after all submitted before have
+    computed. `store`: from the device to host memory. `number` names the order when it is done."""
+
+    number: int
+    store: bool
+    pool: int
+    blocks: list[int]
+    slots: list[int]
+
+
 class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities at one position: the chosen token first, then the most likely ones."""
 

@@ -44,6 +44,7 @@ COMMANDS = [
         "quire.cli.bench_quality",
     ),
     Command("bench serve", (), "measure a running server", "quire.cli.bench_serve"),
+    Command("bench tiers", ("MODEL",), "measure the KV tiers", "quire.cli.bench_tiers"),
     Command("version", (), "show versions", "quire.cli.version"),
 ]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from quire.config.speculation import Speculation, parse_speculation, speculation_text
+from quire.config.tiers import parse_tiers
 
 
 def option(
@@ -25,13 +26,15 @@ def option(
     live: bool = False,
     secret: bool = False,
     size: bool = False,
+    check: Callable[[str], Any] | None = None,
     parse: Callable[[Any], str] | None = None,
 ) -> Any:
     """A dataclass field with what flags and docs need.
 
     `live`: can change while the engine runs. `size`: bytes, also written like "4GiB".
-    `low`, `high`: inclusive range of a number. `parse`: checks a value of structure and gives the
-    text that stands for it, or raises UsageError.
+    `low`, `high`: inclusive range of a number. `check` raises ValueError, whose text says what is
+    allowed; a list of texts is given to it with commas between. `parse`: checks a value of
+    structure and gives the text that stands for it, or raises UsageError.
     """
     meta = {
         "help": help,
@@ -41,6 +44,7 @@ def option(
         "live": live,
         "secret": secret,
         "size": size,
+        "check": check,
         "parse": parse,
     }
     return field(default=default, metadata=meta)
@@ -130,6 +134,23 @@ class EngineOptions:
         low=1,
         high=2**20,
     )
+    kv_tiers: str | None = option(
+        None,
+        "where KV blocks go when the device is full, the fastest first: dram:SIZE, "
+        "fs:DIRECTORY:SIZE, mooncake:CONFIG.json, with commas between; see docs/kv-tiers.md",
+        check=parse_tiers,
+    )
+    kv_tier_policy: str = option(
+        "lru",
+        "which block leaves the DRAM tier: lru the one used longest ago; arc keeps what is used "
+        "often through a flood of new blocks",
+        choices=("lru", "arc"),
+    )
+    kv_tier_fsync: bool = option(
+        False,
+        "wait for the disk before a block file gets its name; without it a crash of the "
+        "machine can cost blocks, never give wrong ones",
+    )
     scheduling_policy: str = option(
         "fcfs", "order of waiting requests", choices=("fcfs", "priority")
     )
@@ -169,6 +190,11 @@ class ServerOptions:
     served_model_name: str | None = option(None, "model id that clients use; default: the model")
     api_key: str | None = option(None, "key that clients must send", secret=True)
     api_key_file: str | None = option(None, "file with one `name:key` or `key` per line")
+    admin_keys: str = option(
+        "default",
+        "names of keys, with commas between, that may look at the KV cache and clear it "
+        "(`/v1/cache`); --api-key's name is default",
+    )
     allow_unauthenticated: bool = option(False, "allow binding off loopback without any key")
     allow_unknown_fields: bool = option(False, "accept unknown request fields instead of a 400")
     max_body_bytes: int = option(8 * 2**20, "largest request body", low=1024, size=True, live=True)

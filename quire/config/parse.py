@@ -7,30 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any
 
 from quire.config.options import SECTIONS, Options, all_options
+from quire.config.sizes import parse_size
 from quire.errors import UsageError, suggest
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "4GiB", "500MB" or "1024". Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d{1,20})(\.\d{1,20})?\s*([a-zA-Z]*)\s*", text, re.ASCII)
-    if not match or match[3].lower() not in _UNITS:
-        raise ValueError("a size like 4GiB, 500MB or a number of bytes")
-    unit = _UNITS[match[3].lower()]
-    if match[2] and unit == 1:
-        raise ValueError("a whole number of bytes")
-    return int(match[1]) * unit + int(float(match[2] or 0) * unit)
 
 
 def base_type(item: Field[Any]) -> str:
@@ -48,6 +35,8 @@ def convert(name: str, item: Field[Any], value: Any, where: str = "") -> Any:
     if item.metadata["parse"]:
         return item.metadata["parse"](value)
     try:
+        if item.metadata["check"] and isinstance(value, list):
+            value = ",".join(map(str, value))
         return _in_range(_to_type(base_type(item), value, item.metadata["size"]), item.metadata)
     except ValueError as error:
         shown = "..." if item.metadata["secret"] else repr(value)
@@ -81,6 +70,8 @@ def _in_range(value: Any, meta: Mapping[str, Any]) -> Any:
         raise ValueError(f"at least {meta['low']}")
     if meta["high"] is not None and value > meta["high"]:
         raise ValueError(f"at most {meta['high']}")
+    if meta["check"]:
+        meta["check"](value)
     return value
 
 

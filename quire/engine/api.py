@@ -10,6 +10,7 @@ import msgspec
 
 from quire.outputs import RequestDelta
 from quire.params import SamplingParams
+from quire.tiers.counts import TierStats
 from quire.tokenization.rules import TextRules
 
 
@@ -54,7 +55,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     step (or since it was last heard). `silence`: seconds since it was last heard, which is every
     second even while a step computes. `to_warm`: shapes of steps that are still to be prepared
     (CUDA graphs to capture); until then they are computed more slowly. `draft_rows`: rows of steps
-    that had drafts; `draft_tokens` in them; `accepted_at[i]`: how often draft i was accepted."""
+    that had drafts; `draft_tokens` in them; `accepted_at[i]`: how often draft i was accepted.
+    `tiers`: what each tier of the KV cache has done, the fastest first."""
 
     waiting: int = 0
     running: int = 0
@@ -69,6 +71,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     step_age: float = 0.0
     silence: float = 0.0
     to_warm: int = 0
+    tiers: list[TierStats] = []
     draft_rows: int = 0
     draft_tokens: int = 0
     accepted_at: list[int] = []
@@ -96,6 +99,10 @@ class AsyncEngine(Protocol):
     async def stats(self) -> EngineStats:
         """The latest counters (at most one second old). Never waits for the engine. Raises
         EngineDead once the engine has ended."""
+
+    async def clear_cache(self) -> None:
+        """Forget all KV of earlier requests, on the device and in all tiers. Raises EngineDead, or
+        TimeoutError where the engine does not come to it."""
 
     async def drain(self, timeout: float) -> None:
         """Accept nothing new, and wait until running requests are done or time is up."""

@@ -28,6 +28,7 @@ log = logging.getLogger("quire.engine")
 Progress = Callable[[str, float], None]
 START_SECONDS = 1800.0
 END_SECONDS = 5.0
+CLEAR_SECONDS = 60.0  # a step of a long prompt comes first
 PROMPT_POSITIONS = 32  # of a prompt's log-probabilities that are made into objects at a time
 
 
@@ -52,6 +53,7 @@ class EngineClient:
         self._stats_time = time.monotonic()
         self._dead: EngineDead | None = None
         self._closing = False
+        self._clearing: dict[int, asyncio.Future[None]] = {}
 
     @classmethod
     async def launch(
@@ -160,6 +162,18 @@ class EngineClient:
         age = self._stats.step_age + silence
         return msgspec.structs.replace(self._stats, step_age=age, silence=silence)
 
+    async def clear_cache(self) -> None:
+        """See AsyncEngine.clear_cache."""
+        if self._dead is not None:
+            raise self._dead
+        number = max(self._clearing, default=0) + 1
+        done = self._clearing[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.ClearCache(number))
+        try:
+            await asyncio.wait_for(done, CLEAR_SECONDS)
+        finally:
+            del self._clearing[number]
+
     async def drain(self, timeout: float) -> None:
         """See AsyncEngine.drain."""
         deadline = time.monotonic() + timeout
@@ -209,6 +223,10 @@ class EngineClient:
                     self._deliver(piece)
                     if piece.prompt_logprobs:
                         await asyncio.sleep(0)  # others may use the event loop between them
+        elif isinstance(message, wire.CacheCleared):
+            done = self._clearing.get(message.number)
+            if done is not None and not done.done():
+                done.set_result(None)
         elif isinstance(message, wire.Failed):
             self._die(EngineDead("engine_dead", message.what, message.why, message.fix))
 
@@ -242,6 +260,9 @@ class EngineClient:
             self._dead = error
         for running in self._running.values():
             running.news.set()
+        for done in self._clearing.values():
+            if not done.done():
+                done.set_exception(error)
 
 
 class _Running:

@@ -41,6 +41,7 @@ class Collector:
         self.tokenizer = tokenizer
         self.error: QuireError | None = None
         self._cached = 0
+        self._cached_by_tier: dict[str, int] | None = None
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         self._prompt_missing = 0  # positions whose log-probabilities are still to come
         if request.params.prompt_logprobs is not None:
@@ -95,6 +96,8 @@ class Collector:
             return [abort for abort in aborts if abort.request_id != delta.request_id]
         if choice.fresh.index == 0:
             self._cached = max(self._cached, delta.cached_tokens)
+            if delta.cached_by_tier is not None:
+                self._cached_by_tier = delta.cached_by_tier
             if delta.prompt_logprobs:
                 self._take_prompt_logprobs(delta.prompt_logprobs)
         choice.changed = True
@@ -186,6 +189,7 @@ class Collector:
             choices=fresh,
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_cached_tokens=self._cached,
+            cached_tokens_by_tier=self._cached_by_tier,
             num_output_tokens=sum(c.num_tokens for c in self._choices),
             prompt_logprobs=prompt_logprobs,
             finished=self.finished,

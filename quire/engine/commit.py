@@ -53,6 +53,7 @@ def take_row(request: Request, row: Row, got: RowResult) -> Delta:
         reason,
         stop_token,
         request.cached_tokens or 0,
+        cached_by_tier=request.cached_by_tier,
     )
 
 

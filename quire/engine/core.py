@@ -12,12 +12,16 @@ import msgspec
 from quire.engine.api import EngineStats
 from quire.engine.gates import Gate
 from quire.engine.scheduler import Scheduler
+from quire.engine.tiering import Tiering
 from quire.engine.wire import Abort, Add, Delta
 from quire.errors import QuireError
 from quire.plan.shortage import STEP_FIX, is_out_of_memory
 from quire.step import Batch, Result
 
 log = logging.getLogger("quire.engine")
+
+# How long an engine with nothing to compute waits for tiers before it looks at its messages again.
+TIER_WAIT_SECONDS = 0.005
 
 
 class Pending(Protocol):
@@ -47,27 +51,71 @@ class Runner(Protocol):
         """Do one piece of work that makes later steps faster; how many pieces are left."""
 
 
+class StepClock:
+    """How long steps compute. With several in flight, one begins when the one before ends."""
+
+    def __init__(self) -> None:
+        self._submitted: dict[int, tuple[int, float]] = {}
+        self._ended = 0.0
+
+    def submitted(self, batch: Batch) -> None:
+        self._submitted[batch.step] = (batch.num_tokens, time.perf_counter())
+
+    def done(self, step: int) -> tuple[int, float]:
+        """(tokens, seconds) of a step whose result is there."""
+        tokens, submitted = self._submitted.pop(step)
+        begun, self._ended = max(submitted, self._ended), time.perf_counter()
+        return tokens, self._ended - begun
+
+
 class EngineCore:
     """A scheduler and a runner. One thread calls it.
 
     `depth`: steps in flight. With 2, step n+1 is submitted before step n is committed. Where
     step n+1 has gated rows, its forward pass runs meanwhile, and it samples once step n is
     committed and the gates have said what is allowed: no third step is submitted before.
-    `host_seconds`: time spent on scheduling, submitting and committing so far.
+    `host_seconds`: time spent on scheduling, submitting and committing so far. `tiering`: where
+    there are tiers; it moves pages between steps.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, depth: int = 1):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        depth: int = 1,
+        tiering: Tiering | None = None,
+    ):
         self.scheduler = scheduler
+        self.tiering = scheduler.tiering = tiering
         self.runner = runner
         self.depth = depth
         self.host_seconds = 0.0
         self._to_warm = 0
         self._held = False  # the newest step in flight waits for masks
         self._inflight: deque[tuple[int, Pending]] = deque()
+        self._clock = StepClock()
 
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    def settle(self) -> bool:
+        """Move pages on while there is nothing to compute; whether nothing is left to move."""
+        if self.tiering is None:
+            return True
+        self.tiering.advance()
+        return self.tiering.settled
+
+    def clear_cache(self) -> None:
+        """Forget all KV of earlier tokens, on the device and in all tiers."""
+        self.scheduler.kv.clear_cache()
+        if self.tiering is not None:
+            self.tiering.clear()
+
+    def close(self) -> None:
+        """Bring what is still to be stored to the tiers, within a few seconds."""
+        if self.tiering is not None:
+            self.tiering.close()
 
     def add(self, add: Add, gate: Gate | None = None) -> list[Delta]:
         """Queue all choices of a request, each behind `gate` where one is given; a refusal comes
@@ -99,18 +147,22 @@ class EngineCore:
         return self._to_warm
 
     def stats(self) -> EngineStats:
-        """The scheduler's numbers, and the runner's."""
-        return msgspec.structs.replace(self.scheduler.stats(), to_warm=self._to_warm)
+        """The scheduler's numbers, the runner's, and the tiers'."""
+        tiers = [] if self.tiering is None else self.tiering.stats()
+        return msgspec.structs.replace(self.scheduler.stats(), to_warm=self._to_warm, tiers=tiers)
 
     def step(self) -> list[Delta]:
         """Submit what can be in flight, commit the oldest step; deltas in order of requests."""
         started = time.perf_counter()
         self.scheduler.expire()
+        if self.tiering is not None:
+            self.tiering.advance()
         deltas: list[Delta] = []
         while len(self._inflight) < self.depth and not self._held:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
+            self._clock.submitted(batch)
             try:
                 pending = self.runner.submit(batch)
             except Exception as error:  # a step's fault must not end the engine
@@ -124,6 +176,8 @@ class EngineCore:
         if self._inflight:
             deltas += self._commit()
             self.warm()
+        elif self.tiering is not None and not self.tiering.settled:
+            self.tiering.wait(TIER_WAIT_SECONDS)
         return deltas + self.scheduler.take_finished()
 
     def _open(self) -> list[Delta]:
@@ -145,6 +199,9 @@ class EngineCore:
             result = pending.result()
         except Exception as error:  # a step's fault must not end the engine
             return self._recover(error, step)
+        computed = self._clock.done(step)
+        if self.tiering is not None:
+            self.tiering.observe(*computed)
         started = time.perf_counter()
         deltas = self.scheduler.commit(result)
         if self._held:
@@ -158,6 +215,7 @@ class EngineCore:
         fix = error.fix if isinstance(error, QuireError) else fix
         log.error("a step failed; its requests are computed one by one: %s", fix, exc_info=error)
         deltas, lost = [], [failed]
+        self._clock = StepClock()
         self._held = False
         while self._inflight:
             step, pending = self._inflight.popleft()

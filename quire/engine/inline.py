@@ -61,3 +61,4 @@ def stream(
         while not core.idle:
             core.step()
         core.scheduler.take_finished()
+        core.settle()

@@ -56,6 +56,7 @@ class EngineProcess:
                 raise QuireError("protocol", "the first message must be Start")
             core = self._start(start)
             self._serve(core)
+            core.close()
         except QuireError as error:
             self._fail(type(error).__name__, error)
             return 1
@@ -85,7 +86,7 @@ class EngineProcess:
         self._stats = core.stats()
         while not self._ending:
             self._turned = time.monotonic()
-            for message in self._messages(wait=core.idle and not core.warm()):
+            for message in self._messages(wait=self._may_wait(core)):
                 deltas += self._handle(core, message)
             deltas += core.step()
             now = time.monotonic()
@@ -95,6 +96,10 @@ class EngineProcess:
                 deltas = []
             if core.idle:
                 core.check_when_idle()
+
+    def _may_wait(self, core: EngineCore) -> bool:
+        """Whether there is nothing to do until a message comes."""
+        return core.idle and not core.warm() and core.settle()
 
     def _messages(self, wait: bool) -> Iterable[wire.ToEngine]:
         """All messages that are there; with `wait`, blocks up to a heartbeat for the first."""
@@ -111,6 +116,9 @@ class EngineProcess:
             return core.add(message)
         if isinstance(message, wire.Abort):
             core.abort(message)
+        elif isinstance(message, wire.ClearCache):
+            core.clear_cache()
+            self._send(wire.CacheCleared(message.number))
         elif isinstance(message, wire.Shutdown):
             self._ending = True
         return []

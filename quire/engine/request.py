@@ -11,6 +11,7 @@ from quire.engine.wire import Add
 
 if TYPE_CHECKING:
     from quire.engine.gates import Gate
+    from quire.engine.visits import Visit
     from quire.speculative.proposer import Drafter
 
 
@@ -35,6 +36,7 @@ class Request:
     something to do. `identities`: what KVManager.admit keeps between attempts. `longest` and
     `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
     log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
+    `visit`: what the tiers do for it before it is admitted.
     `drafter`: guesses them. Of a row with drafts only the token that is sure to come is promised,
     and only the tokens before the drafts are scheduled; what is accepted is added to both once it
     is known.
@@ -52,6 +54,7 @@ class Request:
     inflight_steps: int = 0
     slot: int = -1
     cached_tokens: int | None = None
+    cached_by_tier: dict[str, int] | None = None
     prompt_logprobs_sent: int = 0
     covered: int = 0
     settle_at: int = 0
@@ -60,6 +63,7 @@ class Request:
     announced: bool = False
     deadline: float = math.inf
     gate: Gate | None = None
+    visit: Visit | None = None
     drafter: Drafter | None = None
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)

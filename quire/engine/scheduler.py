@@ -20,6 +20,7 @@ from quire.engine.commit import ROW_ERRORS, error_delta, take_row
 from quire.engine.drafting import NO_DRAFTS, Drafting
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
+from quire.engine.tiering import Tiering
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
 from quire.kv import BLOCK_SIZE
@@ -63,9 +64,10 @@ class Scheduler:
     ):
         self.limits = limits
         self.kv = kv
+        self.tiering: Tiering | None = None  # set before the first request
         self._drafting = drafting
         # Most tokens that one step writes of a request.
-        self._step_tokens = limits.max_num_batched_tokens + (drafting.ahead if drafting else 0)
+        self.step_tokens = limits.max_num_batched_tokens + (drafting.ahead if drafting else 0)
         self.requests: dict[str, Request] = {}
         self._clock = clock
         # A heap. Requests that finished while they waited stay in it for a while.
@@ -128,7 +130,7 @@ class Scheduler:
         length = len(prompt)
         output = self._max_tokens(add)
         # The last token's KV is never computed.
-        if not self.kv.fits_ever(length + output - 1, self._step_tokens):
+        if not self.kv.fits_ever(length + output - 1, self.step_tokens):
             _, total = self.kv.usage()
             raise UsageError(
                 "prompt_too_large",
@@ -167,7 +169,15 @@ class Scheduler:
             del request.tokens[request.num_prompt + length :]
         self._finish(request, confirmed=length >= 0)
         cached = request.cached_tokens or 0
-        self._finished.append(Delta(request_id, [], finish_reason=reason, cached_tokens=cached))
+        self._finished.append(
+            Delta(
+                request_id,
+                [],
+                finish_reason=reason,
+                cached_tokens=cached,
+                cached_by_tier=request.cached_by_tier,
+            )
+        )
 
     def fail(self, request_id: str, error: QuireError) -> None:
         """Finish one request with an error; what it has computed cannot be found afterwards."""
@@ -348,10 +358,13 @@ class Scheduler:
             if request.inflight_steps:
                 skipped.append(entry)
                 break  # preempted just now; nobody overtakes it
+            if self.tiering is not None and not self.tiering.ready(request, len(self._free_slots)):
+                skipped.append(entry)
+                continue
             hit = self.kv.admit(
                 request.request_id,
                 request.tokens,
-                self._step_tokens,
+                self.step_tokens,
                 tenant=request.add.tenant,
                 salt=request.add.cache_salt,
                 use_cache=request.add.params.prompt_logprobs is None,
@@ -381,6 +394,8 @@ class Scheduler:
         request.settle_at = request.covered = 0
         if request.cached_tokens is None:
             request.cached_tokens = start
+            if request.visit is not None:
+                request.cached_by_tier = request.visit.cached(start)
             if request.add.params.prompt_logprobs is None:
                 self._counts["query"] += request.num_prompt
                 self._counts["hit"] += start
@@ -574,6 +589,7 @@ class Scheduler:
         self._release_slot(request)
         request.state = State.WAITING
         request.computed = request.scheduled = 0
+        request.visit = None
         self._queue(request)
 
     def _release_slot(self, request: Request) -> None:

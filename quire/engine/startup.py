@@ -1,9 +1,9 @@
-"""From options to a running engine core: files, plan, model, weights, caches, scheduler."""
+"""From options to a running engine.core: files, plan, model, weights, caches, scheduler."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
@@ -14,14 +14,17 @@ from quire.config.options import Options
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.drafting import Drafting
+from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Limits, Scheduler
+from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
+from quire.engine.tiering import Tiering
 from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
-from quire.kv.identity import BlockIdentity
+from quire.kv.identity import DEFAULT_KEY, BlockIdentity
 from quire.kv.manager import KVManager
-from quire.layers.build import Build, CpuKernels, Kernels
+from quire.layers.build import Build, CacheLayer, CpuKernels, Kernels
 from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.models.registry import (
     Model,
@@ -36,6 +39,7 @@ from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
 from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches, allocate_states
+from quire.runner.pages import CpuPages, pool_tensors
 from quire.speculative.proposer import make_proposer
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
@@ -91,7 +95,8 @@ def make_plan(
         theirs = find_model(drafter)
         draft = _facts(drafter, theirs, open_weights(drafter, theirs))
     machine = detect(gpu=options.engine.device != "cpu")
-    return resolve(options, facts, machine, found, draft=draft)
+    tiers = measure_tiers(options)
+    return resolve(options, facts, machine, found, draft=draft, tiers=tiers)
 
 
 def draft_options(options: Options) -> Options | None:
@@ -187,13 +192,15 @@ def assemble(
         draft = _load_draft_model(options, build)
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
+    tiers = open_tiers(options, plan)
     with explained(plan, "the KV cache and the requests' state were allocated"):
         more = [] if draft is None else draft[1].caches
         allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
         allocate_states(build, plan.max_num_seqs)
         runner = _make_runner(plan, found, build, model, draft, info)
-    scheduler = make_scheduler(options, plan, info)
-    core = EngineCore(scheduler, runner, depth=2 if plan.async_scheduling else 1)
+    scheduler = make_scheduler(options, plan, info, tiers.key)
+    tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
+    core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
     if plan.device != "cpu":
         say("compiling kernels", 0.0)
         with explained(plan, "the largest step was computed for the first time"):
@@ -273,6 +280,28 @@ def _make_runner(
     return DeviceRunner(model, build, plan, info.vocab_size, draft)
 
 
+def _make_tiering(
+    options: Options,
+    plan: Plan,
+    tiers: OpenTiers,
+    scheduler: Scheduler,
+    caches: Sequence[CacheLayer],
+) -> Tiering | None:
+    """`caches`: of all layers of the plan's groups, by number."""
+    if not plan.tier_slots:
+        return None
+    slab = make_slab(plan, pinned=plan.device != "cpu")
+    pools = pool_tensors(caches, plan.groups)
+    copier: Copier
+    if plan.device == "cpu":
+        copier = CpuPages(pools, slab)
+    else:
+        from quire.runner.device_pages import DevicePages
+
+        copier = DevicePages(pools, slab)
+    return make_tiering(options, tiers, scheduler, slab, copier)
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of torch and of the native kernels."""
     torch.set_num_threads(threads)
@@ -282,7 +311,10 @@ def set_threads(threads: int) -> None:
         native_ops.set_num_threads(threads)
 
 
-def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
+def make_scheduler(
+    options: Options, plan: Plan, info: EngineInfo, key: bytes = DEFAULT_KEY
+) -> Scheduler:
+    """`key`: of block identities."""
     limits = Limits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -293,7 +325,7 @@ def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
         max_queue=options.engine.max_queue,
         recomputed_tokens=plan.recomputed_tokens,
     )
-    identity = BlockIdentity(plan.cache_fingerprint)
+    identity = BlockIdentity(plan.cache_fingerprint, key)
     caching = options.engine.enable_prefix_caching
     kv = KVManager(plan.groups, plan.pool_blocks, identity, caching)
     return Scheduler(limits, kv, drafting=make_drafting(plan))

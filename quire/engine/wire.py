@@ -17,7 +17,7 @@ from quire.engine.api import EngineInfo, EngineStats
 from quire.params import SamplingParams
 from quire.step import TokenLogprobs
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAX_FRAME = 256 * 2**20
 _LENGTH = struct.Struct("<I")
 
@@ -76,6 +76,13 @@ class Start(msgspec.Struct, tag="start", array_like=True):
     options: dict[str, Any]
 
 
+class ClearCache(msgspec.Struct, tag="clear_cache", array_like=True):
+    """Forget all KV that no running request holds, on the device and in all tiers. CacheCleared of
+    this number answers."""
+
+    number: int
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """End the engine process."""
 
@@ -95,6 +102,12 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     info: EngineInfo
 
 
+class CacheCleared(msgspec.Struct, tag="cache_cleared", array_like=True):
+    """From now on nothing computed before ClearCache `number` is found."""
+
+    number: int
+
+
 class Failed(msgspec.Struct, tag="failed", array_like=True):
     """The engine process ends with this error (a QuireError's parts; traceback for the log)."""
 
@@ -106,7 +119,8 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
-    """What a step gave one request. `error`: [code, what, why, fix] of a failed request."""
+    """What a step gave one request. `error`: [code, what, why, fix] of a failed request.
+    `cached_by_tier`: the cached tokens by where they came from, where there are tiers."""
 
     request_id: str
     token_ids: list[int]
@@ -116,6 +130,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int | None = None
     cached_tokens: int = 0
     error: list[str] | None = None
+    cached_by_tier: dict[str, int] | None = None
 
 
 class Outputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -125,8 +140,8 @@ class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Hello | Progress | Ready | Failed | Outputs
+ToEngine = Start | Add | Abort | ClearCache | Shutdown
+FromEngine = Hello | Progress | Ready | Failed | Outputs | CacheCleared
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from math import lcm
+from typing import NamedTuple
 
 from quire.kv import NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
+from quire.kv.loans import Loans
 from quire.kv.pool import BlockPool
 
 
@@ -32,11 +34,22 @@ class RequestBlocks:
     prompt_boundary: int = 0
 
 
+class Page(NamedTuple):
+    """A block's content in one group: the `place`-th of its sequence."""
+
+    group: int
+    place: int
+    identity: bytes
+
+
 class KVManager:
-    """Owns the pools. Only the scheduler calls it, on the engine thread.
+    """Owns the pools. Only the scheduler calls it, and the tiers for it, on the engine thread.
 
     `enable_caching` False: no block is ever published or looked up. Hits end at multiples of
     `hit_tokens`, where blocks of all groups do. `coarsest`: index of a group of the largest blocks.
+    `published` (None: nobody wants to know) gathers what became findable, as (pool, block,
+    identity), and `discarded` what must not be found any more; the tiers take both. `loans`:
+    blocks that these copy.
     """
 
     def __init__(
@@ -52,6 +65,9 @@ class KVManager:
         self.enable_caching = enable_caching
         self.hit_tokens = lcm(*(group.block_size for group in self.groups))
         self.coarsest = max(self.groups, key=lambda group: group.block_size).index
+        self.loans = Loans(self.pools)
+        self.published: list[tuple[int, int, bytes]] | None = None
+        self.discarded: list[bytes] = []
         self._running: dict[str, RequestBlocks] = {}
         self._checked_pool = 0
 
@@ -59,10 +75,15 @@ class KVManager:
 
     def fits_ever(self, tokens: int, step_tokens: int) -> bool:
         """Whether a request of `tokens` could run alone."""
+        need = self.peak(tokens, step_tokens)
+        return all(n < p.num_blocks for n, p in zip(need, self.pools, strict=True))
+
+    def peak(self, tokens: int, step_tokens: int) -> list[int]:
+        """Most blocks of each pool that a request of `tokens` holds."""
         need = [0] * len(self.pools)
         for group in self.groups:
             need[group.pool] += group.peak_blocks(tokens, step_tokens)
-        return all(n < p.num_blocks for n, p in zip(need, self.pools, strict=True))
+        return need
 
     def table(self, request_id: str) -> list[list[int]]:
         """Block tables by group."""
@@ -129,6 +150,68 @@ class KVManager:
         limit, size = len(tokens) - 1, self.groups[self.coarsest].block_size
         hit = self._longest_hit(blocks, limit)
         return blocks.identities[self.coarsest][hit // size : limit // size]
+
+    def absent(
+        self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
+    ) -> list[Page]:
+        """Pages that no block holds and that would let `admit` begin later, in order of places.
+        `identities` as in `admit`."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        limit = len(tokens) - 1
+        hit = self._longest_hit(blocks, limit)
+        return self._absent(blocks, hit, self._floor(limit), all_windows=True)
+
+    def beyond(
+        self,
+        tokens: Sequence[int],
+        tenant: str,
+        salt: str,
+        identities: list[list[bytes]],
+        elsewhere: Container[bytes],
+    ) -> tuple[int, int, list[Page]]:
+        """(tokens that are there now, tokens that would be were the pages `elsewhere` here too, and
+        these pages)."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        limit = len(tokens) - 1
+        hit = self._longest_hit(blocks, limit)
+        reach = self._longest_hit(blocks, limit, elsewhere)
+        return hit, reach, self._absent(blocks, hit, reach) if reach > hit else []
+
+    def touch(self, identities: list[list[bytes]], tokens: int) -> None:
+        """Let what is there of the first `tokens` tokens' blocks be evicted last, and of it the
+        first."""
+        for group in self.groups:
+            pool = self.pools[group.pool]
+            for identity in reversed(identities[group.index][: tokens // group.block_size]):
+                block = pool.find(identity)
+                if block is not None:
+                    pool.touch(block)
+
+    def _absent(
+        self, blocks: RequestBlocks, hit: int, reach: int, all_windows: bool = False
+    ) -> list[Page]:
+        """What is missing for a hit of `reach` tokens; with `all_windows` for any beyond `hit`."""
+        pages = []
+        nearest = hit + self.hit_tokens if all_windows else reach
+        for group in self.groups:
+            pool, chain = self.pools[group.pool], blocks.identities[group.index]
+            for place in range(group.first_needed(nearest), reach // group.block_size):
+                if pool.find(chain[place]) is None:
+                    pages.append(Page(group.index, place, chain[place]))
+        return sorted(pages, key=lambda page: page.place * self.groups[page.group].block_size)
+
+    def fits_now(
+        self,
+        tokens: Sequence[int],
+        tenant: str,
+        salt: str,
+        identities: list[list[bytes]],
+        step_tokens: int,
+    ) -> bool:
+        """Whether `admit` would find room, whatever of the prompt is found."""
+        blocks = self._new_blocks(tokens, tenant, salt, identities)
+        hit = self._longest_hit(blocks, len(tokens) - 1)
+        return self._room_for(blocks, hit, len(tokens), step_tokens)
 
     def _new_blocks(
         self, tokens: Sequence[int], tenant: str, salt: str, identities: list[list[bytes]]
@@ -201,7 +284,9 @@ class KVManager:
         for group in self.groups:
             for block in blocks.tables[group.index][blocks.hit // group.block_size :]:
                 if block != NULL_BLOCK:
-                    self.pools[group.pool].discard(block)
+                    identity = self.pools[group.pool].discard(block)
+                    if identity is not None and self.published is not None:
+                        self.discarded.append(identity)
         self.free(request_id)
 
     def clear_cache(self) -> None:
@@ -224,11 +309,15 @@ class KVManager:
         table, pool = blocks.tables[group.index], self.pools[group.pool]
         for i in range(blocks.published // group.block_size, full // group.block_size):
             if table[i] != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
-                pool.publish(table[i], blocks.identities[group.index][i])
+                identity = blocks.identities[group.index][i]
+                if pool.publish(table[i], identity) and self.published is not None:
+                    self.published.append((group.pool, table[i], identity))
 
-    def _longest_hit(self, blocks: RequestBlocks, limit: int) -> int:
+    def _longest_hit(
+        self, blocks: RequestBlocks, limit: int, elsewhere: Container[bytes] = ()
+    ) -> int:
         """The largest boundary (in tokens, at most `limit`) where every group finds what it would
-        read.
+        read, here or `elsewhere`.
 
         Each group lowers the boundary until it is content; repeated until none lowers it.
         """
@@ -236,7 +325,7 @@ class KVManager:
         while not settled:
             settled = True
             for group in self.groups:
-                lowered = self._lower(group, blocks.identities[group.index], boundary)
+                lowered = self._lower(group, blocks.identities[group.index], boundary, elsewhere)
                 if lowered < boundary:
                     boundary, settled = lowered, False
         return boundary
@@ -244,17 +333,19 @@ class KVManager:
     def _floor(self, tokens: int) -> int:
         return tokens // self.hit_tokens * self.hit_tokens
 
-    def _lower(self, group: KVGroup, chain: list[bytes], boundary: int) -> int:
+    def _lower(
+        self, group: KVGroup, chain: list[bytes], boundary: int, elsewhere: Container[bytes]
+    ) -> int:
         pool, size = self.pools[group.pool], group.block_size
         if group.window is None:
             for i in range(boundary // size):
-                if pool.find(chain[i]) is None:
+                if pool.find(chain[i]) is None and chain[i] not in elsewhere:
                     return self._floor(i * size)
             return boundary
         i = boundary // size
         while boundary > 0 and i > group.first_needed(boundary):
             i -= 1
-            if pool.find(chain[i]) is None:
+            if pool.find(chain[i]) is None and chain[i] not in elsewhere:
                 boundary = self._floor(i * size)
                 i = boundary // size
         return boundary
@@ -292,6 +383,7 @@ class KVManager:
                 for block in blocks.tables[group.index]:
                     if block != NULL_BLOCK:
                         expected[group.pool][block] += 1
+        self.loans.add_to(expected)
         for pool, counts in zip(self.pools, expected, strict=True):
             pool.check_integrity()
             assert pool.counts() == counts, "reference counts differ from block tables"

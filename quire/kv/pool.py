@@ -56,6 +56,11 @@ class BlockPool:
         """The block that holds this identity's KV, if any. Takes no reference."""
         return self._index.get(identity)
 
+    def touch(self, block: int) -> None:
+        """Let a block nobody holds be evicted last."""
+        if self._count[block] == 0:
+            self._cached.move_to_end(block)
+
     def is_cached(self, block: int) -> bool:
         """True where nobody holds the block, so that acquiring it takes from `available`."""
         return self._count[block] == 0
@@ -66,12 +71,15 @@ class BlockPool:
             del self._cached[block]
         self._count[block] += 1
 
-    def publish(self, block: int, identity: bytes) -> None:
-        """Let others find a held, fully computed block. The first block of an identity stays."""
+    def publish(self, block: int, identity: bytes) -> bool:
+        """Let others find a held, fully computed block. The first block of an identity stays:
+        whether this one is it."""
         assert self._count[block] > 0
-        if self._identity[block] is None and identity not in self._index:
-            self._identity[block] = identity
-            self._index[identity] = block
+        if self._identity[block] is not None or identity in self._index:
+            return False
+        self._identity[block] = identity
+        self._index[identity] = block
+        return True
 
     def release(self, block: int) -> None:
         """Drop one reference. The last one makes the block cached, or free if unpublished."""
@@ -85,13 +93,16 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def discard(self, block: int) -> None:
-        """Forget a block's identity: its content must not be found any more."""
-        if self._identity[block] is not None:
+    def discard(self, block: int) -> bytes | None:
+        """Forget a block's identity, if it has one, and return it: its content must not be found
+        any more."""
+        identity = self._identity[block]
+        if identity is not None:
             self._forget(block)
             if self._count[block] == 0:
                 del self._cached[block]
                 self._free.append(block)
+        return identity
 
     def clear_cache(self) -> None:
         """Forget all identities, as after a weight reload."""

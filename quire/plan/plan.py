@@ -26,7 +26,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before loading. All sizes are bytes.
+    """Everything decided before loading. All sizes are bytes, of the device's memory but for
+    `tier_bytes`.
 
     `activation_bytes` is the largest working memory of a step and the rotary tables,
     `graph_bytes` what recorded steps or CUDA graphs keep, `state_bytes` the requests' state and
@@ -37,6 +38,8 @@ class Plan:
     tokens of other steps.
     `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
     model that drafts; its layers' caches are in `groups`, numbered behind the model's.
+    `tier_slots`: pages of each pool in host memory, where there are tiers; they take `tier_bytes`.
+    `tier_rates`: bytes a second that each of --kv-tiers gives, 0 where that is not known.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
     `recomputed_tokens`: so many before a prefix hit are computed again.
     """
@@ -76,13 +79,17 @@ class Plan:
     draft_bytes: int = 0
     draft_fingerprint: str = ""
     ranks: int = 1
+    moe_routing: str = "model"
     recomputed_tokens: int = 0
+    tier_slots: tuple[int, ...] = ()
+    tier_bytes: int = 0
+    tier_rates: tuple[float, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes)
         rest = (self.graph_bytes, self.state_bytes, self.reserve_bytes, self.draft_bytes)
-        return sum(parts) + sum(rest)
+        return sum(parts) + sum(rest) + (self.tier_bytes if self.device == "cpu" else 0)
 
     @property
     def cache_fingerprint(self) -> bytes:
@@ -99,6 +106,7 @@ class Plan:
             self.deterministic,
             self.numerics_version,
             self.ranks,
+            self.moe_routing,
             BLOCK_SIZE,
             [(g.window, g.layers, g.page_bytes, g.block_size) for g in self.groups],
         ]

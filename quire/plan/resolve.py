@@ -17,6 +17,7 @@ from quire.plan.facts import KV_DTYPES, KernelFacts, ModelFacts
 from quire.plan.place import Place, tensor_formats
 from quire.plan.plan import Choice, Plan, format_bytes
 from quire.plan.speculation import describe_speculation
+from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 3
@@ -34,11 +35,13 @@ def resolve(
     found: KernelFacts,
     group: Group | None = None,
     draft: ModelFacts | None = None,
+    tiers: Sequence[TierFacts] = (),
 ) -> Plan:
     """Decide everything, or raise PlanError (with the numbers) or ModelError.
 
     `group`: the rank whose share of weights and caches is planned; one rank by default. `draft`:
-    the model that drafts, where --speculative-config names one.
+    the model that drafts, where --speculative-config names one. `tiers`: what was measured of
+    those of the KV cache.
     """
     choices: list[Choice] = []
     if model.scheme:
@@ -58,6 +61,7 @@ def resolve(
         table_bytes += drafter.rotary_bytes
         place = with_draft_model(place, drafter, speculation.ahead)
     groups = _groups(options, caches, place.kv_dtype)
+    place, slots = plan_tiers(options, groups, place, machine, tiers, choices)
     longest = read_config(model.hf_config).max_len
     max_len, tokens = _choose_context(options, longest, groups, place, table_bytes, choices)
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
@@ -104,6 +108,10 @@ def resolve(
         draft_fingerprint="" if drafter is None else drafter.fingerprint,
         ranks=(group or Group()).size,
         recomputed_tokens=memory.recomputed_tokens(place.build),
+        moe_routing=options.engine.moe_routing,
+        tier_slots=slots,
+        tier_rates=tier_rates(options, tiers),
+        tier_bytes=memory.allocated_bytes(groups, slots) if slots else 0,
     )
     downgrades = [c for c in choices if c.downgrade]
     if options.engine.strict and downgrades:

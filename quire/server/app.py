@@ -17,6 +17,7 @@ from quire.config.options import Options
 from quire.errors import QuireError
 from quire.server import about
 from quire.server.auth import KeyRing
+from quire.server.cache import clear_cache, show_cache
 from quire.server.chat import chat_completions
 from quire.server.completions import completions
 from quire.server.errors import HttpError, error_response, not_ready, unexpected
@@ -36,6 +37,8 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/models", about.models),
     ("GET", "/v1/models/{id:path}", about.model),
     ("GET", "/v1/plan", about.plan),
+    ("GET", "/v1/cache", show_cache),
+    ("DELETE", "/v1/cache", clear_cache),
     ("POST", "/v1/completions", completions),
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/tokenize", tokenize),

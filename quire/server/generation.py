@@ -30,6 +30,7 @@ class Usage:
 
     def __init__(self) -> None:
         self._latest: dict[int, tuple[int, int, int]] = {}
+        self._by_tier: dict[int, dict[str, int]] = {}
 
     def update(self, index: int, delta: RequestDelta) -> None:
         """Take the counts of request `index`."""
@@ -38,17 +39,25 @@ class Usage:
             delta.num_output_tokens,
             delta.num_cached_tokens,
         )
+        if delta.cached_tokens_by_tier is not None:
+            self._by_tier[index] = delta.cached_tokens_by_tier
 
     def to_dict(self) -> dict[str, Any]:
         """OpenAI's usage object, all requests together."""
         prompt, output, cached = (
             sum(counts[i] for counts in self._latest.values()) for i in range(3)
         )
+        details: dict[str, Any] = {"cached_tokens": cached}
+        if self._by_tier:
+            tiers = sorted({name for each in self._by_tier.values() for name in each})
+            details["cached_tokens_by_tier"] = {
+                name: sum(each.get(name, 0) for each in self._by_tier.values()) for name in tiers
+            }
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": details,
         }
 
 

@@ -21,6 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from quire.engine.api import EngineStats
+from quire.server.tier_metrics import tier_metrics
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -172,6 +173,7 @@ class Metrics(Collector):
                     metric = family(full, text, labels=labels)
                     metric.add_metric(values, value(self._stats))
                     yield metric
+        yield from tier_metrics(self._stats.tiers)
         for name, (alias, text, label, many) in NUMBERED.items():
             for full, labels, values in self._names(name, alias):
                 numbered = CounterMetricFamily(full, text, labels=[*labels, label])

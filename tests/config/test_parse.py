@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from quire.config.options import SECTIONS, all_options
-from quire.config.parse import build_options, options_markdown, parse_size, read_config_file
+from quire.config.parse import build_options, options_markdown, read_config_file
+from quire.config.sizes import parse_size
+from quire.config.tiers import TierSpec, parse_tiers
 from quire.errors import UsageError
 
 DOCS = Path(__file__).parents[2] / "docs" / "options.md"
@@ -103,6 +105,19 @@ def test_a_wrong_value_says_where_it_came_from(tmp_path: Path) -> None:
         ("model", 3, "a string"),
         ("kv_cache_memory", "4 GiBs", "size"),
         ("kv_cache_memory", "0", "at least 1"),
+        ("kv_tiers", "ram:4GiB", "dram:SIZE"),
+        ("kv_tiers", "dram", "dram:SIZE"),
+        ("kv_tiers", "dram:", "dram:SIZE"),
+        ("kv_tiers", "dram:4Gib2", "size"),
+        ("kv_tiers", "dram:0", "above 0"),
+        ("kv_tiers", "fs:/x", "fs:DIRECTORY:SIZE"),
+        ("kv_tiers", "fs::1GiB", "fs:DIRECTORY:SIZE"),
+        ("kv_tiers", "mooncake:", "mooncake:CONFIG"),
+        ("kv_tiers", "mooncake:a,mooncake:b", "mooncake once"),
+        ("kv_tiers", "dram:1GiB,dram:2GiB", "dram once"),
+        ("kv_tiers", "fs:/x:1GiB,dram:1GiB", "as its first"),
+        ("kv_tiers", "fs:/x:1GiB,fs:/x:2GiB", "each path once"),
+        ("kv_tiers", 4, "a string"),
     ],
 )
 def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: Any, allowed: str) -> None:
@@ -111,6 +126,21 @@ def test_wrong_values_are_refused_with_what_is_allowed(name: str, value: Any, al
     assert error.field == name
     assert allowed in error.why
     assert len(str(error)) < 300
+
+
+def test_tiers_are_a_text_or_a_list(tmp_path: Path) -> None:
+    wanted = (
+        TierSpec("dram", size=4 * 2**30),
+        TierSpec("fs", "/var/cache/a:b", 10**9),
+        TierSpec("mooncake", "/etc/mooncake.json"),
+    )
+    text = "dram:4GiB, fs:/var/cache/a:b:1GB, mooncake:/etc/mooncake.json"
+    assert parse_tiers(text) == wanted
+    assert parse_tiers("") == ()
+    listed = [part.strip() for part in text.split(",")]
+    file = write(tmp_path, f"kv-tiers = {listed}\n")
+    for options in (build_options({"kv_tiers": text}), build_options({}, None, file)):
+        assert parse_tiers(options.engine.kv_tiers or "") == wanted
 
 
 def test_a_secret_is_not_repeated_in_its_error() -> None:

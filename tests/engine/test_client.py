@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,11 +39,11 @@ def options(model: str) -> dict[str, Any]:
     }
 
 
-def with_client(model: str, body: Callable[[EngineClient], Awaitable[None]]) -> None:
+def with_client(model: str, body: Callable[[EngineClient], Awaitable[None]], **more: Any) -> None:
     """Run `body` with an engine process, bounded in time; no process is left behind."""
 
     async def main() -> None:
-        client = await EngineClient.launch(options(model))
+        client = await EngineClient.launch(options(model) | more)
         try:
             await asyncio.wait_for(body(client), WAIT)
         finally:
@@ -92,6 +93,32 @@ def test_many_requests_get_what_the_python_api_gives(tiny_llama: str) -> None:
         await becomes_idle(client)
 
     with_client(tiny_llama, body)
+
+
+def test_a_second_process_begins_with_the_blocks_of_the_first_until_they_are_cleared(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    long, found = request("a", [7] * 200, max_tokens=4), list[list[int]]()
+
+    async def first(client: EngineClient) -> None:
+        (*_, last) = deltas = await collect(client, long)
+        assert last.num_cached_tokens == 0
+        found.append(token_ids(deltas))
+
+    async def second(client: EngineClient) -> None:
+        (*_, last) = deltas = await collect(client, long)
+        assert last.cached_tokens_by_tier == {"fs": 192}
+        assert token_ids(deltas) == found[0]
+        await client.clear_cache()
+        for _ in range(200):  # files go behind the engine's back
+            if not list((tmp_path / "kv" / "blocks").iterdir()):
+                break
+            await asyncio.sleep(0.02)
+        (*_, last) = await collect(client, long)
+        assert last.num_cached_tokens == 0
+
+    for body in (first, second):
+        with_client(tiny_llama, body, kv_tiers=f"dram:4MiB,fs:{tmp_path}/kv:1GiB")
 
 
 def test_a_consumer_that_leaves_frees_everything(tiny_llama: str) -> None:

@@ -275,7 +275,11 @@ class Driver:
         if self.pending:
             self.commit()
         else:
-            assert not self.scheduler.requests, "requests, nothing in flight and nothing scheduled"
+            assert self.may_stall() or not self.scheduler.requests, "requests, and nothing moves"
+
+    def may_stall(self) -> bool:
+        """Whether requests may wait while nothing computes."""
+        return False
 
     def schedule(self) -> bool:
         batch = self.scheduler.schedule()

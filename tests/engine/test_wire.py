@@ -30,6 +30,7 @@ from quire.engine.wire import (
 )
 from quire.params import SamplingParams
 from quire.step import TokenLogprobs
+from quire.tiers.counts import TierStats
 
 PARAMS = SamplingParams(n=2, seed=2**64 - 1, stop="é", logit_bias={5: -1.5}, bad_words=["no"])
 INFO = EngineInfo("m", 2048, 32000, "f", {"a": [1, None, {"b": 2.5}]}, {"temperature": 0.6})
@@ -39,6 +40,7 @@ TO_ENGINE: list[Any] = [
     Add("é\u2028", [], SamplingParams(), seed=-(2**63), bad_words=[[1], [2, 3]], cache_salt="s"),
     Abort("r", "stop", 7),
     Abort("r"),
+    wire.ClearCache(3),
     Shutdown(),
 ]
 FROM_ENGINE: list[Any] = [
@@ -50,9 +52,11 @@ FROM_ENGINE: list[Any] = [
         [
             Delta("r", [1, 2], [TokenLogprobs([1, 9], [-0.1, -3.0], [1, 2])], cached_tokens=32),
             Delta("q", [], finish_reason="error", error=["c", "w", "", ""]),
+            Delta("p", [3], cached_tokens=48, cached_by_tier={"device": 16, "fs": 32}),
         ],
-        EngineStats(waiting=3, step_age=0.5),
+        EngineStats(waiting=3, step_age=0.5, tiers=[TierStats("fs", 9, errors={"EIO": 1})]),
     ),
+    wire.CacheCleared(3),
 ]
 BOTH = [
     pytest.param(to_engine_decoder, TO_ENGINE, id="to engine"),

@@ -18,6 +18,7 @@ from typing import Any
 from quire.engine.api import EngineInfo, EngineStats, GenerateRequest
 from quire.errors import EngineDead, Overloaded, QuireError
 from quire.outputs import ChoiceDelta, Logprob, PositionLogprobs, RequestDelta
+from quire.tiers.counts import TierStats
 
 MODEL = "echo/tiny"
 CONTEXT = 2048
@@ -74,6 +75,10 @@ class FakeEngine:
     step_age: float = 0.0
     silence: float = 0.0
     closed: bool = False
+    tiers: list[TierStats] = field(default_factory=list)
+    cached_by_tier: dict[str, int] | None = None
+    cleared: int = 0
+    clears: bool = True
     draining: bool = False
     running: set[str] = field(default_factory=set)
     requests: list[GenerateRequest] = field(default_factory=list)
@@ -143,6 +148,7 @@ class FakeEngine:
                 choices,
                 num_prompt_tokens=len(prompt),
                 num_cached_tokens=3,
+                cached_tokens_by_tier=self.cached_by_tier,
                 num_output_tokens=sent * params.n,
                 prompt_logprobs=pieces,
                 finished=reason is not None,
@@ -165,7 +171,13 @@ class FakeEngine:
             prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             step_age=self.step_age,
             silence=self.silence,
+            tiers=self.tiers,
         )
+
+    async def clear_cache(self) -> None:
+        if not self.clears:
+            raise TimeoutError
+        self.cleared += 1
 
     async def drain(self, timeout: float) -> None:
         self.draining = True

@@ -7,11 +7,12 @@ from quire.kernels.triton.step.count_tokens import count_tokens_kernel
 from quire.kernels.triton.step.draft_rows import draft_rows_kernel
 from quire.kernels.triton.step.keep_drafts import keep_drafts_kernel
 from quire.kernels.triton.step.keep_hidden import keep_hidden_kernel
+from quire.kernels.triton.step.move_pages import move_pages_kernel
 from quire.kernels.triton.step.prepare_step import prepare_step_kernel
 from tests.kernels.triton.aot import Case
 
 INTS = ["rows", "scalars", "tables", "history", "query_start", "context_len", "out_tables", "slots"]
-INTS += ["arena", "packet", "out", "status", "kept"]
+INTS += ["arena", "packet", "blocks", "out", "status", "kept"]
 TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
     "counts_ptr": "*i16",
     "tokens_ptr": "*i64",
@@ -46,6 +47,15 @@ CASES = [
             {"STRIDE": hidden, "H": hidden, "BLOCK_H": 1024},
         )
         for dtype, hidden in (("bf16", 4096), ("fp32", 576))
+    ),
+    *(
+        Case(
+            f"move_pages store={store}",
+            move_pages_kernel,
+            {"table_ptr": "*i64", "rows_ptr": "*i64", "blocks_ptr": "*i32", "slots_ptr": "*i32"},
+            {"PAGE_WORDS": 294912, "STORE": store, "BLOCK": 1024},
+        )
+        for store in (True, False)
     ),
     *(
         Case(

@@ -11,6 +11,7 @@ import pytest
 from models.deepseek_v4.oracle import HEAVY, SPARSE, Oracle
 from models.harness import text
 from quire import LLM, SamplingParams
+from quire.engine.tiering import Tiering
 from quire.kernels import native
 from quire.plan.memory import bytes_for_tokens
 
@@ -123,6 +124,28 @@ def test_bits_do_not_depend_on_batch_chunks_preemption_or_prefix_hits(
     assert (stats.preemptions > 0) == ("tight" in way)
     assert (stats.prefix_hit_tokens > 0) == way.get("enable_prefix_caching", True)
     llm._engine.core.scheduler.check_integrity()
+
+
+def test_tiers_change_no_bit(
+    oracle: Oracle, alone: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries and checkpoints of windows go down and come back, under drafts too."""
+    monkeypatch.setattr(Tiering, "observe", lambda self, tokens, seconds: None)  # load all found
+    options = {"max_num_seqs": 6, "max_model_len": 160}
+    options["kv_cache_memory"] = tight_memory(oracle, options)
+    pages = sum(group.page_bytes for group in load(oracle, **options).plan.groups)
+    tiers = f"dram:{12 * pages}B,fs:{tmp_path}/kv:1GiB"
+    for more in ({}, {"speculative_config": NGRAM}):
+        llm = load(oracle, kv_tiers=tiers, **options, **more)
+        for seed in range(3):
+            order = list(range(len(CASES)))
+            random.Random(seed).shuffle(order)
+            for i, got in zip(order, run(llm, [CASES[i] for i in order]), strict=True):
+                assert got == alone[i], f"request {i}"
+        core = llm._engine.core
+        assert {tier.name: tier.loaded_bytes > 0 for tier in core.stats().tiers}["dram"]
+        core.scheduler.check_integrity()
+        core.close()
 
 
 def tight_memory(oracle: Oracle, options: dict[str, Any]) -> int:

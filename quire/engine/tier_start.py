@@ -1,0 +1,95 @@
+"""From `--kv-tiers` to open tiers: what a plan is told of them, and what an engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.config.options import Options
+from quire.config.tiers import TierSpec, parse_tiers
+from quire.engine.page_copies import Copier
+from quire.engine.scheduler import Scheduler
+from quire.engine.tiering import Tiering
+from quire.kv.identity import DEFAULT_KEY
+from quire.plan.plan import Plan
+from quire.plan.tiers import TierFacts
+from quire.tiers.chain import Chain
+from quire.tiers.cold import ColdTier
+from quire.tiers.directory import TierDirectory
+from quire.tiers.dram import DramTier
+from quire.tiers.filesystem import FileTier
+from quire.tiers.mooncake import MooncakeTier
+from quire.tiers.probe import disk_rates, memory_rate
+from quire.tiers.slab import HostSlab
+
+# Assumed of what cannot be measured.
+DISK_RATE = 1e9
+NETWORK_RATE = 1e9
+
+
+def measure_tiers(options: Options) -> list[TierFacts]:
+    """What a plan shows, one for each of `--kv-tiers`. Nothing is made that stays: a directory that
+    is not there yet is measured by the one it will be in."""
+    return [_measure(spec) for spec in parse_tiers(options.engine.kv_tiers or "")]
+
+
+def _measure(spec: TierSpec) -> TierFacts:
+    if spec.kind == "dram":
+        return TierFacts(read=memory_rate())
+    if spec.kind == "fs":
+        path = Path(spec.path).absolute()
+        there = next(each for each in (path, *path.parents) if each.is_dir())
+        try:
+            return TierFacts(*disk_rates(str(there)))
+        except OSError:
+            return TierFacts()  # where it matters, opening the tier will say what is wrong
+    return TierFacts()
+
+
+@dataclass(frozen=True)
+class OpenTiers:
+    """Tiers below DRAM with the bytes a second they are thought to give, and the key of block
+    identities: Mooncake's, which machines share, else that of the first directory."""
+
+    cold: list[tuple[ColdTier, float]]
+    key: bytes = DEFAULT_KEY
+
+
+def open_tiers(options: Options, plan: Plan) -> OpenTiers:
+    """Open what `--kv-tiers` names below DRAM. Raises UsageError where one cannot be used."""
+    cold: list[tuple[ColdTier, float]] = []
+    keys: dict[str, bytes] = {}
+    specs = parse_tiers(options.engine.kv_tiers or "")
+    for spec, rate in zip(specs, plan.tier_rates, strict=True):
+        if spec.kind == "fs":
+            directory = TierDirectory(spec.path)
+            keys.setdefault("fs", directory.secret)
+            number = 1 + sum(tier.name.startswith("fs") for tier, _ in cold)
+            files = FileTier(
+                directory,
+                spec.size,
+                plan.cache_fingerprint,
+                options.engine.kv_tier_fsync,
+                f"fs{number}" if number > 1 else "fs",
+            )
+            cold.append((files, rate or DISK_RATE))
+        elif spec.kind == "mooncake":
+            largest = max(group.page_bytes for group in plan.groups)
+            store = MooncakeTier(spec.path, plan.cache_fingerprint, largest)
+            keys["mooncake"] = store.secret
+            cold.append((store, NETWORK_RATE))
+    return OpenTiers(cold, keys.get("mooncake") or keys.get("fs") or DEFAULT_KEY)
+
+
+def make_tiering(
+    options: Options, tiers: OpenTiers, scheduler: Scheduler, slab: HostSlab, copier: Copier
+) -> Tiering:
+    """The tiers over a scheduler's blocks."""
+    dram = DramTier(slab, options.engine.kv_tier_policy)
+    return Tiering(scheduler.kv, Chain(dram, tiers.cold), copier, scheduler.step_tokens)
+
+
+def make_slab(plan: Plan, pinned: bool) -> HostSlab:
+    """Host memory for the pages of a plan's pools."""
+    pages = {group.pool: group.page_bytes for group in plan.groups}
+    return HostSlab([pages[pool] for pool in range(len(pages))], plan.tier_slots, pinned)

@@ -1,0 +1,38 @@
+"""`quire bench tiers`: what it measures comes from where it says."""
+
+import json
+from pathlib import Path
+
+from .tools import IDS, Quire
+
+
+def test_it_measures_each_way_back_conversations_and_steady_load(
+    quire: Quire, ids_model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "record.json"
+    argv = ["--kv-tiers", f"dram:4MiB,fs:{tmp_path}/kv:64MiB", "--lengths", "64,9999"]
+    argv += ["--kv-cache-memory", "192KiB", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+    argv += ["--repeat", "1", "--overcommit", "2", "--output", str(file)]
+    ran = quire("bench", "tiers", ids_model, *IDS, *argv)
+    assert ran.code == 0, ran.err
+    record = json.loads(file.read_text())
+    assert record["left_out"] == [9999] and "9999" in ran.out
+    assert [c["what"] for c in record["tiers"]] == ["kv tier dram", "kv tier fs"]
+    (row,) = record["results"]["returns"]
+    assert row["tokens"] == 64 and all(time > 0 for time in row["ttft_ms"].values())
+    # A model this small may well compute faster than its pages come.
+    assert row["sources"]["device"] == {"device": 48}
+    assert set(row["sources"]["dram"]) <= {"dram"} and set(row["sources"]["below"]) <= {"fs"}
+    talk = record["results"]["conversations"]
+    assert set(talk["off"]["cached_tokens"]) <= {"device"}
+    assert record["results"]["steady"]["tokens_s_on"] > 0
+
+
+def test_without_tiers_or_with_too_long_prompts_it_says_so(
+    quire: Quire, ids_model: str, tmp_path: Path
+) -> None:
+    ran = quire("bench", "tiers", ids_model, *IDS)
+    assert ran.code == 2 and "--kv-tiers" in ran.err
+    argv = ["--kv-tiers", "dram:4MiB", "--lengths", "100000"]
+    ran = quire("bench", "tiers", ids_model, *IDS, *argv)
+    assert ran.code == 2 and "--lengths" in ran.err

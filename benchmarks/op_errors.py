@@ -184,7 +184,7 @@ class Layers:
         """Of `count` tokens."""
         x_TK = self.weights.tokens[:count].to(self.device, self.dtype)
         values_TK = x_TK.double().cpu()
-        chosen = self.moe.route(x_TK)
+        chosen = self.moe.choose(self.moe.router(x_TK))
         linear, experts = self.linear(x_TK).cpu(), self.moe.experts(x_TK, *chosen).cpu()
         return {
             "linear": error(linear, values_TK @ self.weights.exact["w.weight"].T),

@@ -54,6 +54,7 @@ def loaded(llm: LLM) -> dict[str, int]:
         pytest.param("tiny_gemma", "bfloat16", "lru", marks=pytest.mark.full),
         pytest.param("tiny_moe", "float32", "lru", marks=pytest.mark.full),
         pytest.param("tiny_latents", "bfloat16", "lru", marks=pytest.mark.full),
+        pytest.param("tiny_deepseek", "float32", "arc", marks=pytest.mark.full),
     ],
 )
 def test_bits_are_those_without_tiers(

@@ -26,7 +26,8 @@ def route_groups(
     """
     tokens, experts = logits.shape
     logits = logits.float()
-    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    # torch's sigmoid rounds by a value's place in the tensor: this runs on CPUs that promise bits.
+    scores = 1 / (1 + torch.exp(-logits)) if sigmoid else logits.softmax(-1)
     choice = scores if correction is None else scores + correction
     choice = choice.nan_to_num(nan=0.0)
     grouped = choice.view(tokens, groups, experts // groups)

@@ -104,8 +104,18 @@ def test_a_second_process_begins_with_the_blocks_of_the_first_until_they_are_cle
         (*_, last) = deltas = await collect(client, long)
         assert last.num_cached_tokens == 0
         found.append(token_ids(deltas))
+        for _ in range(200):  # stores come behind the steps
+            if len(list((tmp_path / "kv" / "blocks").iterdir())) >= 12:
+                break
+            await asyncio.sleep(0.05)
 
     async def second(client: EngineClient) -> None:
+        # Its index is rebuilt on a thread: a request that came earlier would not wait for long.
+        for _ in range(200):
+            tiers = (await client.stats()).tiers
+            if len(tiers) > 1 and tiers[1].used_bytes:
+                break
+            await asyncio.sleep(0.05)
         (*_, last) = deltas = await collect(client, long)
         assert last.cached_tokens_by_tier == {"fs": 192}
         assert token_ids(deltas) == found[0]

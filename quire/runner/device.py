@@ -27,15 +27,14 @@ from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.apply_runs import apply_runs
 from quire.kernels.triton.step.count_tokens import count_tokens
 from quire.kernels.triton.step.keep_hidden import keep_hidden
-from quire.kernels.triton.step.prepare_step import prepare_step
 from quire.kv import BLOCK_SIZE
 from quire.layers.build import Build, CacheLayer
-from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.plan.plan import Plan
 from quire.runner.clock import DeviceClock
 from quire.runner.device_drafter import DeviceDrafter
+from quire.runner.device_forward import forward_table
 from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
@@ -379,12 +378,8 @@ class DeviceRunner:
     def _forward(self, shape: Shape) -> None:
         """Hidden states of the step's tokens, from the table of rows on the device."""
         buffers = self._buffers.view(shape.rows, shape.tokens)
-        prepare_step(self.state, self.state.rows[: shape.rows], buffers)
-        groups = [
-            GroupInputs(*both) for both in zip(buffers.block_tables, buffers.slots, strict=True)
-        ]
-        step = StepInputs(buffers.query_start, buffers.context_len, groups)
-        hidden_TH = self.model.forward(buffers.tokens, buffers.positions, step)
+        table = self.state.rows[: shape.rows]
+        hidden_TH = forward_table(self.model, self.state, table, buffers)
         if self._hidden is None:
             size = (self._tokens, hidden_TH.shape[1])
             self._hidden = torch.zeros(size, dtype=hidden_TH.dtype, device=self.device)

@@ -15,10 +15,9 @@ from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.draft_rows import draft_rows
 from quire.kernels.triton.step.keep_drafts import keep_drafts
-from quire.kernels.triton.step.prepare_step import prepare_step
-from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.registry import Model
 from quire.plan.plan import Plan
+from quire.runner.device_forward import forward_table
 
 
 class DeviceDrafter:
@@ -74,9 +73,4 @@ class DeviceDrafter:
 
     def _forward(self, table: torch.Tensor, tokens: int) -> torch.Tensor:
         buffers = self._buffers.view(len(table), tokens)
-        prepare_step(self.state, table, buffers)
-        groups = [
-            GroupInputs(*both) for both in zip(buffers.block_tables, buffers.slots, strict=True)
-        ]
-        step = StepInputs(buffers.query_start, buffers.context_len, groups)
-        return self.model.forward(buffers.tokens, buffers.positions, step)
+        return forward_table(self.model, self.state, table, buffers)

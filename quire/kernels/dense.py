@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class DenseWeights:
     quantised ones as codes where capabilities.py says so. Caches are row-major, too."""
 
     dense = True
+    compressed: Any = None  # what computes is in TritonKernels
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -52,6 +54,15 @@ class DenseWeights:
         if format in DENSE_TYPES:
             return self.pack(moved.reshape(-1).view(DENSE_TYPES[format]).view(n, k))
         return self.pack(dequantize(format, moved, (n, k)))
+
+    def pack_exact(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight whose products are wanted in float32, whatever the model's format."""
+        return weight.to(self.device, torch.float32).contiguous()
+
+    @staticmethod
+    def exact_nbytes(n: int, k: int) -> int:
+        """Bytes that `pack_exact` will hold."""
+        return 4 * n * k
 
     def stack(
         self, count: int, parts: Iterable[PackedWeight | PackedQuantized]

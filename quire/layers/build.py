@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from quire.comm.group import Group
+from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kv import BLOCK_SIZE
 from quire.weights.source import TensorInfo, WeightSource
 
@@ -17,13 +18,17 @@ from quire.weights.source import TensorInfo, WeightSource
 class Kernels(Protocol):
     """The operations layers call: quire.kernels.reference.ops or a faster equal of it.
 
-    Signatures and shapes: quire/kernels/reference/ops.py. `dense`: weights are held dense in the
-    model's number format or as codes, the experts of a layer in one (see DenseKernels).
-    `why_widened`: why `pack` does not take a QuantTensor of a format as it is, empty where it does.
+    Signatures and shapes: quire/kernels/reference/ops.py, those of `compressed`:
+    quire/kernels/reference/compressed/ops.py. `dense`: weights are held dense in the model's number
+    format or as codes, the experts of a layer in one (see DenseKernels). `why_widened`: why `pack`
+    does not take a QuantTensor of a format as it is, empty where it does.
     """
 
     dense: bool
+    compressed: CompressedKernels
     pack: Callable[..., Any]
+    pack_exact: Callable[..., Any]
+    exact_nbytes: Callable[..., int]
     packed_nbytes: Callable[..., int]
     why_widened: Callable[..., str]
     linear: Callable[..., torch.Tensor]

@@ -12,6 +12,7 @@ from quire.kernels import capabilities
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
+from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.moe.route_groups import route_groups
 from quire.kernels.reference.packed import (
@@ -23,10 +24,10 @@ from quire.kernels.reference.packed import (
 )
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "dense",
-    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "latent_attention",
-    "latent_cache", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "record", "rms_norm", "rotary_cache",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "compressed",
+    "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
+    "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
+    "num_threads", "pack", "pack_exact", "packed_nbytes", "record", "rms_norm", "rotary_cache",
     "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
@@ -94,6 +95,16 @@ def packed_nbytes(format: str, n: int, k: int) -> int:
     """Bytes that pack will allocate for a weight [n, k]."""
     check_format(format, n, k)
     return _native.packed_nbytes(_FORMATS[format], n, k)
+
+
+def pack_exact(weight: torch.Tensor) -> PackedWeight:
+    """A float32 weight whose products are wanted in float32, whatever the model's format."""
+    return pack(weight)
+
+
+def exact_nbytes(n: int, k: int) -> int:
+    """Bytes that pack_exact will allocate for a weight [n, k]."""
+    return packed_nbytes("f32", n, k)
 
 
 def why_widened(name: str, columns: int, layer: str = "linear") -> str:
@@ -438,3 +449,6 @@ def gumbel(seed: int, choice: int, position: int, size: int) -> torch.Tensor:
     out = torch.empty(size)
     _native.gumbel(seed & 0xFFFF_FFFF_FFFF_FFFF, choice, position, size, out.data_ptr())
     return out
+
+
+compressed = CompressedKernels(linear, rms_norm)

@@ -13,6 +13,7 @@ from quire.kernels import capabilities
 from quire.kernels.reference.activation import gated_activation as activation
 from quire.kernels.reference.activation.gated_activation import limit_of
 from quire.kernels.reference.attention.latent_attention import latent_attention
+from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.moe.route_groups import route_groups
 from quire.kernels.reference.packed import (
@@ -26,10 +27,10 @@ from quire.kernels.reference.packed import (
 from quire.kernels.reference.rotary.latent_cache import latent_cache
 
 __all__ = [
-    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "dense",
-    "embedding", "gated_activation", "gated_linear", "gumbel", "isa", "latent_attention",
-    "latent_cache", "linear", "logsumexp",
-    "num_threads", "pack", "packed_nbytes", "rms_norm", "rotary_cache",
+    "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "compressed",
+    "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
+    "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
+    "num_threads", "pack", "pack_exact", "packed_nbytes", "rms_norm", "rotary_cache",
     "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
@@ -70,6 +71,16 @@ def pack(weight: torch.Tensor | GgufWeight) -> PackedWeight:
 def packed_nbytes(format: str, n: int, k: int) -> int:
     check_format(format, n, k)
     return n * k * DENSE_TYPES.get(format, torch.float32).itemsize
+
+
+def pack_exact(weight: torch.Tensor) -> PackedWeight:
+    """A float32 weight whose products are wanted in float32, whatever the model's format."""
+    return pack(weight)
+
+
+def exact_nbytes(n: int, k: int) -> int:
+    """Bytes that pack_exact will allocate for a weight [n, k]."""
+    return packed_nbytes("f32", n, k)
 
 
 def why_widened(name: str, columns: int, layer: str = "linear") -> str:
@@ -251,3 +262,6 @@ def _philox(seed: int, choice: int, position: int, groups: int) -> numpy.ndarray
 
 def _into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
     return result if out is None else out.copy_(result)
+
+
+compressed = CompressedKernels(linear, rms_norm)

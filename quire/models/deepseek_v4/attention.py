@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
-from quire.kernels.reference.compressed.sparse_attention import AT_ONCE, sparse_attention
+from quire.kernels.reference.compressed.sparse_attention import AT_ONCE
 from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
@@ -27,7 +26,7 @@ class Attention:
     one key that all heads read."""
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer):
-        self.config, self.kernels, self.layer = config, build.kernels, layer
+        self.config, self.compressed, self.layer = config, build.kernels.compressed, layer
         c = config
         width = c.heads * c.head_size
         names = [f"{name}.wq_a", f"{name}.wkv"]
@@ -43,7 +42,6 @@ class Attention:
         self.out = Linear(build, [f"{name}.wo_b"], ranks, [c.hidden], shard="inputs")
         compressed = layer.ratio > 0
         self.rope = RotaryTable(build, c.rotary_size, c.compressed_rope if compressed else c.rope)
-        self.ones = torch.ones(c.head_size, device=build.device)
         self.window = stored.window(c, build)
         self.compressor: Compressor | None = None
         self.indexer: Indexer | None = None
@@ -56,35 +54,25 @@ class Attention:
         build.add_scratch(SCRATCH_BYTES)
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
-        c, positions_T, table = self.config, places.positions_T, self.rope()
+        c, tokens, table, kernels = self.config, places.tokens, self.rope(), self.compressed
         latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
         latent_TR = self.query_norm(latent_TR.contiguous())
-        q_ND = self.queries(latent_TR).view(-1, c.head_size)
-        q_THD = self.kernels.rms_norm(q_ND, self.ones, c.eps).view(len(x_TH), -1, c.head_size)
-        q_THD = rotate_pairs(q_THD, table, positions_T)
-        key_TD = rotate_pairs(self.key_norm(key_TD.contiguous()), table, positions_T)
-        window = self.window
-        window.write(places.group(window.cache).slots, key_TD)
-        caches = [(window.memory, places.window(window.cache, c.window))]
-        if self.compressor is not None:
-            slots = self._entry_slots(self.compressor, x_TH, latent_TR, places)
-            caches.append((self.compressor.entries.memory, slots))
-        mixed_THD = sparse_attention(
-            q_THD, caches, window.entries, self.sinks.values, c.head_size**-0.5
+        q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
+        q_THD = kernels.rotate_pairs(q_THD, table, tokens.positions, eps=c.eps)
+        window = places.paged(self.window)
+        norm = self.key_norm
+        kernels.insert_keys(
+            key_TD, norm.weight, norm.eps, table, tokens, places.slots(self.window), window
         )
-        mixed_THD = rotate_pairs(mixed_THD, table, positions_T, inverse=True)
+        seen = (tokens, self.sinks.values, c.head_size**-0.5, window, c.window)
+        if self.compressor is not None:
+            self.compressor(x_TH, places)
+            chosen_TE = None
+            if self.indexer is not None:
+                chosen_TE = self.indexer(x_TH, latent_TR, places)
+            entries = places.paged(self.compressor.entries)
+            mixed_THD = kernels.sparse_attention(q_THD, *seen, entries, self.layer.ratio, chosen_TE)
+        else:
+            mixed_THD = kernels.sparse_attention(q_THD, *seen)
+        mixed_THD = kernels.rotate_pairs(mixed_THD, table, tokens.positions, inverse=True)
         return self.out(self.mix(mixed_THD.flatten(1)))
-
-    def _entry_slots(
-        self,
-        compressor: Compressor,
-        x_TH: torch.Tensor,
-        latent_TR: torch.Tensor,
-        places: Places,
-    ) -> torch.Tensor:
-        """Compresses the step's tokens; the slots of entries that each of them attends to."""
-        cache, ratio = compressor.entries.cache, self.layer.ratio
-        compressor(x_TH, places)
-        if self.indexer is None:
-            return places.all_entries(cache, ratio)
-        return places.entries(cache, ratio, self.indexer(x_TH, latent_TR, places))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
-from quire.kernels.reference.compressed.compress import compress
-from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
-from quire.kernels.reference.compressed.select_entries import select_entries
 from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
@@ -31,7 +26,7 @@ class Compressor:
     """
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer, entries: Stored):
-        self.layer, self.entries = layer, entries
+        self.kernels, self.layer, self.entries = build.kernels.compressed, layer, entries
         size = entries.entries.size
         width = 2 * size if layer.sparse else size
         self.rows = Linear(build, [f"{name}.wkv", f"{name}.wgate"], config.hidden, [width, width])
@@ -47,23 +42,19 @@ class Compressor:
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> None:
         """Takes in a step's tokens and writes the entries that they complete to the cache."""
-        ratio, step = self.layer.ratio, places.step
-        rows_T2W = self.rows(x_TH).view(len(x_TH), 2, -1)
-        rows_T2W[:, 1] += self.positions.data[places.positions_T % ratio]
-        pooled_ED, token_E = compress(
-            rows_T2W, self.state.tensor, places.state_slots_B, step.query_start, step.context_len,
-            ratio, self.layer.sparse,
+        layer, norm, entries = self.layer, self.norm, self.entries
+        self.kernels.compress(
+            self.rows(x_TH).view(len(x_TH), 2, -1), self.positions.data, self.state.tensor,
+            norm.weight, norm.eps, self.rope(), places.tokens, places.slots(entries),
+            places.paged(entries), layer.ratio, layer.sparse,
         )  # fmt: skip
-        begun_E = places.positions_T[token_E] - (ratio - 1)
-        entries_ED = rotate_pairs(self.norm(pooled_ED), self.rope(), begun_E)
-        self.entries.write(places.group(self.entries.cache).slots[token_E] // ratio, entries_ED)
 
 
 class Indexer:
     """Chooses the entries that each token attends to, by keys of its own."""
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer, keys: Stored):
-        self.config, self.layer = config, layer
+        self.config, self.kernels, self.layer = config, build.kernels.compressed, layer
         heads, size = config.index_heads, config.index_size
         self.queries = Linear(build, [f"{name}.wq_b"], config.query_rank, [heads * size])
         self.weights = Linear(build, [f"{name}.weights_proj"], config.hidden, [heads])
@@ -75,21 +66,11 @@ class Indexer:
     def __call__(self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places) -> torch.Tensor:
         """Entries [T, E] in ascending order, -1 where there are fewer. `latent`: what the
         attention's own queries are made of."""
-        c, ratio = self.config, self.layer.ratio
-        keys = self.keys.entries
+        c, tokens = self.config, places.tokens
         self.keys(x_TH, places)
         queries = self.queries(latent_TR).view(-1, c.index_heads, c.index_size)
-        queries = rotate_pairs(queries, self.rope(), places.positions_T)
-        weights = self.weights(x_TH) * self.scale
-        visible_T, starts = places.visible(ratio), places.step.query_start.tolist()
-        width = min(c.index_topk, int(visible_T.max())) if len(visible_T) else 0
-        found = torch.full((len(x_TH), width), -1)
-        for row, (first, last) in enumerate(pairwise(starts)):
-            if first < last:
-                mine = slice(first, last)
-                slots = places.entry_slots(keys.cache, ratio, row, int(visible_T[last - 1]))
-                chosen = select_entries(
-                    queries[mine], weights[mine], keys.read(slots), visible_T[mine], c.index_topk
-                )
-                found[mine, : chosen.shape[1]] = chosen
-        return found
+        queries = self.kernels.rotate_pairs(queries, self.rope(), tokens.positions)
+        return self.kernels.select_entries(
+            queries, self.weights(x_TH) * self.scale, tokens, places.paged(self.keys.entries),
+            self.layer.ratio, c.index_topk,
+        )  # fmt: skip

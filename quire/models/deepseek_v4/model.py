@@ -12,31 +12,34 @@ from quire.models.deepseek_v4.attention import Attention
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.moe import MoE
 from quire.models.deepseek_v4.places import Places
-from quire.models.deepseek_v4.streams import HyperConnection, HyperHead
+from quire.models.deepseek_v4.streams import HyperConnection, HyperHead, Written
 
 
 class Block:
     """Attention and experts, each between a reading and a writing of the streams."""
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer):
-        self.attention_streams = HyperConnection(config, build, f"{name}.hc_attn")
-        self.attention_norm = RMSNorm(build, f"{name}.attn_norm", config.hidden, config.eps)
+        self.attention_streams = HyperConnection(
+            config, build, f"{name}.hc_attn", f"{name}.attn_norm"
+        )
         self.attention = Attention(config, build, f"{name}.attn", layer)
-        self.expert_streams = HyperConnection(config, build, f"{name}.hc_ffn")
-        self.expert_norm = RMSNorm(build, f"{name}.ffn_norm", config.hidden, config.eps)
+        self.expert_streams = HyperConnection(config, build, f"{name}.hc_ffn", f"{name}.ffn_norm")
         self.experts = MoE(config, build, f"{name}.ffn", layer)
         # Streams before and after a layer, and one product of them with a weight.
         build.add_width(3 * config.streams * config.hidden)
 
     def __call__(
-        self, streams_TND: torch.Tensor, tokens_T: torch.Tensor, places: Places
-    ) -> torch.Tensor:
-        x_TD, mix = self.attention_streams.read(streams_TND)
-        y_TD = self.attention(self.attention_norm(x_TD), places)
-        streams_TND = self.attention_streams.write(y_TD, streams_TND, mix)
-        x_TD, mix = self.expert_streams.read(streams_TND)
-        y_TD = self.experts(self.expert_norm(x_TD), tokens_T)
-        return self.expert_streams.write(y_TD, streams_TND, mix)
+        self,
+        streams_TND: torch.Tensor,
+        written: Written | None,
+        tokens_T: torch.Tensor,
+        places: Places,
+    ) -> tuple[torch.Tensor, Written]:
+        """Streams, and what they are still to get; the same is given of the layer before."""
+        streams_TND, x_TD, mix = self.attention_streams(streams_TND, written)
+        written = self.attention(x_TD, places), mix
+        streams_TND, x_TD, mix = self.expert_streams(streams_TND, written)
+        return streams_TND, (self.experts(x_TD, tokens_T), mix)
 
 
 class Model:
@@ -44,7 +47,7 @@ class Model:
     too; `logits` collapses them and gives the head's [T, V]."""
 
     def __init__(self, config: Config, build: Build):
-        self.config = config
+        self.config, self.kernels = config, build.kernels.compressed
         self.embed = Embedding(build, "embed", config.vocab_size, config.hidden)
         self.layers = [
             Block(config, build, f"layers.{i}", layer) for i, layer in enumerate(config.layers)
@@ -59,8 +62,11 @@ class Model:
         """tokens int64 [T], positions int64 [T] -> [T, n * D]."""
         places = Places(positions, step)
         streams_TND = self.embed(tokens)[:, None].expand(-1, self.config.streams, -1)
+        written: Written | None = None
         for block in self.layers:
-            streams_TND = block(streams_TND, tokens, places)
+            streams_TND, written = block(streams_TND, written, tokens, places)
+        if written is not None:
+            streams_TND = self.kernels.write_streams(written[0], streams_TND, written[1])
         return streams_TND.flatten(1)
 
     def logits(self, streams: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,9 @@ class Drafter:
         streams_TND = self.stream(parts_ND).view(-1, c.streams, c.hidden)
         token_TD = self.token(self.token_norm(self.target.embed(next_tokens)))
         places = Places(positions, step)
-        return self.block(streams_TND + token_TD[:, None], next_tokens, places).flatten(1)
+        streams_TND = streams_TND + token_TD[:, None]
+        streams_TND, written = self.block(streams_TND, None, next_tokens, places)
+        return self.target.kernels.write_streams(written[0], streams_TND, written[1]).flatten(1)
 
     def logits(self, streams: torch.Tensor) -> torch.Tensor:
         streams_TND = streams.view(len(streams), self.config.streams, -1)

@@ -73,15 +73,12 @@ class ExactMatrix:
         return [TensorInfo(self.name, self.shape, "f32")]
 
     def nbytes(self, formats: Callable[[str], str]) -> int:
-        return int(self.build.kernels.packed_nbytes("f32", *self.shape))
+        return int(self.build.kernels.exact_nbytes(*self.shape))
 
     def load(self, source: WeightSource) -> None:
         tensor = source.read(self.name).to(self.build.device)
         dense = to_dense(tensor, torch.float32, self.name).contiguous()
-        self.packed = self.build.kernels.pack(dense)
-
-    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.build.kernels.linear(x_TK, self.packed)
+        self.packed = self.build.kernels.pack_exact(dense)
 
 
 class GroupedLinear:

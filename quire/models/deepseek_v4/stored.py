@@ -11,30 +11,24 @@ from quire.models.deepseek_v4.config import Config, Layer
 
 
 class Stored:
-    """One tensor of a layer's cache: `entries` say how vectors lie in it."""
+    """One tensor of a layer's cache: `entries` say how vectors lie in it, `per_block` of them in a
+    block."""
 
-    def __init__(self, cache: CacheLayer, tensor: int, entries: Entries):
-        self.cache, self.tensor, self.entries = cache, tensor, entries
+    def __init__(self, cache: CacheLayer, tensor: int, entries: Entries, per_block: int):
+        self.cache, self.tensor, self.entries, self.per_block = cache, tensor, entries, per_block
 
     @property
     def memory(self) -> torch.Tensor:
         """[slots, width]."""
         return self.cache.tensors[self.tensor].view(-1, self.entries.width)
 
-    def write(self, slots_N: torch.Tensor, values_ND: torch.Tensor) -> None:
-        memory = self.memory
-        memory[slots_N] = self.entries.pack(values_ND, memory.dtype)
-
-    def read(self, slots_N: torch.Tensor) -> torch.Tensor:
-        """float32 [N, D]."""
-        return self.entries.unpack(self.memory[slots_N])
-
 
 def window(config: Config, build: Build) -> Stored:
     """The cache of a layer's window; with what is computed again after a prefix hit."""
     keys = _keys(config, build)
     page = ((BLOCK_SIZE, keys.width),)
-    return Stored(_add(config, build, page, config.window + config.overlap, BLOCK_SIZE), 0, keys)
+    cache = _add(config, build, page, config.window + config.overlap, BLOCK_SIZE)
+    return Stored(cache, 0, keys, BLOCK_SIZE)
 
 
 def compressed(config: Config, build: Build, layer: Layer) -> list[Stored]:
@@ -46,7 +40,7 @@ def compressed(config: Config, build: Build, layer: Layer) -> list[Stored]:
     count = config.block_tokens // layer.ratio
     page = tuple((count, kind.width) for kind in kinds)
     cache = _add(config, build, page, None, config.block_tokens)
-    return [Stored(cache, i, kind) for i, kind in enumerate(kinds)]
+    return [Stored(cache, i, kind, count) for i, kind in enumerate(kinds)]
 
 
 def _keys(config: Config, build: Build) -> Entries:

@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from quire.kernels.reference.streams.mixing import collapse, mixing, sigmoid, spread
+from quire.kernels.compressed import Mix, StreamWeights
 from quire.layers.build import Build
+from quire.layers.norm import RMSNorm
 from quire.layers.vector import Vector
 from quire.models.deepseek_v4.config import Config
 from quire.models.deepseek_v4.parts import ExactMatrix
 
-
-@dataclass
-class Mix:
-    """How a layer's result goes back: see mixing."""
-
-    writes_TN: torch.Tensor
-    matrix_TNN: torch.Tensor
+# A layer's result, and how the streams get it.
+Written = tuple[torch.Tensor, Mix]
 
 
-class _Logits:
-    """Logits of a mix: a product with all streams of a token, over their root mean square."""
+class _Weights:
+    """What a mix is computed with: `count` logits."""
 
-    def __init__(self, config: Config, build: Build, name: str, count: int):
+    def __init__(self, config: Config, build: Build, name: str, count: int, scales: int):
+        self.config = config
         self.matrix = ExactMatrix(build, f"{name}_fn", count, config.streams * config.hidden)
         self.base = Vector(build, f"{name}_base", count)
-        self.eps = config.eps
+        self.scale = Vector(build, f"{name}_scale", scales)
 
-    def __call__(self, streams_TND: torch.Tensor) -> torch.Tensor:
-        flat = streams_TND.flatten(1)
-        return self.matrix(flat) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
+    def __call__(self) -> StreamWeights:
+        c = self.config
+        return StreamWeights(
+            self.matrix.packed, self.base.values, self.scale.values,
+            c.streams, c.eps, c.stream_eps, c.sinkhorn_steps,
+        )  # fmt: skip
 
 
 class HyperConnection:
-    """What stands between the streams and one layer."""
+    """What stands between the streams and one layer, the layer's norm included."""
 
-    def __init__(self, config: Config, build: Build, name: str):
-        n, self.config = config.streams, config
-        self.logits = _Logits(config, build, name, n * (n + 2))
-        self.scale = Vector(build, f"{name}_scale", 3)
+    def __init__(self, config: Config, build: Build, name: str, norm: str):
+        n, self.kernels = config.streams, build.kernels.compressed
+        self.weights = _Weights(config, build, name, n * (n + 2), 3)
+        self.norm = RMSNorm(build, norm, config.hidden, config.eps)
 
-    def read(self, streams_TND: torch.Tensor) -> tuple[torch.Tensor, Mix]:
-        """The layer's input [T, D], and how its result is written."""
-        c = self.config
-        reads, writes, matrix = mixing(
-            self.logits(streams_TND), self.logits.base.values, self.scale.values,
-            c.streams, c.stream_eps, c.sinkhorn_steps,
-        )  # fmt: skip
-        return collapse(streams_TND, reads), Mix(writes, matrix)
-
-    def write(self, y_TD: torch.Tensor, streams_TND: torch.Tensor, mix: Mix) -> torch.Tensor:
-        """The streams after the layer."""
-        return spread(y_TD, streams_TND, mix.writes_TN, mix.matrix_TNN)
+    def __call__(
+        self, streams_TND: torch.Tensor, written: Written | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Mix]:
+        """The streams once they have what the layer before gave, this layer's input [T, D], and how
+        its result is written."""
+        return self.kernels.mix_streams(
+            streams_TND, written, self.weights(), self.norm.weight, self.norm.eps
+        )
 
 
 class HyperHead:
     """The sum of the streams that the head reads: [T, n, D] -> [T, D]."""
 
     def __init__(self, config: Config, build: Build, prefix: str = ""):
-        self.logits = _Logits(config, build, f"{prefix}hc_head", config.streams)
-        self.scale = Vector(build, f"{prefix}hc_head_scale", 1)
-        self.eps = config.stream_eps
+        self.kernels = build.kernels.compressed
+        self.weights = _Weights(config, build, f"{prefix}hc_head", config.streams, 1)
 
     def __call__(self, streams_TND: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(streams_TND) * self.scale.values + self.logits.base.values
-        return collapse(streams_TND, sigmoid(logits) + self.eps)
+        return self.kernels.collapse_streams(streams_TND, self.weights())

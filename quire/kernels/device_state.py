@@ -8,6 +8,7 @@ sampled tokens itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
@@ -40,6 +41,7 @@ class Scalar(IntEnum):
     NUM_WORDS = 10
     LONGEST_WORD = 11  # tokens
     NUM_LOGPROBS = 12
+    CACHED = 13  # as many first tokens have their KV already: see Enter.cached
     TEMPERATURE = 16  # float32, as the next four; at least LEAST_TEMPERATURE
     LOG_MIN_P = 17  # -inf for a min_p of 0
     PRESENCE = 18
@@ -83,14 +85,24 @@ class RowFlag(IntFlag):
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes, and where what lies in the arena, in int32: a record per slot, then the rows."""
+    """Sizes, and where what lies in the arena, in int32: a record per slot, then the rows.
+    `block_sizes`: the tokens in a block of each group."""
 
     slots: int
     max_len: int
     vocab_size: int
-    groups: int
+    block_sizes: tuple[int, ...]
     max_blocks: int
     max_rows: int
+
+    @property
+    def groups(self) -> int:
+        return len(self.block_sizes)
+
+    def blocks(self, group: int) -> int:
+        """The most blocks of one request in a group."""
+        longest = self.max_blocks * BLOCK
+        return -(-longest // self.block_sizes[group])
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -136,17 +148,19 @@ def layout(
     slots: int,
     max_len: int,
     vocab_size: int,
-    groups: int,
+    groups: int | Sequence[int],
     max_blocks: int | None = None,
     max_rows: int | None = None,
 ) -> Layout:
-    """A Layout; by default a request may have all blocks of `max_len` tokens and one more, and a
-    step as many rows as there are slots, rounded up to a multiple of 256 for padding."""
+    """A Layout. `groups`: the tokens in a block of each, or how many there are, of BLOCK tokens. By
+    default a request may have all blocks of `max_len` tokens and one more, and a step as many rows
+    as there are slots, rounded up to a multiple of 256 for padding."""
+    sizes = (BLOCK,) * groups if isinstance(groups, int) else tuple(groups)
     if max_blocks is None:
         max_blocks = -(-max_len // BLOCK) + 1
     if max_rows is None:
         max_rows = -(-slots // 256) * 256
-    return Layout(slots, max_len, vocab_size, groups, max_blocks, max_rows)
+    return Layout(slots, max_len, vocab_size, sizes, max_blocks, max_rows)
 
 
 class DeviceState:
@@ -186,6 +200,10 @@ class DeviceState:
         self.num_prompt = self.scalars[:, Scalar.NUM_PROMPT]
         self.flags = self.scalars[:, Scalar.FLAGS]
         self.rows = self.arena[layout.rows_offset :].view(layout.max_rows, 4)
+        # None where all are BLOCK, which kernels need not look up.
+        self.block_sizes: torch.Tensor | None = None
+        if any(size != BLOCK for size in layout.block_sizes):
+            self.block_sizes = torch.tensor(layout.block_sizes, dtype=torch.int32, device=device)
 
     @classmethod
     def allocate(
@@ -193,7 +211,7 @@ class DeviceState:
         slots: int,
         max_len: int,
         vocab_size: int,
-        groups: int,
+        groups: int | Sequence[int],
         max_blocks: int | None = None,
         device: torch.device | str = "cpu",
         max_rows: int | None = None,
@@ -207,7 +225,7 @@ class DeviceState:
         slots: int,
         max_len: int,
         vocab_size: int,
-        groups: int,
+        groups: int | Sequence[int],
         max_blocks: int | None = None,
         max_rows: int | None = None,
     ) -> int:
@@ -221,8 +239,9 @@ class StepBuffers:
     """What a step's layers read, written by `prepare_step`: B rows, T tokens, G KV groups.
 
     `query_start` int32 [B + 1], `context_len` int32 [B], `tokens` and `positions` int64 [T],
-    `block_tables` int32 [G, B, max_blocks], `slots` int64 [G, T]: block * 16 + offset to write
-    to, -1 for padding.
+    `block_tables` int32 [G, B, max_blocks], `slots` int64 [G, T]: block * tokens of a block +
+    offset to write to, -1 for padding and for what is cached already. `state_slots` int64 [B]: the
+    slot of each row's request, -1 for padding.
     """
 
     query_start: torch.Tensor
@@ -231,6 +250,7 @@ class StepBuffers:
     positions: torch.Tensor
     block_tables: torch.Tensor
     slots: torch.Tensor
+    state_slots: torch.Tensor
 
     @classmethod
     def allocate(
@@ -248,6 +268,7 @@ class StepBuffers:
             zeros(torch.int64, tokens),
             zeros(torch.int32, groups, rows, max_blocks),
             zeros(torch.int64, groups, tokens),
+            zeros(torch.int64, rows),
         )
 
     def view(self, rows: int, tokens: int) -> StepBuffers:
@@ -259,4 +280,5 @@ class StepBuffers:
             self.positions[:tokens],
             self.block_tables[:, :rows],
             self.slots[:, :tokens],
+            self.state_slots[:rows],
         )

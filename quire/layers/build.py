@@ -138,7 +138,8 @@ class Build:
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
     can be made of a model that does not fit. What a plan needs gathers here: `weights`, `caches`,
     `states`, `width` (most float32 values per token that a layer works with, besides its input and
-    output), `scratch` (bytes that a layer works with besides, whatever the number of tokens) and
+    output), `output` (values per token that `forward` gives, 0 where it is the hidden size),
+    `scratch` (bytes that a layer works with besides, whatever the number of tokens) and
     `rotary_bytes` (of each rotary table, per position). `spare`: beginnings of the names of tensors
     that checkpoints of the model may have and that it does not read. `on_experts` is called with
     the experts [T, K] that a layer chose, by who wants to count them.
@@ -155,6 +156,7 @@ class Build:
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    output: int = 0
     scratch: int = 0
     packs_fp8: bool = False
     on_experts: Callable[[torch.Tensor], None] | None = None

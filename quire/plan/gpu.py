@@ -35,6 +35,8 @@ from quire.plan.speculation import sampled_rows
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
+# Where layers keep state of each request, which may take tens of megabytes.
+MAX_STATEFUL_SEQS = 256
 # Ampere is the first to have bfloat16 and asynchronous copies.
 LEAST_CAPABILITY = (8, 0)
 HEAD_SIZES = range(16, 257, 8)
@@ -96,12 +98,13 @@ def place(
     """Raises PlanError or ModelError."""
     gpu, engine = machine.gpu, options.engine
     assert gpu is not None
-    build = _build(hf, "bfloat16", group)
-    _check_kernels(build)
+    asked = options.model.kv_cache_dtype
+    build = _build(hf, "bfloat16", group, asked)
     quantized = any(is_quantized(formats(name)) for name in matrices(build))
     dtype = _choose_dtype(options, hf, quantized, choices)
+    _check_kernels(build)
     if dtype != "bfloat16":
-        build = _build(hf, dtype, group)
+        build = _build(hf, dtype, group, asked)
     check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
     check_experts(read_config(hf), build, formats)
@@ -116,17 +119,18 @@ def place(
     _choose_quantized(build, formats, deterministic, gpu, choices)
     config = read_config(hf)
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
-    sequences = engine.max_num_seqs or MAX_NUM_SEQS
+    sequences = engine.max_num_seqs or (MAX_STATEFUL_SEQS if build.states else MAX_NUM_SEQS)
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
-    groups = len({(c.window, c.page) for c in build.caches})
+    groups = len({(c.window, c.page, c.block_size) for c in build.caches})
     sampled = sampled_rows(engine, sequences, tokens)
     decode, mixed = graph_sizes(tokens, sampled) if runner == "graph" else ((), ())
     widest = 0 if deterministic else widened_bytes(build, formats)
     parts = {
         "weights": sum_weights(build, formats),
         "activations": widest
-        + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize),
+        + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize)
+        + build.scratch,
         "graphs": widest
         + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
         + GRAPH_BYTES * (3 * len(decode) + len(mixed))
@@ -134,7 +138,9 @@ def place(
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
         + SamplingScratch.nbytes(sampled, config.vocab_size)
-        + config.hidden * tokens * itemsize,  # hidden states between forward pass and sampling
+        + memory.state_bytes(build, sequences)
+        # What is handed from the forward pass to sampling.
+        + (build.output or config.hidden) * tokens * itemsize,
         "context and libraries": RESERVE_BYTES,
     }
     # What other programs hold, and this process's own context, is not ours to give out.
@@ -145,7 +151,7 @@ def place(
         device_name=gpu.name,
         threads=engine.threads or machine.cores,
         dtype=dtype,
-        kv_dtype=_choose_kv_dtype(options, dtype),
+        kv_dtype=_choose_kv_dtype(asked, dtype, build),
         kernels="triton",
         isa=f"{gpu.architecture}, triton {found.triton}",
         runner=runner,
@@ -167,10 +173,10 @@ def place(
     )
 
 
-def _build(hf: dict[str, Any], dtype: str, group: Group) -> Build:
+def _build(hf: dict[str, Any], dtype: str, group: Group, kv_dtype: str) -> Build:
     # A plan asks kernels only how much a weight takes; it must not need Triton.
     sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
-    build = Build(sizes, dtype=DTYPES[dtype], group=group)
+    build = Build(sizes, dtype=DTYPES[dtype], group=group, kv_dtype=kv_dtype)
     build_model(hf, build)
     return build
 
@@ -206,8 +212,9 @@ def _choose_dtype(
     return "bfloat16"
 
 
-def _choose_kv_dtype(options: Options, dtype: str) -> str:
-    asked = options.model.kv_cache_dtype
+def _choose_kv_dtype(asked: str, dtype: str, build: Build) -> str:
+    if asked == "fp8" and build.packs_fp8:
+        return asked
     if asked not in ("auto", dtype) and (dtype, asked) != ("float32", "bfloat16"):
         raise PlanError(
             "unsupported_kv_dtype",
@@ -263,7 +270,8 @@ def check_head_sizes(build: Build) -> None:
                 why=f"at most {MAX_RANK}, and {MAX_REST} that rotate",
                 fix="use --device cpu",
             )
-    odd = sorted({c.key_size for c in build.caches if not c.latent} - set(HEAD_SIZES))
+    paged = [cache for cache in build.caches if cache.by_kernels and not cache.latent]
+    odd = sorted({cache.key_size for cache in paged} - set(HEAD_SIZES))
     if odd:
         raise PlanError(
             "unsupported_head_size",

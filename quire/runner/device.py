@@ -112,13 +112,15 @@ class DeviceRunner:
         self._kernels = cast(TritonKernels, build.kernels)
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
         self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
-        groups, max_blocks = len(plan.groups), -(-plan.max_model_len // BLOCK_SIZE) + 1
+        block_sizes = [group.block_size for group in plan.groups]
+        groups, max_blocks = len(block_sizes), -(-plan.max_model_len // BLOCK_SIZE) + 1
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         # Tables of rows: those that are computed, those that sample, those that a drafter reads.
         sampled = self._sampled = plan.max_sampled
         drafted = self._size(rows, self._decode_sizes) if draft else 0
-        sizes = (rows, plan.max_model_len, vocab_size, groups, max_blocks)
+        sizes = (rows, plan.max_model_len, vocab_size, block_sizes, max_blocks)
         self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
+        self._stateful = bool(build.states)
         self._verifying = plan.speculation is not None
         self._diffs = Diffs(self.state.layout)
         self._packets = PacketRing(self.device)
@@ -144,7 +146,8 @@ class DeviceRunner:
         self._wanted = deque(self._planned())
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
-        """One scratch for all layers, of the shape that takes the most."""
+        """One scratch for all layers that attend by Kernels.attention, of the shape that takes the
+        most."""
         common: dict[str, Any] = {
             "total_tokens": plan.context_tokens,
             "dtype": self._kernels.dtype,
@@ -154,7 +157,10 @@ class DeviceRunner:
         shapes = {
             (self._sampled, c.heads, c.kv_heads, c.key_size, c.value_size if c.latent else 0)
             for c in caches
+            if c.by_kernels
         }
+        if not shapes:
+            return
 
         def size() -> int:
             return max(AttentionScratch.nbytes(*shape, **common) for shape in shapes)
@@ -171,7 +177,8 @@ class DeviceRunner:
         """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
-        rows, columns = batch.rows, Columns.of(batch.rows, self._drafter is not None)
+        rows = batch.rows
+        columns = Columns.of(rows, self._drafter is not None, split=not self._stateful)
         shape = self._shape(columns.num_tokens, columns.num_rows)
         tables = [self._diffs.rows(columns, shape.rows)]
         if self._drafter is not None:
@@ -262,7 +269,8 @@ class DeviceRunner:
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
         self._prompts.clear()
-        cast(AttentionScratch, self._kernels.scratch).reset()
+        if self._kernels.scratch is not None:
+            self._kernels.scratch.reset()
 
     @torch.inference_mode()
     def warm(self) -> int:

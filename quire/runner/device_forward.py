@@ -15,6 +15,11 @@ def forward_table(
 ) -> torch.Tensor:
     """Hidden states [T, H] of the rows of `table`, whose step `buffers` are made to hold."""
     prepare_step(state, table, buffers)
-    groups = [GroupInputs(*both) for both in zip(buffers.block_tables, buffers.slots, strict=True)]
-    step = StepInputs(buffers.query_start, buffers.context_len, groups)
+    groups = [
+        GroupInputs(table[:, : state.layout.blocks(group)], slots)
+        for group, (table, slots) in enumerate(
+            zip(buffers.block_tables, buffers.slots, strict=True)
+        )
+    ]
+    step = StepInputs(buffers.query_start, buffers.context_len, groups, buffers.state_slots)
     return model.forward(buffers.tokens, buffers.positions, step)

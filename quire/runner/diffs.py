@@ -90,7 +90,8 @@ class Columns(NamedTuple):
     the place of their last token among the step's. `num_tokens` of all rows. `gated`: indices of
     gated rows. `drafts`: by index, of the rows that have any; such a row samples once more for each
     of them, and `behind` says of each sample how many of them come before. `propose`: by index,
-    how many drafts are wanted behind the rows that want any."""
+    how many drafts are wanted behind the rows that want any. `split`: a draft may be computed as a
+    row by itself; not where layers keep state of a request, which its rows would hand on."""
 
     slots: list[int]
     starts: list[int]
@@ -104,9 +105,10 @@ class Columns(NamedTuple):
     behind: list[int]
     drafts: dict[int, list[int]]
     propose: dict[int, int]
+    split: bool = True
 
     @classmethod
-    def of(cls, rows: Sequence[Row], drafting: bool = False) -> Columns:
+    def of(cls, rows: Sequence[Row], drafting: bool = False, split: bool = True) -> Columns:
         """`drafting`: whether any row may want drafts behind it."""
         slots = [row.slot for row in rows]
         starts = [row.start for row in rows]
@@ -118,7 +120,7 @@ class Columns(NamedTuple):
         if sum(lengths) == samples.count(True) == len(rows):  # all decode: most steps
             places = list(range(len(rows)))
             columns = (slots, starts, lengths, samples, len(rows), places, slots, places, gated)
-            return cls(*columns, [0] * len(rows), {}, propose)
+            return cls(*columns, [0] * len(rows), {}, propose, split)
         ends = list(accumulate(lengths))
         drafts = {i: draft_tokens(row) for i, row in enumerate(rows) if row.drafts}
         counts = [1 + len(drafts.get(i, ())) if sample else 0 for i, sample in enumerate(samples)]
@@ -127,7 +129,7 @@ class Columns(NamedTuple):
         places = [ends[i] - counts[i] + k for i, k in zip(sampling, behind, strict=True)]
         mine = [slots[i] for i in sampling]
         columns = (slots, starts, lengths, samples, ends[-1], sampling, mine, places, gated)
-        return cls(*columns, behind, drafts, propose)
+        return cls(*columns, behind, drafts, propose, split)
 
     @property
     def decode(self) -> bool:
@@ -136,9 +138,9 @@ class Columns(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows that are computed: where all decode, a draft is one by itself, as attention reads
-        the keys of a row with one query by many programs."""
-        return len(self.sampling) if self.decode else len(self.slots)
+        """Rows that are computed: where all decode, a draft is one by itself if it may be, as
+        attention reads the keys of a row with one query by many programs."""
+        return len(self.sampling) if self.decode and self.split else len(self.slots)
 
     def without(self, rows: Collection[int]) -> Columns:
         """The same step, where `rows` do not sample."""
@@ -234,7 +236,7 @@ class Diffs:
 
     def rows(self, rows: Columns, size: int) -> Run:
         """The run that sets the first `size` of DeviceState.rows, the last of them padding."""
-        if not (rows.decode and rows.drafts):
+        if not (rows.decode and rows.drafts and rows.split):
             return self.whole_rows(rows, size, 0)
         values = array("i", (-1, 0, 0, 0)) * size
         for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
@@ -296,6 +298,7 @@ def _scalars(enter: Enter, flags: int) -> array[int]:
     ints[Scalar.NUM_WORDS] = len(enter.bad_words)
     ints[Scalar.LONGEST_WORD] = max((len(word) for word in enter.bad_words), default=0)
     ints[Scalar.NUM_LOGPROBS] = params.logprobs or 0
+    ints[Scalar.CACHED] = enter.cached
     floats[Scalar.TEMPERATURE] = max(params.temperature, LEAST_TEMPERATURE)
     floats[Scalar.LOG_MIN_P] = math.log(params.min_p) if params.min_p > 0 else -math.inf
     floats[Scalar.PRESENCE] = params.presence_penalty

@@ -48,6 +48,7 @@ class Model:
 
     def __init__(self, config: Config, build: Build):
         self.config, self.kernels = config, build.kernels.compressed
+        build.output = config.streams * config.hidden
         self.embed = Embedding(build, "embed", config.vocab_size, config.hidden)
         self.layers = [
             Block(config, build, f"layers.{i}", layer) for i, layer in enumerate(config.layers)

@@ -18,6 +18,8 @@ TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
     "tokens_ptr": "*i64",
     "positions_ptr": "*i64",
     "out_slots_ptr": "*i64",
+    "state_slots_ptr": "*i64",
+    "sizes_ptr": "*i32",
     **dict.fromkeys(("num_rows", "num_tokens", "behind"), "i32"),
     **dict.fromkeys(("group_tables", "group_slots"), "i64"),
 }
@@ -66,6 +68,7 @@ CASES = [
                 "RECORD": RECORD,
                 "MAX_BLOCKS": 514,
                 "GROUPS": groups,
+                "SIZES": groups > 1,
                 "BLOCK_B": rows,
                 "TILE": 512,
             },

@@ -27,6 +27,7 @@ def request(
     blocks: Sequence[Sequence[int]] = (),
     end_tokens: Sequence[int] = (),
     bad_words: Sequence[Sequence[int]] = (),
+    cached: int = 0,
 ) -> Enter:
     return Enter(
         slot=slot,
@@ -38,6 +39,7 @@ def request(
         blocks=[list(b) for b in blocks],
         end_tokens=list(end_tokens),
         bad_words=[list(w) for w in bad_words],
+        cached=cached,
     )
 
 
@@ -47,7 +49,7 @@ def state_of(
     slots: int = 8,
     max_len: int = 70,
     vocab_size: int = 50,
-    groups: int = 0,
+    groups: int | Sequence[int] = 0,
     max_blocks: int | None = None,
 ) -> DeviceState:
     """A state that holds these requests, and POISON wherever they brought nothing."""

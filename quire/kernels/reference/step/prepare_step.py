@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.device_state import BLOCK, DeviceState, RowFlag, StepBuffers
+from quire.kernels.device_state import DeviceState, RowFlag, Scalar, StepBuffers
 
 
 def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> None:
@@ -15,6 +15,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
     for i, (slot, start, count, flags) in enumerate(rows.tolist()):
         out.query_start[i] = end
         out.context_len[i] = 0
+        out.state_slots[i] = slot
         if slot < 0:
             continue
         begin, end = end, end + count
@@ -24,8 +25,11 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
         out.tokens[begin : begin + len(known)] = known
         positions = torch.arange(start, start + count, device=state.device)
         out.positions[begin:end] = positions
-        num_blocks = -(-(start + count) // BLOCK)
-        table = state.tables[slot, :, :num_blocks]
-        out.block_tables[:, i, :num_blocks] = table
-        out.slots[:, begin:end] = table[:, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        cached = int(state.scalars[slot, Scalar.CACHED])
+        for group, size in enumerate(state.layout.block_sizes):
+            num_blocks = -(-(start + count) // size)
+            table = state.tables[slot, group, :num_blocks]
+            out.block_tables[group, i, :num_blocks] = table
+            slots = table[positions // size].long() * size + positions % size
+            out.slots[group, begin:end] = slots.masked_fill(positions < cached, -1)
     out.query_start[len(rows)] = end

@@ -11,8 +11,18 @@ from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
 _LENGTH = tl.constexpr(int(Scalar.LENGTH))
+_CACHED = tl.constexpr(int(Scalar.CACHED))
 _DRAFTS = tl.constexpr(int(RowFlag.DRAFTS))
 _BEHIND = tl.constexpr(int(RowFlag.BEHIND))
+
+
+@triton.jit
+def _block_size(sizes_ptr, group, SIZES: tl.constexpr):
+    """Tokens in a block of a group; all are _BLOCK without SIZES."""
+    size = tl.full([], _BLOCK, dtype=tl.int32)
+    if SIZES:
+        size = tl.load(sizes_ptr + group)
+    return size
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "group_tables", "group_slots"])
@@ -27,6 +37,8 @@ def prepare_step_kernel(
     positions_ptr,
     out_tables_ptr,
     out_slots_ptr,
+    state_slots_ptr,
+    sizes_ptr,
     num_rows,
     num_tokens,
     group_tables,
@@ -34,6 +46,7 @@ def prepare_step_kernel(
     RECORD: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,6 +75,8 @@ def prepare_step_kernel(
                 tl.store(to_ptr + token, tl.full([TILE], -1, dtype=tl.int64), mask=inside)
     else:
         slot = tl.load(rows_ptr + 4 * row).to(tl.int64)
+        if begin == 0:
+            tl.store(state_slots_ptr + row, slot)
         if slot < 0:
             if begin == 0:
                 tl.store(context_len_ptr + row, 0)
@@ -71,6 +86,7 @@ def prepare_step_kernel(
             # Drafts lie behind what is known.
             length = tl.load(scalars_ptr + slot * RECORD + _LENGTH)
             length += tl.load(rows_ptr + 4 * row + 3) % _BEHIND // _DRAFTS
+            cached = tl.load(scalars_ptr + slot * RECORD + _CACHED)
             tables_ptr += slot * RECORD
             if begin == 0:
                 tl.store(context_len_ptr + row, start + count)
@@ -85,12 +101,14 @@ def prepare_step_kernel(
                 tl.store(tokens_ptr + to, token.to(tl.int64), mask=inside)
                 tl.store(positions_ptr + to, position.to(tl.int64), mask=inside)
                 for group in range(GROUPS):
+                    size = _block_size(sizes_ptr, group, SIZES)
                     from_ptr = tables_ptr + group * MAX_BLOCKS
-                    block = tl.load(from_ptr + position // _BLOCK, mask=inside, other=0)
-                    write = block.to(tl.int64) * _BLOCK + position % _BLOCK
+                    block = tl.load(from_ptr + position // size, mask=inside, other=0)
+                    write = block.to(tl.int64) * size + position % size
+                    write = tl.where(position < cached, -1, write)
                     tl.store(out_slots_ptr + group * group_slots + to, write, mask=inside)
-            num_blocks = tl.cdiv(start + count, _BLOCK)
             for group in range(GROUPS):
+                num_blocks = tl.cdiv(start + count, _block_size(sizes_ptr, group, SIZES))
                 from_ptr = tables_ptr + group * MAX_BLOCKS
                 to_ptr = out_tables_ptr + group * group_tables + row.to(tl.int64) * MAX_BLOCKS
                 for i in range(begin, num_blocks, step):
@@ -106,7 +124,8 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
     A row computes the tokens at positions start to start + count of its slot's history, the last of
     which may be drafts (RowFlag); those the device does not know, which happens after a row that
     failed, are 0. A row without a slot has no tokens. Tokens past the last row's have token 0,
-    position 0 and slot -1. Block tables are written as far as the context goes. The rows' counts
+    position 0 and slot -1; slot -1, too, has what is cached already (Scalar.CACHED). Block tables
+    are written as far as the context goes. The rows' counts
     must add up to at most T.
     """
     layout = state.layout
@@ -126,6 +145,8 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
         out.positions,
         out.block_tables,
         out.slots,
+        out.state_slots,
+        state.block_sizes,
         num_rows,
         num_tokens,
         out.block_tables.stride(0),
@@ -133,6 +154,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
         RECORD=layout.record,
         MAX_BLOCKS=layout.max_blocks,
         GROUPS=layout.groups,
+        SIZES=state.block_sizes is not None,
         BLOCK_B=triton.next_power_of_2(max(num_rows, 1)),
         TILE=tile,
         num_warps=4,

@@ -18,6 +18,7 @@ from quire.cli.workload import CPU_DEFAULT, SCENARIOS, Scenario, find_scenarios,
 from quire.errors import PlanError
 
 if TYPE_CHECKING:
+    from quire.cli.bench_filled import FilledCaches
     from quire.cli.local import LocalEngine
     from quire.config.options import Options
 
@@ -31,7 +32,10 @@ def add_flags(parser: Parser) -> None:
         "measurement", "; ".join(f"{s.name}: {s.about}" for s in SCENARIOS)
     )
     group.add_argument(
-        "--scenarios", default=CPU_DEFAULT, metavar="NAMES", help=f"[{CPU_DEFAULT}]; bN, dBxC too"
+        "--scenarios",
+        default=CPU_DEFAULT,
+        metavar="NAMES",
+        help=f"[{CPU_DEFAULT}]; bN, dBxC, fBxC too",
     )
     group.add_argument("--repeat", default="3", metavar="N", help="report the median of N [3]")
     group.add_argument(
@@ -142,6 +146,7 @@ class Bench:
         self.engine = engine
         self.core = engine.engine.core
         self._passes = 0
+        self._filled: FilledCaches | None = None
         self._clock = None
         if engine.info.plan["device"] != "cpu":
             from quire.runner.clock import DeviceClock
@@ -203,12 +208,15 @@ class Bench:
         first = self._pass(replace(scenario, output=1)).seconds
         between = self._host()
         self._read_clock()
-        whole = self._pass(scenario).seconds
+        timed = self._pass(scenario)
+        whole = timed.seconds
         end = self._host()
         gaps = scenario.output - 1
         itl = max(whole - first, 1e-9) / gaps
         metrics = {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl}
         metrics["t1_ms"] = first * 1e3
+        if scenario.filled:
+            metrics["cached_share"] = timed.cached / (scenario.requests * scenario.prompt)
         # Both passes have the same steps with prompts in them: what one takes longer is decoding.
         host, steps = (e - 2 * b + s for s, b, e in zip(start, between, end, strict=True))
         metrics["host_ms_per_step"] = max(0.0, host) / steps * 1e3
@@ -250,7 +258,17 @@ class Bench:
         return {"decode_tok_s": rate, "ttft_ms": timed.first * 1e3}
 
     def _pass(self, scenario: Scenario) -> Timed:
-        return self._run(self._prompts(scenario), scenario.output)
+        prompts = self._prompts(scenario)
+        if scenario.filled:
+            self._fill().claim(prompts)
+        return self._run(prompts, scenario.output)
+
+    def _fill(self) -> FilledCaches:
+        from quire.cli.bench_filled import FilledCaches
+
+        if self._filled is None:
+            self._filled = FilledCaches(self.engine)
+        return self._filled
 
     def _prompts(self, scenario: Scenario) -> list[list[int]]:
         self._passes += 1

@@ -53,6 +53,7 @@ class Record:
             "prompt_tokens": scenario.prompt,
             "output_tokens": scenario.output,
             "full_size": not cut,
+            **({"prompts": "not computed: pages of another"} if scenario.filled else {}),
             "median": _rounded(median),
             "roofline": _rounded(floor),
             **({} if experts is None else {"experts": _rounded(experts)}),

@@ -20,7 +20,7 @@ SPECIAL_IDS = 100
 class Scenario:
     """`requests` prompts of `shortest` to `prompt` tokens, of which the first `shared` are the
     same in all; each is answered with `output` tokens. With `phrase` a prompt repeats its first
-    tokens, so many of them."""
+    tokens, so many of them. `filled`: prompts are not computed (quire/cli/bench_filled.py)."""
 
     name: str
     kind: str
@@ -31,6 +31,7 @@ class Scenario:
     shared: int = 0
     shortest: int = 0
     phrase: int = 0
+    filled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -65,7 +66,8 @@ CPU_DEFAULT = "single,prefill512,offline64"
 
 
 def find_scenarios(names: str) -> list[Scenario]:
-    """Scenarios by name, comma-separated; bN and dBxC (B requests, a context of C) are any size.
+    """Scenarios by name, comma-separated; bN, dBxC (B requests, a context of C) and fBxC (the same,
+    which is not computed) are any size.
 
     Raises CommandLineError.
     """
@@ -73,17 +75,18 @@ def find_scenarios(names: str) -> list[Scenario]:
     found = []
     for name in (n.strip() for n in names.split(",")):
         batch = re.fullmatch(r"b([1-9]\d{0,3})", name)
-        deep = re.fullmatch(r"d([1-9]\d{0,3})x([1-9]\d{0,6})", name)
+        deep = re.fullmatch(r"([df])([1-9]\d{0,3})x([1-9]\d{0,6})", name)
         if name in known:
             found.append(known[name])
         elif batch:
             about = f"time between tokens, {batch[1]} requests"
             found.append(Scenario(name, DECODE, int(batch[1]), 128, 257, about))
         elif deep:
-            about = f"time between tokens, {deep[1]} requests after {deep[2]} tokens"
-            found.append(Scenario(name, DECODE, int(deep[1]), int(deep[2]), 65, about))
+            count, context, filled = int(deep[2]), int(deep[3]), deep[1] == "f"
+            about = f"time between tokens, {count} requests after {context} tokens"
+            found.append(Scenario(name, DECODE, count, context, 65, about, filled=filled))
         else:
-            fix = suggest(name, list(known)) or f"scenarios: {', '.join(known)}, bN, dBxC"
+            fix = suggest(name, list(known)) or f"scenarios: {', '.join(known)}, bN, dBxC, fBxC"
             raise CommandLineError("unknown_scenario", f"unknown scenario {name!r}", fix=fix)
     return found
 

@@ -23,6 +23,8 @@ def test_the_fields_workload_has_its_known_sizes() -> None:
     assert find_scenarios("b7")[0].requests == 7
     deep = find_scenarios("d4x2048")[0]
     assert (deep.requests, deep.prompt) == (4, 2048)
+    filled = find_scenarios("f8x32768")[0]
+    assert (filled.requests, filled.prompt, filled.filled, deep.filled) == (8, 32768, True, False)
     with pytest.raises(CommandLineError):
         find_scenarios("b0")
 
@@ -71,6 +73,17 @@ def test_bench_offline_measures_every_kind_and_records_how(
     ran = quire("bench", "offline", ids_model, *IDS, "--scale", "0.01", "--repeat", "1", "--json")
     assert json.loads(ran.out)["results"].keys() == {"single", "prefill512", "offline64"}
     assert ran.err == ""
+
+
+def test_filled_contexts_are_not_computed_and_say_so(quire: Quire, ids_model: str) -> None:
+    argv = ["--scenarios", "f3x200", "--repeat", "2", "--scale", "1", "--json"]
+    ran = quire("bench", "offline", ids_model, *IDS, *argv)
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)["results"]["f3x200"]
+    # 12 blocks of 16 tokens; what ends a prompt is always computed.
+    assert all(run["cached_share"] == pytest.approx(192 / 200) for run in result["runs"])
+    assert result["prompts"] == "not computed: pages of another"
+    assert result["median"]["itl_ms"] > 0
 
 
 def test_bench_offline_says_how_many_drafts_were_right(quire: Quire, ids_model: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
 
 if TYPE_CHECKING:
-    from quire.layers.build import Build
+    from quire.layers.build import Build, Reads
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,6 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's attention: cached values per token, operations per query and key, and the window
-    (None: all tokens)."""
-
-    values: int
-    operations: int
-    window: int | None
-
-    def pairs(self, start: int, end: int) -> float:
-        """(query, key) pairs of queries at positions start to end - 1."""
-        reach = self.window or end
-        full = max(start, min(end, reach))  # before it a query sees all tokens up to itself
-        return (start + 1 + full) * (full - start) / 2 + (end - full) * reach
-
-
-@dataclass(frozen=True)
 class Work:
     """What of a model counts. Values of its matrices by how often they are read and used: `layers`
     once and for every token, `head` once and for every sampled token, of `experts` only the chosen
@@ -77,7 +61,7 @@ class Work:
 
     layers: int
     head: int
-    attention: tuple[Layer, ...]
+    attention: tuple[Reads, ...]
     value_bytes: float
     kv_bytes: int
     experts: int = 0
@@ -101,14 +85,7 @@ class Work:
         return cls(
             layers=total - expert - embedding - (own_head or 0),
             head=head,
-            attention=tuple(
-                Layer(
-                    c.page_values // c.block_size,
-                    2 * c.heads * (c.key_size + c.value_size),
-                    c.window,
-                )
-                for c in build.caches
-            ),
+            attention=tuple(reads for cache in build.caches for reads in cache.reading()),
             value_bytes=weight_bytes / total,
             kv_bytes=kv_itemsize,
             experts=experts,
@@ -135,10 +112,10 @@ class Work:
     def decoding(self, context: float) -> Need:
         """One token's attention over `context` tokens, all layers."""
         need = [0.0, 0.0]
-        for layer in self.attention:
-            seen = min(context, layer.window or context)
-            need[0] += layer.values * self.kv_bytes * seen
-            need[1] += layer.operations * seen
+        for reads in self.attention:
+            seen = reads.seen(context)
+            need[0] += reads.values * self.kv_bytes * seen
+            need[1] += reads.operations * seen
         return Need(*need)
 
     def reading(self, start: int, end: int) -> Need:

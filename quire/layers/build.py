@@ -81,6 +81,34 @@ class Weight(Protocol):
     def nbytes(self, formats: Callable[[str], str]) -> int: ...
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What each query reads of a layer's cache: entries of `ratio` tokens each, `most` of those
+    before it (None: all), each of so many `values`, with which it does so many `operations`."""
+
+    values: int
+    operations: int
+    most: int | None = None
+    ratio: int = 1
+
+    def seen(self, context: float) -> float:
+        """Entries that the last of so many tokens reads."""
+        entries = context / self.ratio
+        return entries if self.most is None else min(entries, self.most)
+
+    def pairs(self, start: int, end: int) -> int:
+        """(query, entry) pairs of queries at positions start to end - 1."""
+        return self._pairs(end) - self._pairs(start)
+
+    def _pairs(self, tokens: int) -> int:
+        """Of the first `tokens` queries."""
+        ratio, most = self.ratio, self.most
+        full = tokens if most is None else min(tokens, ratio * most)  # then each reads `most`
+        whole, rest = divmod(full, ratio)
+        pairs = ratio * whole * (whole - 1) // 2 + whole * (rest + 1)
+        return pairs + (tokens - full) * (most or 0)
+
+
 @dataclass
 class CacheLayer:
     """What one attention layer keeps of every token, in blocks of `block_size` tokens.
@@ -88,7 +116,8 @@ class CacheLayer:
     `page`: the shape of one block in each of the layer's tensors; the runner makes `tensors`
     [blocks, *shape] of it once planned. `heads` query heads read keys of `key_size` and values of
     `value_size` from `kv_heads` heads. `by_kernels`: Kernels.attention reads it, and not code of
-    the model's own. `group` is the index of the KV group the layer belongs to.
+    the model's own. `reads`: what a query reads, if not all before it in the window. `group` is the
+    index of the KV group the layer belongs to.
     """
 
     layer: int
@@ -100,6 +129,7 @@ class CacheLayer:
     value_size: int
     block_size: int = BLOCK_SIZE
     by_kernels: bool = True
+    reads: tuple[Reads, ...] = ()
     group: int = -1
     tensors: tuple[torch.Tensor, ...] = ()
 
@@ -107,6 +137,12 @@ class CacheLayer:
     def latent(self) -> bool:
         """Whether values are the first part of keys, in one tensor."""
         return len(self.page) == 1 and self.by_kernels
+
+    def reading(self) -> tuple[Reads, ...]:
+        """What each query reads."""
+        operations = 2 * self.heads * (self.key_size + self.value_size)
+        whole = Reads(self.page_values // self.block_size, operations, self.window)
+        return self.reads or (whole,)
 
     @property
     def page_values(self) -> int:
@@ -186,10 +222,11 @@ class Build:
         value_size: int,
         block_size: int = BLOCK_SIZE,
         by_kernels: bool = True,
+        reads: tuple[Reads, ...] = (),
     ) -> CacheLayer:
         """The next layer's cache; arguments as CacheLayer has them."""
         number, sizes = self.first_layer + len(self.caches), (heads, kv_heads, key_size, value_size)
-        cache = CacheLayer(number, page, window, *sizes, block_size, by_kernels)
+        cache = CacheLayer(number, page, window, *sizes, block_size, by_kernels, reads)
         self.caches.append(cache)
         return cache
 

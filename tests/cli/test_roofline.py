@@ -1,15 +1,17 @@
 """The floor of a scenario: by hand on a tiny model, and against figures that were worked out apart
 for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
 
+from itertools import product
 from typing import Any
 
 import pytest
+from models.deepseek_v4.published import FLASH
 from models.test_deepseek_v3 import PUBLISHED
 
-from quire.cli.roofline import Ceilings, Layer, Work, ideal, roofline, to_record
+from quire.cli.roofline import Ceilings, Work, ideal, roofline, to_record
 from quire.cli.workload import DECODE, SCENARIOS, TOTAL, Scenario
 from quire.kernels.reference import ops
-from quire.layers.build import Build
+from quire.layers.build import Build, Reads
 from quire.models.registry import build_model, read_config
 
 from .tools import config
@@ -90,11 +92,12 @@ def test_a_tiny_model_by_hand() -> None:
 
 
 def test_pairs_of_a_prompt_are_counted_one_by_one() -> None:
-    for window in (None, 1, 3, 8, 100):
+    for most, ratio in product((None, 1, 3, 8, 100), (1, 2, 5)):
+        reads = Reads(1, 1, most, ratio)
         for start in range(12):
-            for end in range(start, 16):
-                by_hand = sum(min(p + 1, window or 10**9) for p in range(start, end))
-                assert Layer(1, 1, window).pairs(start, end) == by_hand, (window, start, end)
+            for end in range(start, 30):
+                by_hand = sum(min((p + 1) // ratio, most or 10**9) for p in range(start, end))
+                assert reads.pairs(start, end) == by_hand, (reads, start, end)
 
 
 def test_experts_count_as_chosen() -> None:
@@ -172,6 +175,16 @@ def test_every_family_with_experts_is_counted() -> None:
     )  # fmt: skip
     work = work_of(hf)
     assert (work.experts, work.per_token, work.sparse) == (4, 2, 2)
+
+
+def test_of_compressed_entries_few_are_read_and_all_are_scored() -> None:
+    """DeepSeek-V4-Flash after 32,768 tokens, in FP8."""
+    build = Build(ops, kv_dtype="fp8")
+    build_model(FLASH | {"n_routed_experts": 8}, build)
+    seen = Work.of(build, read_config(FLASH), 1, 1).decoding(32768)
+    windows, chosen, scored, pooled = 43 * 128, 21 * 512, 21 * 8192, 20 * 256
+    assert seen.bytes == (windows + chosen + pooled) * 584 + scored * 132
+    assert seen.flops == (windows + chosen + pooled) * 4 * 64 * 512 + scored * 2 * 64 * 128
 
 
 def test_latents_are_read_once_for_all_heads() -> None:

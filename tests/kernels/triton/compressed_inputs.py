@@ -28,9 +28,7 @@ def rotary_table(rotary: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def poisoned_cache(
-    slots: int, entries: Entries, dtype: torch.dtype, device: torch.device
-) -> Paged:
+def poisoned_cache(slots: int, entries: Entries, dtype: torch.dtype, device: torch.device) -> Paged:
     """NaN, or bytes that mean NaN; no tables, which writing does not need."""
     packed = not isinstance(entries, Plain)
     shape, poison = (slots, entries.width), 0xFF if packed else torch.nan

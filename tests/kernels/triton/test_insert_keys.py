@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quire.kernels.compressed import Paged
 from quire.kernels.reference.compressed.entries import Entries, PackedKeys, Plain
 from quire.kernels.triton.compressed.insert_keys import insert_keys
+from quire.kernels.triton.compressed.store_entry import entry_constants
 from tests.kernels.triton.compressed_inputs import (
     POSITIONS,
     REFERENCE,
@@ -159,5 +162,9 @@ def test_a_cache_for_other_vectors_is_refused(device: torch.device) -> None:
     for entries, dtype in ((Plain(24), F32), (PackedKeys(32, 8), BF16)):
         with pytest.raises(ValueError, match="do not fit a cache"):
             inputs.into(entries, dtype)
+    cache = poisoned_cache(SLOTS, Plain(32), F32, device)
+    cache = replace(cache, memory=cache.memory.to(torch.uint8))
     with pytest.raises(ValueError, match="do not fit a cache"):
-        inputs.into(Plain(32), torch.uint8)
+        entry_constants(cache, 32, 16)
+    with pytest.raises(ValueError, match="contiguous"):
+        entry_constants(Paged(torch.ones(8, 32).T, Plain(8), cache.block_tables, 1), 8, 4)

@@ -194,9 +194,10 @@ def tile_sizes(span: int, block: int) -> dict[str, int]:
 
 
 def tokens_each(tokens: int, ratio: int) -> int:
-    """Tokens of a program. In a long step they are neighbours of one request mostly, of which one
-    in `ratio` completes an entry: programs that do nothing cost more than those that look."""
-    return 1 if tokens <= 1024 else min(ratio, 16)
+    """Tokens of a program, at most about 256 programs in steps that are not long, since one that
+    looks at a token and leaves costs less than another program. In long steps they are mostly
+    neighbours of one request, of which one in `ratio` completes an entry."""
+    return min(ratio, 16, max(1, tokens // 256))
 
 
 def compress(
@@ -233,7 +234,7 @@ def compress(
         )
     if state_SR2W.shape[2:] != (2, width) or length < span:
         raise ValueError(f"state: {list(state_SR2W.shape)} has not {span} rows [2, {width}]")
-    if count and rows_T2W.stride()[1:] != (width, 1) or not positions_RW.is_contiguous():
+    if (count and rows_T2W.stride()[1:] != (width, 1)) or not positions_RW.is_contiguous():
         raise ValueError("rows of tokens, or of positions, are not contiguous")
     if state_SR2W.stride()[1:] != (2 * width, width, 1):
         raise ValueError("state: rows of a request are not contiguous")

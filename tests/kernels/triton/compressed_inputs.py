@@ -29,11 +29,20 @@ def rotary_table(rotary: int) -> torch.Tensor:
 
 
 def poisoned_cache(slots: int, entries: Entries, dtype: torch.dtype, device: torch.device) -> Paged:
-    """NaN, or bytes that mean NaN; no tables, which writing does not need."""
+    """NaN, or bytes that mean NaN, as many before the cache, which nothing may be written to; no
+    tables, which writing does not need."""
     packed = not isinstance(entries, Plain)
-    shape, poison = (slots, entries.width), 0xFF if packed else torch.nan
+    shape, poison = (2 * slots, entries.width), 0xFF if packed else torch.nan
     memory = torch.full(shape, poison, dtype=torch.uint8 if packed else dtype, device=device)
-    return Paged(memory, entries, torch.empty(0, 0, dtype=torch.int32), 1)
+    return Paged(memory[slots:], entries, torch.empty(0, 0, dtype=torch.int32), 1)
+
+
+def untouched_before(cache: Paged) -> bool:
+    """Whether the memory before a poisoned cache still is what it was."""
+    base = cache.memory._base
+    assert base is not None
+    before = base[: len(base) // 2]
+    return bool((before == 0xFF if before.dtype == torch.uint8 else before.isnan()).all())
 
 
 def step_tokens(

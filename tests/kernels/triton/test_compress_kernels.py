@@ -19,6 +19,7 @@ from tests.kernels.triton.compressed_inputs import (
     random,
     rotary_table,
     step_tokens,
+    untouched_before,
 )
 
 F32 = torch.float32
@@ -260,20 +261,58 @@ def test_entries_of_flash_and_rows_in_bfloat16(device: torch.device) -> None:
 def test_a_token_without_a_slot_writes_no_entry_but_is_kept(device: torch.device) -> None:
     layer = Layer(2, False, Plain(SIZE), device)
     rows = given(layer.width)
-    layer.slots = -1000
+    layer.slots = -10
     layer.step([rows[:3]], [0], [1])
-    assert layer.cache.memory.isnan().all()
+    assert layer.cache.memory.isnan().all() and untouched_before(layer.cache)
     assert not layer.state[1, :3].isnan().any() and layer.state[1, 3:].isnan().all()
 
 
-def test_a_nan_spoils_the_entries_that_pool_it_and_no_other(device: torch.device) -> None:
-    for part in (0, 1):
-        layer = Layer(4, True, Plain(SIZE), device)
-        rows = given(layer.width)
-        rows[9, part] = torch.nan
-        layer.step([rows[:24]], [0], [0])
-        spoiled = layer.entries_of(0)[:6].isnan().any(1)
-        assert spoiled.tolist() == [False, False, True, True, False, False]
+def test_packed_index_keys_have_the_references_codes_and_scales(device: torch.device) -> None:
+    packed, plain = (Layer(4, True, kind, device) for kind in (PackedIndex(SIZE), Plain(SIZE)))
+    rows = given(packed.width)
+    rows[9, 0], rows[20:, 0] = torch.nan, 0.0
+    for layer in (packed, plain):
+        layer.norm = layer.norm * 10.0 ** random(7, SIZE)
+        layer.step([rows], [0], [0])
+    wanted = packed.cache.entries.pack(plain.entries_of(0).cpu(), torch.uint8)
+    assert torch.equal(packed.entries_of(0).cpu(), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_nan_spoils_the_entries_that_pool_it_and_no_other(
+    part: int, kind: Entries, device: torch.device
+) -> None:
+    layer = Layer(4, True, kind, device)
+    rows = given(layer.width)
+    rows[9, part] = torch.nan
+    layer.step([rows[:24]], [0], [0])
+    entries = kind.unpack(layer.entries_of(0)[:6].cpu())
+    assert entries.isnan().any(1).tolist() == [False, False, True, True, False, False]
+
+
+def test_a_step_fits_one_launch_while_new_rows_and_those_needed_have_places_of_their_own() -> None:
+    for span, length in ((8, 40), (128, 160), (5, 5), (1, 1), (8, 11)):
+        for tokens in range(1, 60):
+            new = {(1000 + i) % length for i in range(tokens)}
+            needed = {(1000 - i) % length for i in range(1, span)}
+            apart = not new & needed and len(new) == tokens
+            assert kernels.one_launch_does(tokens, span, length) == apart
+
+
+def test_only_the_last_rows_of_a_request_are_kept(device: torch.device) -> None:
+    """Those that another one behind them would take the place of are not written at all."""
+    layer, count = Layer(4, True, Plain(SIZE), device), 30
+    tokens, length = step_tokens([0], [count], [1], 0, device), layer.state.shape[1]
+    tokens.context_len.add_(5)
+    layer.compress(
+        given(layer.width)[:count].to(device), layer.places.to(device), layer.state,
+        layer.norm.to(device), EPS, layer.table.to(device), tokens,
+        torch.full((count,), -1, device=device), layer.cache, 4, True,
+    )  # fmt: skip
+    kept = {position % length for position in range(count + 5 - length, count)}
+    written = ~layer.state[1].isnan().any(-1).any(-1)
+    assert set(written.nonzero().flatten().tolist()) == kept
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

@@ -18,6 +18,7 @@ from tests.kernels.triton.compressed_inputs import (
     random,
     rotary_table,
     step_tokens,
+    untouched_before,
 )
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -46,6 +47,7 @@ class Inputs:
             self.keys, self.norm.to(device), 1e-6, self.table.to(device), self.tokens,
             self.slots.to(device), cache,
         )  # fmt: skip
+        assert untouched_before(cache)
         return cache
 
     def reference(self, entries: Entries) -> Paged:

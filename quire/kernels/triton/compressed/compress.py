@@ -4,9 +4,7 @@ Two launches: the first reads the state that the second writes, where its rows o
 take the places of rows that a window still needs. Each program of the second waits for the whole
 of the first (quire/kernels/triton/launch.py), so programmatic dependent launch does not let them
 race. Only where a step has so few tokens that no request can have a row in the way, one launch
-does both: a request's new rows lie at positions from its first to `tokens` - 1 behind, a window
-that has rows in the state begins at most `span` - 1 before, and positions less than the state's
-length apart have different places in it.
+does both (one_launch_does).
 
 A window's sums are always made from the same tiles in the same order, wherever its rows come from:
 however a sequence is cut, entries have the same bits.
@@ -193,6 +191,14 @@ def tile_sizes(span: int, block: int) -> dict[str, int]:
     return {"ROWS": rows, "num_warps": min(16, max(1, rows * block // 512))}
 
 
+def one_launch_does(tokens: int, span: int, length: int) -> bool:
+    """Whether a step's rows cannot take the places of those that its windows need. A request's new
+    rows lie at its first position and at most `tokens` - 1 behind; a window that needs rows from
+    before begins at most `span` - 1 before it; and positions less than the state's `length` apart
+    have different places there."""
+    return tokens + span - 1 <= length
+
+
 def tokens_each(tokens: int, ratio: int) -> int:
     """Tokens of a program, at most about 256 programs in steps that are not long, since one that
     looks at a token and leaves costs less than another program. In long steps they are mostly
@@ -243,8 +249,7 @@ def compress(
         "STRIDE": rows_T2W.stride(0), "STATE_STRIDE": state_SR2W.stride(0), "RATIO": ratio,
         "LENGTH": length,
     }  # fmt: skip
-    # See the file's beginning.
-    at_once = count <= length - span + 1
+    at_once = one_launch_does(count, span, length)
     each = tokens_each(count, ratio)
     launch(
         pool_kernel,

@@ -1,0 +1,1 @@
+"""Attention over compressed entries (DeepSeek V4): queries, keys, entries."""

@@ -128,7 +128,7 @@ def pool_kernel(
         slot = tl.load(slots_ptr + token)
         state_slot = tl.load(state_slots_ptr + request, mask=request >= 0, other=-1)
         if state_slot >= 0:
-            ring_ptr = state_ptr + state_slot * STATE_STRIDE
+            ring_ptr = state_ptr + state_slot.to(tl.int64) * STATE_STRIDE
             if KEEP:
                 _keep_row(
                     rows_ptr, places_ptr, ring_ptr, token, position,
@@ -174,8 +174,9 @@ def keep_kernel(
     state_slot = tl.load(state_slots_ptr + request, mask=request >= 0, other=-1)
     end = tl.load(context_len_ptr + request, mask=request >= 0, other=0)
     if (state_slot >= 0) & (position >= end - LENGTH):
+        ring_ptr = state_ptr + state_slot.to(tl.int64) * STATE_STRIDE
         _keep_row(
-            rows_ptr, places_ptr, state_ptr + state_slot * STATE_STRIDE, token, position,
+            rows_ptr, places_ptr, ring_ptr, token, position,
             STRIDE, W, RATIO, LENGTH, BLOCK_W,
         )  # fmt: skip
 

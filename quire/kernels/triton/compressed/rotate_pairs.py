@@ -33,6 +33,25 @@ def turn_pairs(x, table_ptr, START: tl.constexpr, HALF: tl.constexpr, INVERSE: t
 
 
 @triton.jit
+def turn_heads(
+    x_ptr, table_ptr, head, eps,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
+    NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """HEADS of one token from `head` on, in place, by the token's row of the table."""
+    FIRST: tl.constexpr = 0 if NORM else D - 2 * HALF
+    column = FIRST + tl.arange(0, BLOCK)[None, :]
+    heads = head + tl.arange(0, HEADS)[:, None]
+    pointers = x_ptr + heads * D + column
+    inside = (heads < H) & (column < D)
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        x *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
+    x = turn_pairs(x, table_ptr, D - 2 * HALF - FIRST, HALF, INVERSE)
+    tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rotate_pairs_kernel(
     x_ptr,
     cos_sin_ptr,
@@ -49,20 +68,14 @@ def rotate_pairs_kernel(
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
-    TILES: tl.constexpr = (H + HEADS - 1) // HEADS
-    FIRST: tl.constexpr = 0 if NORM else D - 2 * HALF
-    token = (tl.program_id(0) // TILES).to(tl.int64)
-    head = tl.program_id(0) % TILES * HEADS + tl.arange(0, HEADS)[:, None]
-    column = FIRST + tl.arange(0, BLOCK)[None, :]
-    pointers = x_ptr + token * STRIDE + head * D + column
-    inside = (head < H) & (column < D)
     wait_for_inputs(PDL)
-    position = tl.load(positions_ptr + token)
-    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        x *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
-    x = turn_pairs(x, cos_sin_ptr + position * (2 * HALF), D - 2 * HALF - FIRST, HALF, INVERSE)
-    tl.store(pointers, x.to(x_ptr.dtype.element_ty), mask=inside)
+    TILES: tl.constexpr = (H + HEADS - 1) // HEADS
+    token = (tl.program_id(0) // TILES).to(tl.int64)
+    table_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF)
+    turn_heads(
+        x_ptr + token * STRIDE, table_ptr, tl.program_id(0) % TILES * HEADS, eps,
+        H, D, HALF, INVERSE, NORM, HEADS, BLOCK,
+    )  # fmt: skip
 
 
 def block_sizes(heads: int, width: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ import triton
 from quire.kernels.reference.compressed.entries import GROUP, PackedIndex, PackedKeys, Plain
 from quire.kernels.triton.compressed.compress import keep_kernel, pool_kernel, tile_sizes
 from quire.kernels.triton.compressed.insert_keys import insert_keys_kernel, warps
+from quire.kernels.triton.compressed.rotate_and_insert import rotate_and_insert_kernel
 from quire.kernels.triton.compressed.rotate_pairs import block_sizes, rotate_pairs_kernel
 from quire.kernels.triton.compressed.store_entry import KINDS
 from tests.kernels.triton.aot import Case
@@ -48,6 +49,16 @@ def inserting(dtype: str, kind: Kind, rotary: int) -> Case:
     return Case(f"insert {dtype} as {kind}", insert_keys_kernel, types, constants, num_warps)
 
 
+def rotating_and_inserting(dtype: str, heads: int, kind: Kind, rotary: int) -> Case:
+    types = POINTERS | {"q_ptr": dtype, "keys_ptr": dtype, "cache_ptr": memory(kind, dtype)}
+    constants = entries(kind, rotary)
+    sizes = block_sizes(heads, constants["BLOCK"])
+    num_warps = sizes.pop("num_warps")
+    constants |= {"Q_STRIDE": heads * kind.size, "STRIDE": 1024 + kind.size, "H": heads, **sizes}
+    name = f"rotate {dtype} {heads} heads and insert as {kind}"
+    return Case(name, rotate_and_insert_kernel, types, constants, num_warps)
+
+
 def pooling(
     kind: Kind, rotary: int, ratio: int, overlap: bool, keep: bool, rows: str = "*fp32"
 ) -> Case:
@@ -82,6 +93,8 @@ CASES = [
     inserting("*bf16", PackedKeys(512, 64), 64),
     inserting("*bf16", Plain(512), 64),
     inserting("*fp32", PackedKeys(32, 16), 16),
+    rotating_and_inserting("*bf16", 64, PackedKeys(512, 64), 64),
+    rotating_and_inserting("*fp32", 3, Plain(32), 16),
     pooling(PackedKeys(512, 64), 64, 128, False, True),
     pooling(PackedKeys(512, 64), 64, 128, False, False),
     pooling(PackedKeys(512, 64), 64, 4, True, True),

@@ -15,6 +15,18 @@ from quire.kernels.triton.rows import row_stride
 
 
 @triton.jit
+def insert_key(
+    key_ptr, norm, table_ptr, cache_ptr, slot, eps,
+    KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One token's key; `norm` [1, BLOCK], 0 past D."""
+    column = tl.arange(0, norm.shape[1])[None, :]
+    x = tl.load(key_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    y = turn_pairs(_normalise(x, norm, eps, D), table_ptr, D - ROTARY, ROTARY // 2, False)
+    store_entry(y, cache_ptr, slot, KIND, D, ROTARY, WIDTH)
+
+
+@triton.jit
 def insert_keys_kernel(
     keys_ptr,
     norm_ptr,
@@ -38,11 +50,9 @@ def insert_keys_kernel(
     wait_for_inputs(PDL)
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
-        position = tl.load(positions_ptr + token)
-        x = tl.load(keys_ptr + token * STRIDE + column, mask=column < D, other=0.0)
-        y = _normalise(x.to(tl.float32), norm, eps, D)
-        y = turn_pairs(y, cos_sin_ptr + position * ROTARY, D - ROTARY, ROTARY // 2, False)
-        store_entry(y, cache_ptr, slot, KIND, D, ROTARY, WIDTH)
+        table_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * ROTARY
+        key_ptr = keys_ptr + token * STRIDE
+        insert_key(key_ptr, norm, table_ptr, cache_ptr, slot, eps, KIND, D, ROTARY, WIDTH)
 
 
 def insert_keys(

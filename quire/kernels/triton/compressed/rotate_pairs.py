@@ -90,6 +90,17 @@ def block_sizes(heads: int, width: int) -> dict[str, int]:
     return {"HEADS": tile, "BLOCK": block, "num_warps": max(1, tile * block // 512)}
 
 
+def heads_stride(x: torch.Tensor, cos_sin: torch.Tensor) -> int:
+    """Elements from one token of x [T, H, D] to the next. Raises ValueError unless its heads are
+    contiguous and end in pairs for the table [positions, R]."""
+    (_, heads, size), rotary = x.shape, cos_sin.shape[1]
+    if size % 2 or rotary % 2 or not 0 < rotary <= size:
+        raise ValueError(f"{rotary} of {size} values are not whole pairs at the end of pairs")
+    if (heads > 1 and x.stride(1) != size) or x.stride(2) != 1 or not cos_sin.is_contiguous():
+        raise ValueError(f"x with strides {list(x.stride())}, or cos_sin, is not contiguous")
+    return x.stride(0)
+
+
 def rotate_pairs(
     x: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -107,10 +118,7 @@ def rotate_pairs(
     """
     tokens, heads, size = x.shape
     rotary = cos_sin.shape[1]
-    if size % 2 or rotary % 2 or not 0 < rotary <= size:
-        raise ValueError(f"{rotary} of {size} values are not whole pairs at the end of pairs")
-    if (heads > 1 and x.stride(1) != size) or x.stride(2) != 1 or not cos_sin.is_contiguous():
-        raise ValueError(f"x with strides {list(x.stride())}, or cos_sin, is not contiguous")
+    stride = heads_stride(x, cos_sin)
     sizes = block_sizes(heads, rotary if eps is None else size)
     launch(
         rotate_pairs_kernel,
@@ -120,7 +128,7 @@ def rotate_pairs(
         cos_sin,
         positions_T,
         0.0 if eps is None else eps,
-        STRIDE=x.stride(0),
+        STRIDE=stride,
         H=heads,
         D=size,
         HALF=rotary // 2,

@@ -1,1 +1,1 @@
-"""Attention over compressed entries (DeepSeek V4): queries, keys, entries."""
+"""Attention over compressed entries (DeepSeek V4): queries, keys, entries, their choice."""

@@ -1,0 +1,247 @@
+"""Attention of each token to keys of its own, which are values too: a window of the tokens before
+it, and compressed entries.
+
+A program has one token and a tile of its heads, and goes through the token's keys tile by tile:
+first the window's, then the entries'. Which keys make a tile, and their order, depends on the token
+alone. Where tokens are few the tiles are divided among programs, whose states merge_states_kernel
+puts together (attention/tile.py has the arithmetic).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quire.kernels.triton.attention.line import leave
+from quire.kernels.triton.attention.tile import extend, merge, normalised
+from quire.kernels.triton.compressed.stored import load_keys, slots_of
+from quire.kernels.triton.launch import let_next_start, wait_for_inputs
+
+
+@triton.jit
+def _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK: tl.constexpr):
+    """(slots of the keys `index` of a list, which of them exist)."""
+    wanted = index < count
+    key = first + index
+    if chosen_ptr is not None:
+        key = tl.load(chosen_ptr + index, mask=wanted, other=-1).to(tl.int32)
+        wanted = key >= 0
+    return slots_of(table_ptr, key, wanted, PER_BLOCK), wanted
+
+
+@triton.jit
+def _extend_over(
+    m, weight, acc, q, memory_ptr, turned_ptr, table_ptr, chosen_ptr, first, count, begin, end,
+    factor,
+    D: tl.constexpr, FIXED: tl.constexpr, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, D_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The state after tiles `begin` to `end` - 1 too of a list of `count` keys: the chosen ones, or
+    those from `first` on."""
+    index = begin * TILE + tl.arange(0, TILE)
+    # Where keys lie is read one tile ahead: they must not wait for it.
+    slot, wanted = _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK)
+    for _ in range(begin, end):
+        k = load_keys(memory_ptr, turned_ptr, slot, wanted, D, FIXED, WIDTH, D_COLUMNS, NATIVE)
+        seen = wanted[None, :]
+        index += TILE
+        slot, wanted = _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK)
+        m, weight, acc = extend(q, k, k, seen, m, weight, acc, factor, 1.0, True, False, PRECISION)
+    return m, weight, acc
+
+
+@triton.jit
+def _entries_of(position, chosen_ptr, RATIO: tl.constexpr, CHOSEN: tl.constexpr,
+                CHOSEN_COLUMNS: tl.constexpr):  # fmt: skip
+    """How long a token's list of entries is: to the last that is one."""
+    count = position * 0
+    if RATIO > 0:
+        count = (position + 1) // RATIO
+        if chosen_ptr is not None:
+            place = tl.arange(0, CHOSEN_COLUMNS)
+            chosen = tl.load(chosen_ptr + place, mask=place < CHOSEN, other=-1)
+            count = tl.max(tl.where(chosen >= 0, place + 1, 0))
+    return count
+
+
+@triton.jit
+def _write(
+    out_ptr, sinks_ptr, cos_sin_ptr, position_ptr, head, kept, m, weight, acc, factor,
+    D: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """The result of the heads `kept` of a token; its last ROTARY values are rotated back."""
+    COLUMNS: tl.constexpr = acc.shape[1]
+    sinks = tl.load(sinks_ptr + head, mask=kept, other=0.0)
+    result = normalised(m, weight, acc, sinks, factor, True)
+    if ROTARY > 0:
+        pair = tl.arange(0, COLUMNS // 2) - (D - ROTARY) // 2
+        turns = (pair >= 0) & (pair < ROTARY // 2)
+        table_ptr = cos_sin_ptr + tl.load(position_ptr) * ROTARY + pair
+        cosine = tl.load(table_ptr, mask=turns, other=1.0)[None, :]
+        sine = tl.load(table_ptr + ROTARY // 2, mask=turns, other=0.0)[None, :]
+        a, b = tl.split(tl.reshape(result, (acc.shape[0], COLUMNS // 2, 2)))
+        turned = tl.join(a * cosine + b * sine, b * cosine - a * sine)
+        result = tl.reshape(turned, (acc.shape[0], COLUMNS))
+    d = tl.arange(0, COLUMNS)
+    out = out_ptr + head[:, None] * D + d[None, :]
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=kept[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["window_stride", "entry_stride", "splits"])
+def sparse_attention_kernel(
+    q_ptr,
+    positions_ptr,
+    rows_ptr,
+    window_ptr,
+    window_turned_ptr,
+    window_tables_ptr,
+    entries_ptr,
+    entries_turned_ptr,
+    entry_tables_ptr,
+    chosen_ptr,
+    sinks_ptr,
+    cos_sin_ptr,
+    out_ptr,
+    values_ptr,
+    sums_ptr,
+    window_stride,
+    entry_stride,
+    splits,
+    factor,
+    Q_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    FIXED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    WINDOW_BLOCK: tl.constexpr,
+    ENTRY_BLOCK: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    CHOSEN_STRIDE: tl.constexpr,
+    CHOSEN_COLUMNS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    D_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """GROUP heads of one token, all its keys or, with SPLIT, one of `splits` parts of them. SIZE:
+    tokens of the window. RATIO: tokens of an entry, 0 where there are no entries."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    head_tile = tl.program_id(0) % HEAD_TILES
+    token = tl.program_id(0) // HEAD_TILES
+    row = tl.load(rows_ptr + token)
+    member = tl.arange(0, TILE_ROWS)
+    d = tl.arange(0, D_COLUMNS)
+    in_group = member < GROUP
+    head = head_tile * GROUP + member
+    inside = in_group[:, None] & (d < D)[None, :]
+    inner = head[:, None] * D + d[None, :]
+    m = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([TILE_ROWS], tl.float32)
+    acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
+    out_token = out_ptr + token.to(tl.int64) * OUT_STRIDE
+    if row < 0:
+        if not SPLIT:
+            tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        return
+
+    position = tl.load(positions_ptr + token).to(tl.int32)
+    oldest = tl.maximum(position - (SIZE - 1), 0)
+    in_window = position - oldest + 1
+    if chosen_ptr is not None:
+        chosen_ptr += token.to(tl.int64) * CHOSEN_STRIDE
+    entries = _entries_of(position, chosen_ptr, RATIO, CHOSEN, CHOSEN_COLUMNS)
+    window_tiles = tl.cdiv(in_window, TILE)
+    begin, end = window_tiles * 0, window_tiles + tl.cdiv(entries, TILE)
+    if SPLIT:
+        part = tl.cdiv(end, splits)
+        begin = tl.program_id(1) * part
+        end = tl.minimum(begin + part, end)
+        slot = tl.program_id(0) * splits + tl.program_id(1)
+        if begin >= end:
+            # A sum of 0 tells that there is no state.
+            tl.store(sums_ptr + slot.to(tl.int64) * (2 * GROUP) + GROUP + member, weight, in_group)
+            return
+
+    q = tl.load(q_ptr + token.to(tl.int64) * Q_STRIDE + inner, mask=inside, other=0.0)
+    m, weight, acc = _extend_over(
+        m, weight, acc, q, window_ptr, window_turned_ptr, window_tables_ptr + row * window_stride,
+        None, oldest, in_window, begin, tl.minimum(end, window_tiles), factor,
+        D, FIXED, WIDTH, WINDOW_BLOCK, NATIVE, PRECISION, TILE, D_COLUMNS,
+    )  # fmt: skip
+    if RATIO > 0:
+        m, weight, acc = _extend_over(
+            m, weight, acc, q, entries_ptr, entries_turned_ptr,
+            entry_tables_ptr + row * entry_stride, chosen_ptr, 0, entries,
+            tl.maximum(begin - window_tiles, 0), end - window_tiles, factor,
+            D, FIXED, WIDTH, ENTRY_BLOCK, NATIVE, PRECISION, TILE, D_COLUMNS,
+        )  # fmt: skip
+    if SPLIT:
+        leave(values_ptr, sums_ptr, slot, m, weight, acc, in_group, GROUP, D)
+    else:
+        _write(
+            out_token, sinks_ptr, cos_sin_ptr, positions_ptr + token, head, in_group, m, weight,
+            acc, factor, D, ROTARY,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_states_kernel(
+    positions_ptr,
+    rows_ptr,
+    sinks_ptr,
+    cos_sin_ptr,
+    out_ptr,
+    values_ptr,
+    sums_ptr,
+    splits,
+    factor,
+    OUT_STRIDE: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    D_COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROUND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """HEADS heads of one token: the states that sparse_attention_kernel left, as one. ROUND:
+    states that are read at a time."""
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    head = tl.program_id(0) % PARTS * HEADS + tl.arange(0, HEADS)
+    unit = tl.program_id(0) // PARTS
+    token = unit // HEAD_TILES
+    row = tl.load(rows_ptr + token)
+    d = tl.arange(0, D_COLUMNS)
+    in_head = (d < D)[None, :]
+    m = tl.full([HEADS], float("-inf"), tl.float32)
+    weight = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, D_COLUMNS], tl.float32)
+    for first in range(0, tl.where(row >= 0, splits, 0), ROUND):
+        for i in tl.static_range(ROUND):  # unrolled, so that loads overlap
+            slot = unit.to(tl.int64) * splits + first + i
+            sums = sums_ptr + slot * (2 * GROUP) + head
+            there = head < tl.where(first + i < splits, GROUP, 0)
+            weight_i = tl.load(sums + GROUP, mask=there, other=0.0)
+            there = there & (weight_i != 0.0)
+            m_i = tl.load(sums, mask=there, other=float("-inf"))
+            values = values_ptr + slot * (GROUP * D) + head[:, None] * D + d[None, :]
+            acc_i = tl.load(values, mask=there[:, None] & in_head, other=0.0)
+            m, weight, acc = merge(m, weight, acc, m_i, weight_i, acc_i, factor)
+    # Padding has no states, and so zeros.
+    head_of_token = unit % HEAD_TILES * GROUP + head
+    _write(
+        out_ptr + token.to(tl.int64) * OUT_STRIDE, sinks_ptr, cos_sin_ptr, positions_ptr + token,
+        head_of_token, head < GROUP, m, weight, acc, factor, D, ROTARY,
+    )  # fmt: skip

@@ -44,6 +44,7 @@ class Kernels(Protocol):
     gated_linear: Callable[..., torch.Tensor]
     route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     route_groups: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    route_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class CpuKernels(Kernels, Protocol):

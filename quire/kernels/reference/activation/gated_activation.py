@@ -9,9 +9,10 @@ from torch.nn import functional
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
-def limit_of(kind: str) -> float:
-    """What a layer's activation of this kind clamps its inputs at, 0 where it does not."""
-    return SWIGLU_LIMIT if kind == "swiglu_oai" else 0.0
+def limit_of(kind: str, limit: float = 0.0) -> float:
+    """What a layer clamps the inputs of its activation at: the `limit` that it names, else what
+    belongs to the kind, 0 where it does not clamp."""
+    return limit or (SWIGLU_LIMIT if kind == "swiglu_oai" else 0.0)
 
 
 def gated_activation(

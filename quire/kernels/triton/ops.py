@@ -19,6 +19,7 @@ from quire.kernels.triton.moe.route_groups import route_groups
 from quire.kernels.triton.moe.route_tokens import route_tokens
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized.experts import quantized_experts
+from quire.kernels.triton.quantized.grouped_linear import quantized_grouped_linear
 from quire.kernels.triton.quantized.linear import (
     Tokens,
     quantized_gated_linear,
@@ -72,6 +73,15 @@ class TritonKernels(DenseWeights):
             return quantized_linear(x, weight, bias, deterministic=self.deterministic, out=out)
         assert isinstance(x, torch.Tensor)
         return linear(x, weight.data, bias, deterministic=self.deterministic, out=out)
+
+    def grouped_linear(
+        self, x: torch.Tensor, weight: torch.Tensor | PackedQuantized
+    ) -> torch.Tensor:
+        """[T, G N] of x [T, G K] and a stack of weights [G, N, K], each group's own."""
+        if isinstance(weight, PackedQuantized):
+            return quantized_grouped_linear(x, weight, deterministic=self.deterministic)
+        groups, _, k = weight.shape
+        return head_linear(x.unflatten(1, (groups, k)), weight).flatten(1)
 
     def gated_linear(
         self,

@@ -57,9 +57,9 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
-    gives for each, products of each head or group of columns with a weight of its own, products that begin with the
-    addition and norm before them, and gated ones whose results are stored as the next product takes
-    them."""
+    gives for each, products of each head or group of columns with a weight of its own, products
+    that begin with the addition and norm before them, and gated ones whose results are stored as
+    the next product takes them."""
 
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]

@@ -32,7 +32,8 @@ __all__ = [
     "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
     "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
     "num_threads", "pack", "pack_exact", "packed_nbytes", "rms_norm", "rotary_cache",
-    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
+    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows",
+    "why_widened",
 ]  # fmt: skip
 
 dense = False

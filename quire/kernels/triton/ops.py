@@ -81,7 +81,7 @@ class TritonKernels(DenseWeights):
         if isinstance(weight, PackedQuantized):
             return quantized_grouped_linear(x, weight, deterministic=self.deterministic)
         groups, _, k = weight.shape
-        return head_linear(x.unflatten(1, (groups, k)), weight).flatten(1)
+        return head_linear(x.view(x.shape[0], groups, k), weight).flatten(1)
 
     def gated_linear(
         self,

@@ -13,7 +13,6 @@ from quire.layers.vector import Vector
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import IndexTable
 
-
 # What the checkpoint calls gate, up and down.
 PARTS = ("w1", "w3", "w2")
 

@@ -36,9 +36,7 @@ def test_linear_equals_reference(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("t", TOKENS)
-def test_a_float32_result_is_not_rounded(
-    t: int, deterministic: bool, device: torch.device
-) -> None:
+def test_a_float32_result_is_not_rounded(t: int, deterministic: bool, device: torch.device) -> None:
     """Its columns lie apart, as parts of a larger result do."""
     x, weight = (matrix(t, K, torch.bfloat16, device, 1), flat(N, K, torch.bfloat16, device, 2))
     out = matrix(t, N, torch.float32, device, 4).fill_(torch.nan)

@@ -40,4 +40,5 @@ def collapse_streams(streams_TND: torch.Tensor, weights: StreamWeights) -> torch
 def _logits(streams_TND: torch.Tensor, weights: StreamWeights) -> torch.Tensor:
     flat = streams_TND.flatten(1).float()
     square = flat.square().mean(-1, keepdim=True)
-    return flat @ weights.matrix.T * torch.rsqrt(square + weights.eps)
+    matrix: torch.Tensor = weights.matrix
+    return flat @ matrix.T * torch.rsqrt(square + weights.eps)

@@ -136,9 +136,9 @@ def experts_small(
     """What `experts` computes, [T, H] in x's dtype, for up to about 64 pairs.
 
     x [T, H], `weights` float32 [T, K], `ids` int32 [T, K], `gate_up` [E, 2 I, H] with gate rows
-    first, `down` [E, H, I], all contiguous; `limit` as in gated_activation. Sums are in float32, a token's slots in their order;
-    only act(gate) * up and the result are rounded to x's dtype. Raises ValueError for what does not
-    go together.
+    first, `down` [E, H, I], all contiguous; `limit` as in gated_activation. Sums are in float32, a
+    token's slots in their order; only act(gate) * up and the result are rounded to x's dtype.
+    Raises ValueError for what does not go together.
     """
     check_experts(x, weights, ids, gate_up, down, kind)
     (t, slots), hidden, intermediate = ids.shape, x.shape[1], down.shape[2]

@@ -33,10 +33,10 @@ def skinny_kernel(
     PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. Of several weights, each
-    program's second number, the next one's scales are `scale_size` elements on; it takes the next k
-    columns of x and gives the next n of out. AHEAD: elements of each row of codes to fetch before
-    the inputs are there."""
+    """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. A program's second
+    number is that of its weight, where there are several: each has its own k columns of x and n of
+    out, and its scales `scale_size` elements behind the scales of the one before. AHEAD: elements
+    of each row of codes to fetch before the inputs are there."""
     let_next_start(PDL)
     group = tl.program_id(1).to(tl.int64)
     x += group * k

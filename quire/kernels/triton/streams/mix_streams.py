@@ -135,7 +135,7 @@ def mix_streams_kernel(
             PDL,
         )  # fmt: skip
     else:
-        if writes is not None:  # noqa: SIM102 (known when compiling)
+        if writes is not None:
             _mix(
                 parts, base, scale, writes, passes, program * MIX_TOKENS, tokens, eps, stream_eps,
                 N, D, M, WIDTH, SPLITS, STEPS, BLOCK_N, BLOCK_SPLITS, MIX_TOKENS, PDL,
@@ -217,8 +217,11 @@ def mix_streams(
     _check_weights(weights, n, rows, 3)
     streams_TND, parts = write_and_multiply(streams_TND, written, weights.matrix)
     assert parts is not None
-    like = {"dtype": torch.float32, "device": streams_TND.device}
-    mix = Mix(torch.empty((tokens, n), **like), torch.empty((tokens, n, n), **like))
+    device = streams_TND.device
+    mix = Mix(
+        torch.empty((tokens, n), dtype=torch.float32, device=device),
+        torch.empty((tokens, n, n), dtype=torch.float32, device=device),
+    )
     return streams_TND, _read_streams(streams_TND, parts, weights, norm_D, eps, mix), mix
 
 

@@ -15,6 +15,7 @@ from tests.kernels.triton.aot import Case
 
 N = 4
 FLASH, PRO = 4096, 7168
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 
 def written(d: int, tokens: int, dtype: str, write: bool = True, rows: int = 24) -> Case:
@@ -31,7 +32,8 @@ def written(d: int, tokens: int, dtype: str, write: bool = True, rows: int = 24)
     for name in ("matrix", "parts"):
         (types if rows else constants)[name] = "*fp32" if rows else None  # type: ignore[assignment]
     name = f"write_streams {dtype} D {d} T {tokens}{' written' if write else ''} rows {rows}"
-    return Case(name, write_streams_kernel, types, constants, num_warps=warps)
+    one = MMA if rows and dtype == "*bf16" else False
+    return Case(name, write_streams_kernel, types, constants, num_warps=warps, one_instruction=one)
 
 
 def mixed(d: int, dtype: str, head: bool = False) -> Case:

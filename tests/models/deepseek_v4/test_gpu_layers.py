@@ -19,6 +19,8 @@ from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.layers.build import Build
 from quire.layers.experts import SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
+from quire.layers.mlp import GatedMLP
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.moe import MoE
 from quire.models.deepseek_v4.parts import GroupedLinear
@@ -149,6 +151,24 @@ def test_groups_have_weights_of_their_own(
     for t in (0, 1, 66):
         x = normal(6, t, groups * inputs)
         close(layers[1](x.to(DEVICE, BF16)), layers[0](x))
+
+
+@pytest.mark.parametrize("quantise", [None, quantize_mxfp4], ids=str)
+def test_a_layer_behind_a_norm_clamps_too(quantise: Quantise | None) -> None:
+    build = gpu()
+    norm = RMSNorm(build, "n", 64, 1e-6)
+    layer = GatedMLP(build, "m", 64, 32, limit=0.5)
+    load(
+        build,
+        {
+            "n.weight": torch.ones(64), "m.gate_proj.weight": stored(1, 32, 64, quantise),
+            "m.up_proj.weight": stored(2, 32, 64, quantise),
+            "m.down_proj.weight": stored(3, 64, 32, quantise),
+        },
+    )  # fmt: skip
+    for t in (1, 5):
+        x = normal(4, t, 64).to(DEVICE, BF16)
+        close(layer.after(norm, ResidualStream(x.clone())), layer(norm(x)).cpu())
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

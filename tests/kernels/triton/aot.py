@@ -33,8 +33,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 class Case:
     """A kernel with the types of its arguments ("*bf16", "i32", "fp32", ...) by name, and values
     of its constexprs (PDL is set by target). Pointers, and the integers in `aligned`, are taken
-    to be multiples of 16. `one_instruction`: on sm_90 its products are all wgmma's, or all by the
-    instruction that is named, whatever the tile, so that tiles of other sizes give the same bits."""
+    to be multiples of 16. `one_instruction`: on sm_90 its products are all wgmma's, or all by
+    the instruction that is named, whatever the tile, so that tiles of other sizes give the same
+    bits."""
 
     name: str
     kernel: Any

@@ -44,6 +44,7 @@ class Kernels(Protocol):
     gated_linear: Callable[..., torch.Tensor]
     route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     route_groups: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    route_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class CpuKernels(Kernels, Protocol):
@@ -56,13 +57,14 @@ class CpuKernels(Kernels, Protocol):
 
 class DenseKernels(Protocol):
     """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
-    gives for each, each head's product with a weight of its own, products that begin with the
-    addition and norm before them, and gated ones whose results are stored as the next product takes
-    them."""
+    gives for each, products of each head or group of columns with a weight of its own, products
+    that begin with the addition and norm before them, and gated ones whose results are stored as
+    the next product takes them."""
 
     stack: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
     head_linear: Callable[..., torch.Tensor]
+    grouped_linear: Callable[..., torch.Tensor]
     norm_for_experts: Callable[..., tuple[torch.Tensor, Any] | None]
     gated_linear: Callable[..., Any]
     add_norm_linear: Callable[..., tuple[Any, torch.Tensor]]

@@ -12,7 +12,7 @@ from quire.formats.layout import FP8_BLOCK, INTEGER_FORMATS, is_quantized
 from quire.formats.quantized import QuantTensor
 from quire.layers.build import Build, DenseKernels
 from quire.layers.linear import merge
-from quire.layers.mlp import GatedMLP
+from quire.layers.mlp import PARTS, GatedMLP
 from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.read import read_matrix, read_vector
 from quire.quant.errors import part_mismatch
@@ -44,7 +44,8 @@ class Experts(Protocol):
 
 
 class SeparateExperts:
-    """Expert by expert, each with its own weights in any format."""
+    """Expert by expert, each with its own weights in any format; `parts` and `limit` as in
+    GatedMLP."""
 
     def __init__(
         self,
@@ -55,9 +56,12 @@ class SeparateExperts:
         experts: int,
         activation: str,
         bias: bool = False,
+        parts: tuple[str, str, str] = PARTS,
+        limit: float = 0.0,
     ):
+        sizes = hidden, intermediate, activation, bias
         self.experts: Sequence[Callable[[torch.Tensor], torch.Tensor]] = [
-            GatedMLP(build, f"{name}.{e}", hidden, intermediate, activation, bias, reduce=False)
+            GatedMLP(build, f"{name}.{e}", *sizes, reduce=False, parts=parts, limit=limit)
             for e in range(experts)
         ]
 
@@ -94,7 +98,8 @@ class SeparateExperts:
 
 class StackedExperts:
     """All experts in two weights, [E, 2 I, H] with gate before up, and [E, H, I], dense or as
-    codes; the intermediate size I is shared over ranks. `bias`: each projection adds one."""
+    codes; the intermediate size I is shared over ranks. `bias`: each projection adds one. `parts`
+    and `limit` as in GatedMLP."""
 
     def __init__(
         self,
@@ -105,8 +110,11 @@ class StackedExperts:
         experts: int,
         activation: str,
         bias: bool = False,
+        parts: tuple[str, str, str] = PARTS,
+        limit: float = 0.0,
     ):
         self.build, self.activation, self.bias = build, activation, bias
+        self.parts, self.limit = parts, limit
         self.kernels = cast(DenseKernels, build.kernels)
         self.names = [f"{name}.{e}" for e in range(experts)]
         self.hidden, self.intermediate = hidden, intermediate
@@ -121,18 +129,18 @@ class StackedExperts:
         wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
         infos = []
         for name in self.names:
-            for part in ("gate", "up", "down"):
-                shape = narrow if part == "down" else wide
-                infos.append(TensorInfo(f"{name}.{part}_proj.weight", shape, "bf16"))
+            for part in self.parts:
+                shape = narrow if part == self.parts[2] else wide
+                infos.append(TensorInfo(f"{name}.{part}.weight", shape, "bf16"))
                 if self.bias:
-                    infos.append(TensorInfo(f"{name}.{part}_proj.bias", shape[:1], "bf16"))
+                    infos.append(TensorInfo(f"{name}.{part}.bias", shape[:1], "bf16"))
         return infos
 
     def nbytes(self, formats: Callable[[str], str]) -> int:
         share = self._share.stop - self._share.start
         total = 4 * (2 * share + self.hidden) * len(self.names) if self.bias else 0
         for info in self._matrices():
-            down = info.name.endswith("down_proj.weight")
+            down = info.name.endswith(f".{self.parts[2]}.weight")
             shape = (self.hidden, share) if down else (share, self.hidden)
             total += self.build.kernels.packed_nbytes(formats(info.name), *shape)
         return total
@@ -150,27 +158,28 @@ class StackedExperts:
 
     def load(self, source: WeightSource) -> None:
         experts = range(len(self.names))
+        gate_name, up_name, down_name = self.parts
         # Of gate and up, and of down.
         activations: tuple[list[Activation], list[Activation]] = ([], [])
         layer = "" if self.widened(lambda name: source.info(name).format) else "experts"
 
         def read(expert: int, part: str) -> Any:
-            rows, columns = (None, self._share) if part == "down" else (self._share, None)
-            name = f"{self.names[expert]}.{part}_proj.weight"
+            rows, columns = (None, self._share) if part == down_name else (self._share, None)
+            name = f"{self.names[expert]}.{part}.weight"
             tensor = read_matrix(self.build, source, name, rows, columns, layer)
             if not isinstance(tensor, QuantTensor):
                 return tensor
-            activations[part == "down"].append((tensor.activation, tensor.input_scale))
+            activations[part == down_name].append((tensor.activation, tensor.input_scale))
             return _alike(tensor)
 
         def gate_up(expert: int) -> Any:
-            merged = merge([read(expert, "gate"), read(expert, "up")])
+            merged = merge([read(expert, gate_name), read(expert, up_name)])
             if len(merged) > 1:
                 raise ValueError(f"gate and up of {self.names[expert]} are stored differently")
             return self.build.kernels.pack(merged[0][0])
 
         def down(expert: int) -> Any:
-            return self.build.kernels.pack(read(expert, "down"))
+            return self.build.kernels.pack(read(expert, down_name))
 
         try:
             gate_ups = self.kernels.stack(len(experts), map(gate_up, experts))
@@ -196,7 +205,7 @@ class StackedExperts:
     def __call__(self, x_TH: Any, weights_TK: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
         return self.kernels.experts(
             x_TH, weights_TK, ids_TK, self.gate_up_EIH, self.down_EHI, self.activation,
-            self.gate_up_bias_EI, self.down_bias_EH,
+            self.gate_up_bias_EI, self.down_bias_EH, limit=self.limit,
         )  # fmt: skip
 
     def _matrices(self) -> list[TensorInfo]:
@@ -212,12 +221,13 @@ class StackedExperts:
 
     def _load_biases(self, source: WeightSource) -> None:
         def read(part: str, rows: slice | None = None) -> torch.Tensor:
-            names = [f"{name}.{part}_proj.bias" for name in self.names]
+            names = [f"{name}.{part}.bias" for name in self.names]
             return torch.stack([read_vector(self.build, source, name, rows) for name in names])
 
-        gate, up = read("gate", self._share), read("up", self._share)
+        gate_name, up_name, down_name = self.parts
+        gate, up = read(gate_name, self._share), read(up_name, self._share)
         self.gate_up_bias_EI = torch.cat([gate, up], dim=1)
-        self.down_bias_EH = read("down")
+        self.down_bias_EH = read(down_name)
         if self.build.group.rank > 0:  # ranks' results are summed
             self.down_bias_EH.zero_()
 

@@ -112,12 +112,24 @@ class Linear:
             y_TN = self.kernels.linear(x_TH, self._parts[0][0], self._bias)
         else:
             y_TN = x_TH.new_empty(x_TH.shape[0], self.local_out)
-            start = 0
-            for packed, n in self._parts:
-                bias = None if self._bias is None else self._bias[start : start + n]
-                self.kernels.linear(x_TH, packed, bias, out=y_TN[:, start : start + n])
-                start += n
+            self._multiply(x_TH, y_TN)
         return self.group.all_reduce(y_TN) if self.reduce else y_TN
+
+    def exact(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The product in float32, whatever the model's dtype: sums are not rounded to it."""
+        if not self.kernels.dense:  # the CPU's results are float32
+            return self(x_TH)
+        y_TN = x_TH.new_empty((x_TH.shape[0], self.local_out), dtype=torch.float32)
+        self._multiply(x_TH, y_TN)
+        return self.group.all_reduce(y_TN) if self.reduce else y_TN
+
+    def _multiply(self, x_TH: torch.Tensor, y_TN: torch.Tensor) -> None:
+        """The product, part by part."""
+        start = 0
+        for packed, n in self._parts:
+            bias = None if self._bias is None else self._bias[start : start + n]
+            self.kernels.linear(x_TH, packed, bias, out=y_TN[:, start : start + n])
+            start += n
 
     def after(
         self,
@@ -125,27 +137,33 @@ class Linear:
         stream: ResidualStream,
         activation: str = "",
         then: Linear | None = None,
+        limit: float = 0.0,
     ) -> torch.Tensor:
         """The product with the norm of a stream, gated where an `activation` is named; what is
         gated is for the layer `then`, as in `gated`."""
         if self.kernels.dense and len(self._parts) == 1:
-            return self._add_norm(norm, stream, activation, None if then is None else then.only)
+            only = None if then is None else then.only
+            return self._add_norm(norm, stream, activation, only, limit=limit)
         x_TH = norm.read(stream)
-        return self.gated(x_TH, activation, then) if activation else self(x_TH)
+        return self.gated(x_TH, activation, then, limit) if activation else self(x_TH)
 
     def gated(
-        self, x_TH: torch.Tensor, activation: str, then: Linear | None = None
+        self,
+        x_TH: torch.Tensor,
+        activation: str,
+        then: Linear | None = None,
+        limit: float = 0.0,
     ) -> torch.Tensor:
-        """activation(first half of the outputs) * second half. Dense kernels may give it in the
+        """activation(first half of the outputs) * second half; with a `limit` above 0 the first is
+        clamped from above and the second from both sides before. Dense kernels may give it in the
         form in which the layer `then` takes it fastest, as nothing else can."""
         if len(self._parts) > 1:
-            return self.kernels.gated_activation(self(x_TH), activation)
+            return self.kernels.gated_activation(self(x_TH), activation, limit=limit)
         given = x_TH, self._parts[0][0], self._bias, activation
         if self.kernels.dense and then is not None:
-            return cast(
-                torch.Tensor, cast(DenseKernels, self.kernels).gated_linear(*given, then.only)
-            )
-        return self.kernels.gated_linear(*given)
+            kernels = cast(DenseKernels, self.kernels)
+            return cast(torch.Tensor, kernels.gated_linear(*given, then.only, limit=limit))
+        return self.kernels.gated_linear(*given, limit=limit)
 
     def beside(self, norm: RMSNorm, stream: ResidualStream) -> tuple[torch.Tensor, torch.Tensor]:
         """(the product with the norm of a stream, the norm itself), in one kernel where that can
@@ -156,11 +174,14 @@ class Linear:
         normed_TH = torch.empty_like(stream.value)
         return self._add_norm(norm, stream, "", None, normed_TH), normed_TH
 
-    def _add_norm(self, norm: RMSNorm, stream: ResidualStream, *more: Any) -> torch.Tensor:
+    def _add_norm(
+        self, norm: RMSNorm, stream: ResidualStream, *more: Any, limit: float = 0.0
+    ) -> torch.Tensor:
         """Read a stream through the one weight: the dense kernels' add_norm_linear."""
         y_TN, stream.value = cast(DenseKernels, self.kernels).add_norm_linear(
-            stream.pending, stream.value, norm.weight, norm.eps, self.only, self._bias, *more
-        )
+            stream.pending, stream.value, norm.weight, norm.eps, self.only, self._bias, *more,
+            limit=limit,
+        )  # fmt: skip
         stream.pending = None
         return cast(torch.Tensor, y_TN)
 

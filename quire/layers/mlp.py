@@ -8,10 +8,15 @@ from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import ResidualStream, RMSNorm
 
+# What checkpoints call the projections for gate, up and down.
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
 
 class GatedMLP:
     """`activation` is "silu", "gelu_tanh" or "swiglu_oai". The intermediate size is shared over
-    ranks, whose results are summed unless `reduce` is False."""
+    ranks, whose results are summed unless `reduce` is False. `parts`: names of the projections for
+    gate, up and down. `limit`: what the gate is clamped at from above, and up from both sides,
+    before the activation; 0 where it is not."""
 
     def __init__(
         self,
@@ -22,11 +27,14 @@ class GatedMLP:
         activation: str = "silu",
         bias: bool = False,
         reduce: bool = True,
+        parts: tuple[str, str, str] = PARTS,
+        limit: float = 0.0,
     ):
-        self.activation = activation
+        self.activation, self.limit = activation, limit
+        gate, up, down = parts
         self.gate_up = Linear(
             build,
-            [f"{name}.gate_proj", f"{name}.up_proj"],
+            [f"{name}.{gate}", f"{name}.{up}"],
             hidden,
             [intermediate, intermediate],
             bias=bias,
@@ -34,18 +42,19 @@ class GatedMLP:
         )
         self.down = Linear(
             build,
-            [f"{name}.down_proj"],
+            [f"{name}.{down}"],
             intermediate,
             [hidden],
             bias=bias,
             shard="inputs",
             reduce=reduce,
         )
-        build.add_width(self.gate_up.local_out * 3 // 2)
+        # Gate and up, clamped in a copy on a CPU, and what comes of them.
+        build.add_width(self.gate_up.local_out * (5 if limit else 3) // 2)
 
     def after(self, norm: RMSNorm, stream: ResidualStream) -> torch.Tensor:
         """The layer applied to the norm of a stream."""
-        return self.down(self.gate_up.after(norm, stream, self.activation, self.down))
+        return self.down(self.gate_up.after(norm, stream, self.activation, self.down, self.limit))
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up.gated(x_TH, self.activation, self.down))
+        return self.down(self.gate_up.gated(x_TH, self.activation, self.down, self.limit))

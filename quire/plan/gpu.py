@@ -234,8 +234,8 @@ def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], st
     if getattr(config, "expert_bias", False) and dense:
         raise PlanError(
             "unsupported_experts",
-            f"the GPU kernels do not have {dense[0]} experts with biases and a clamped SwiGLU",
-            why="only kernels for quantised experts, which compute in bfloat16, add biases",
+            f"the GPU kernels do not have {dense[0]} experts with biases",
+            why="only kernels for quantised experts, which compute in bfloat16, add them",
             fix="use --dtype bfloat16 with a quantised checkpoint or --quantization nvfp4-experts, "
             "or --device cpu",
         )

@@ -74,12 +74,25 @@ def test_the_swiglu_oai_is_its_formula_on_both_sides_of_its_limits(isa: str) -> 
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "swiglu_oai"])
+def test_a_limit_clamps_gate_from_above_and_up_from_both_sides(isa: str, kind: str) -> None:
+    gate, up = torch.tensor([[-9.0, 9.0, 1.0]]), torch.tensor([[9.0, -9.0, 0.5]])
+    clamped = torch.cat([gate.clamp(max=2.5), up.clamp(-2.5, 2.5)], dim=1)
+    given = torch.cat([gate, up], dim=1)
+    kept = given.clone()
+    for kernels in (ops, reference):
+        found = kernels.gated_activation(given, kind, limit=2.5)
+        assert torch.equal(found, kernels.gated_activation(clamped, kind))
+    assert torch.equal(given, kept)
+
+
 def test_rows_do_not_depend_on_their_batch_or_a_value_on_its_lane(isa: str) -> None:
     x, weight = torch.randn(300, 578), torch.randn(578)
     for run in (
         lambda x: ops.rms_norm(x, weight, 1e-5),
         lambda x: ops.gated_activation(x, "silu"),
         lambda x: ops.gated_activation(x, "swiglu_oai"),
+        lambda x: ops.gated_activation(x, "silu", limit=0.5),
         lambda x: ops.logsumexp(x)[:, None],
     ):
         whole = run(x)

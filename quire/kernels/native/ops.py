@@ -11,10 +11,11 @@ import torch
 from quire.kernels import capabilities
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
-from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, SWIGLU_LIMIT
+from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, limit_of
 from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.moe.route_groups import route_groups
+from quire.kernels.reference.moe.route_tokens import route_tokens
 from quire.kernels.reference.packed import (
     BLOCK,
     GgufWeight,
@@ -28,7 +29,8 @@ __all__ = [
     "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
     "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
     "num_threads", "pack", "pack_exact", "packed_nbytes", "record", "rms_norm", "rotary_cache",
-    "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
+    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows",
+    "why_widened",
 ]  # fmt: skip
 
 dense = False
@@ -378,11 +380,18 @@ def latent_attention(
     return out
 
 
-def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def gated_activation(
+    x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
+) -> torch.Tensor:
     """activation(x[:, :I]) * x[:, I:] for x [T, 2I]; kind is "silu" or "gelu_tanh", or
-    "swiglu_oai", where both halves are clamped and 1 is added to the second."""
+    "swiglu_oai", where both halves are clamped and 1 is added to the second. With a `limit` above 0
+    the first half is clamped from above and the second from both sides, whatever the kind."""
+    limit = limit_of(kind, limit)
+    if limit > 0:
+        x = _clamp(x, limit)
     if kind == "swiglu_oai":
-        return gated_activation(_clamp(x), "silu", out)
+        _as_silu(x)
+        kind = "silu"
     if kind not in _ACTIVATIONS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(_ACTIVATIONS)}")
     rows, both = x.shape
@@ -398,22 +407,34 @@ def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None
     return out
 
 
-def _clamp(x: torch.Tensor) -> torch.Tensor:
-    """What silu makes the clamped SwiGLU of: g sigmoid(a g) (u + 1) = silu(a g) (u + 1) / a.
+def _clamp(x: torch.Tensor, limit: float) -> torch.Tensor:
+    clamped = x.clone()
+    gate, up = clamped.chunk(2, dim=1)
+    gate.clamp_(max=limit)
+    up.clamp_(-limit, limit)
+    return clamped
+
+
+def _as_silu(x: torch.Tensor) -> None:
+    """What silu makes gpt-oss's SwiGLU of: g sigmoid(a g) (u + 1) = silu(a g) (u + 1) / a.
 
     Only operations that round each element by itself, so that a row's bits are its own.
     """
     gate, up = x.chunk(2, dim=1)
-    gate = gate.clamp(max=SWIGLU_LIMIT) * SWIGLU_ALPHA
-    up = (up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1) / SWIGLU_ALPHA
-    return torch.cat([gate, up], dim=1)
+    gate *= SWIGLU_ALPHA
+    up += 1
+    up /= SWIGLU_ALPHA
 
 
 def gated_linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    kind: str,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """gated_activation of a linear layer whose first N / 2 outputs are the gate."""
-    return gated_activation(linear(x, weight, bias), kind)
+    return gated_activation(linear(x, weight, bias), kind, limit=limit)
 
 
 def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:

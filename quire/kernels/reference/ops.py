@@ -16,6 +16,7 @@ from quire.kernels.reference.attention.latent_attention import latent_attention
 from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.moe.route_groups import route_groups
+from quire.kernels.reference.moe.route_tokens import route_tokens
 from quire.kernels.reference.packed import (
     BLOCK,
     DENSE_TYPES,
@@ -31,7 +32,8 @@ __all__ = [
     "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
     "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
     "num_threads", "pack", "pack_exact", "packed_nbytes", "rms_norm", "rotary_cache",
-    "route", "route_groups", "set_isa", "set_num_threads", "unpack_rows", "why_widened",
+    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows",
+    "why_widened",
 ]  # fmt: skip
 
 dense = False
@@ -208,15 +210,21 @@ def attention(
     return _into(out, result)
 
 
-def gated_activation(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    return activation.gated_activation(x, kind, out, limit_of(kind))
+def gated_activation(
+    x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
+) -> torch.Tensor:
+    return activation.gated_activation(x, kind, out, limit_of(kind, limit))
 
 
 def gated_linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kind: str
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    kind: str,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """gated_activation of a linear layer whose first N / 2 outputs are the gate."""
-    return gated_activation(linear(x, weight, bias), kind)
+    return gated_activation(linear(x, weight, bias), kind, limit=limit)
 
 
 def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:

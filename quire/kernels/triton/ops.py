@@ -16,8 +16,10 @@ from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, line
 from quire.kernels.triton.moe.experts import experts
 from quire.kernels.triton.moe.route import route
 from quire.kernels.triton.moe.route_groups import route_groups
+from quire.kernels.triton.moe.route_tokens import route_tokens
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized.experts import quantized_experts
+from quire.kernels.triton.quantized.grouped_linear import quantized_grouped_linear
 from quire.kernels.triton.quantized.linear import (
     Tokens,
     quantized_gated_linear,
@@ -50,14 +52,15 @@ class TritonKernels(DenseWeights):
     head_linear = staticmethod(head_linear)
     route = staticmethod(route)
     route_groups = staticmethod(route_groups)
+    route_tokens = staticmethod(route_tokens)
 
     def embedding(
         self, ids: torch.Tensor, weight: PackedWeight, scale: float = 1.0
     ) -> torch.Tensor:
         return embedding(ids, weight.data, scale)
 
-    def gated_activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        return gated_activation(x, kind, limit=limit_of(kind))
+    def gated_activation(self, x: torch.Tensor, kind: str, *, limit: float = 0.0) -> torch.Tensor:
+        return gated_activation(x, kind, limit=limit_of(kind, limit))
 
     def linear(
         self,
@@ -71,6 +74,15 @@ class TritonKernels(DenseWeights):
         assert isinstance(x, torch.Tensor)
         return linear(x, weight.data, bias, deterministic=self.deterministic, out=out)
 
+    def grouped_linear(
+        self, x: torch.Tensor, weight: torch.Tensor | PackedQuantized
+    ) -> torch.Tensor:
+        """[T, G N] of x [T, G K] and a stack of weights [G, N, K], each group's own."""
+        if isinstance(weight, PackedQuantized):
+            return quantized_grouped_linear(x, weight, deterministic=self.deterministic)
+        groups, _, k = weight.shape
+        return head_linear(x.view(x.shape[0], groups, k), weight).flatten(1)
+
     def gated_linear(
         self,
         x: torch.Tensor,
@@ -78,15 +90,19 @@ class TritonKernels(DenseWeights):
         bias: torch.Tensor | None,
         kind: str,
         then: PackedWeight | PackedQuantized | None = None,
+        *,
+        limit: float = 0.0,
     ) -> Tokens:
-        """The gated product, stored as `linear` takes it fastest with the weight `then`."""
+        """The gated product, stored as `linear` takes it fastest with the weight `then`. `limit`:
+        as in gated_activation, where it is not the kind's own."""
+        limit = limit_of(kind, limit)
         if isinstance(weight, PackedQuantized):
             return quantized_gated_linear(
-                x, weight, kind, bias, limit=limit_of(kind), deterministic=self.deterministic,
+                x, weight, kind, bias, limit=limit, deterministic=self.deterministic,
                 then=_quantized(then),
             )  # fmt: skip
-        if limit_of(kind):
-            return self.gated_activation(self.linear(x, weight, bias), kind)
+        if limit:
+            return self.gated_activation(self.linear(x, weight, bias), kind, limit=limit)
         return gated_linear(x, weight.data, kind, bias, deterministic=self.deterministic)
 
     def add_norm_linear(
@@ -100,23 +116,25 @@ class TritonKernels(DenseWeights):
         kind: str,
         then: PackedWeight | PackedQuantized | None = None,
         normed: torch.Tensor | None = None,
+        *,
+        limit: float = 0.0,
     ) -> tuple[Tokens, torch.Tensor]:
         """(product with the norm of residual + x, that sum), gated where a `kind` is named, then
         stored as in gated_linear. The residual given may be overwritten; the norm itself is also
         written to `normed` where that is given, which takes a dense weight."""
         given = (x, residual, norm_weight, eps)
+        limit = limit_of(kind, limit)
         if isinstance(weight, PackedQuantized):
             assert normed is None
             return quantized_norm_linear(
-                *given, weight, bias, kind, limit=limit_of(kind),
+                *given, weight, bias, kind, limit=limit,
                 deterministic=self.deterministic, then=_quantized(then),
             )  # fmt: skip
-        limited = limit_of(kind) > 0
         y, residual = add_norm_linear(
-            *given, weight.data, bias, "" if limited else kind, normed,
+            *given, weight.data, bias, "" if limit else kind, normed,
             deterministic=self.deterministic,
         )  # fmt: skip
-        return self.gated_activation(y, kind) if limited else y, residual
+        return self.gated_activation(y, kind, limit=limit) if limit else y, residual
 
     def attention(
         self,
@@ -185,16 +203,21 @@ class TritonKernels(DenseWeights):
         kind: str,
         gate_up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
+        *,
+        limit: float = 0.0,
     ) -> torch.Tensor:
+        limit = limit_of(kind, limit)
         if isinstance(gate_up, PackedQuantized):
             assert isinstance(down, PackedQuantized)
             return quantized_experts(
-                x, weights, ids, gate_up, down, kind, limit=limit_of(kind),
+                x, weights, ids, gate_up, down, kind, limit=limit,
                 gate_up_bias=gate_up_bias, down_bias=down_bias, deterministic=self.deterministic,
             )  # fmt: skip
         assert isinstance(down, torch.Tensor) and isinstance(x, torch.Tensor)
-        assert gate_up_bias is None and not limit_of(kind)  # the plan refuses such experts
-        return experts(x, weights, ids, gate_up, down, kind, deterministic=self.deterministic)
+        assert gate_up_bias is None  # the plan refuses such experts
+        return experts(
+            x, weights, ids, gate_up, down, kind, limit=limit, deterministic=self.deterministic
+        )
 
 
 def _quantized(weight: PackedWeight | PackedQuantized | None) -> PackedQuantized | None:

@@ -44,7 +44,7 @@ class Compressor:
         """Takes in a step's tokens and writes the entries that they complete to the cache."""
         layer, norm, entries = self.layer, self.norm, self.entries
         self.kernels.compress(
-            self.rows(x_TH).view(len(x_TH), 2, -1), self.positions.data, self.state.tensor,
+            self.rows.exact(x_TH).view(len(x_TH), 2, -1), self.positions.data, self.state.tensor,
             norm.weight, norm.eps, self.rope(), places.tokens, places.slots(entries),
             places.paged(entries), layer.ratio, layer.sparse,
         )  # fmt: skip
@@ -71,6 +71,6 @@ class Indexer:
         queries = self.queries(latent_TR).view(-1, c.index_heads, c.index_size)
         queries = self.kernels.rotate_pairs(queries, self.rope(), tokens.positions)
         return self.kernels.select_entries(
-            queries, self.weights(x_TH) * self.scale, tokens, places.paged(self.keys.entries),
+            queries, self.weights.exact(x_TH) * self.scale, tokens, places.paged(self.keys.entries),
             self.layer.ratio, c.index_topk,
         )  # fmt: skip

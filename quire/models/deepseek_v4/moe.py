@@ -4,45 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.reference.moe.route_tokens import route_tokens
 from quire.layers.build import Build
-from quire.layers.experts import SeparateExperts
+from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
+from quire.layers.mlp import GatedMLP
 from quire.layers.moe import UniformLogits
 from quire.layers.vector import Vector
 from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import IndexTable
 
-
-class ClampedMLP:
-    """w2(silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit)); the intermediate size is shared over
-    ranks, whose results the caller sums."""
-
-    def __init__(self, config: Config, build: Build, name: str):
-        hidden, inner, self.limit = config.hidden, config.expert_intermediate, config.limit
-        self.kernels = build.kernels
-        self.gate_up = Linear(
-            build, [f"{name}.w1", f"{name}.w3"], hidden, [inner, inner], shard="outputs"
-        )
-        self.down = Linear(build, [f"{name}.w2"], inner, [hidden], shard="inputs", reduce=False)
-        build.add_width(self.gate_up.local_out * 5 // 2)
-
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x_TH).chunk(2, dim=1)
-        gate.clamp_(max=self.limit)
-        up.clamp_(-self.limit, self.limit)
-        return self.down(self.kernels.gated_activation(torch.cat([gate, up], dim=1), "silu"))
-
-
-class ClampedExperts(SeparateExperts):
-    """Expert by expert."""
-
-    def __init__(self, config: Config, build: Build, name: str):
-        self.experts = [ClampedMLP(config, build, f"{name}.{e}") for e in range(config.experts)]
+# What the checkpoint calls gate, up and down.
+PARTS = ("w1", "w3", "w2")
 
 
 class MoE:
-    """x [T, H] and tokens [T] -> [T, H]."""
+    """x [T, H] and tokens [T] -> [T, H]. All experts clamp the inputs of their activation: the
+    intermediate size of each is shared over ranks."""
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer):
         self.config, self.build = config, build
@@ -54,11 +31,22 @@ class MoE:
             self.table = IndexTable(build, f"{name}.gate.tid2eid", *sizes)
         else:
             self.bias = Vector(build, f"{name}.gate.bias", config.experts)
-        self.experts = ClampedExperts(config, build, f"{name}.experts")
-        self.shared = ClampedMLP(config, build, f"{name}.shared_experts")
+        stacked, inner = build.kernels.dense, config.expert_intermediate
+        make = StackedExperts if stacked else SeparateExperts
+        self.experts: Experts = make(
+            build, f"{name}.experts", config.hidden, inner, config.experts, "silu",
+            parts=PARTS, limit=config.limit,
+        )  # fmt: skip
+        self.shared = GatedMLP(
+            build, f"{name}.shared_experts", config.hidden, inner, "silu",
+            reduce=False, parts=PARTS, limit=config.limit,
+        )  # fmt: skip
         self._uniform = UniformLogits(build, config.experts)
-        # Each slot's result and its product with the weight; scores in several orders.
-        build.add_width(2 * config.experts_per_token * config.hidden + 6 * config.experts)
+        # Each slot's result and its product with the weight; scores in several orders; stacked
+        # experts keep the inner values of all slots.
+        slots = config.experts_per_token
+        kept = slots * inner if stacked else 0
+        build.add_width(2 * slots * config.hidden + 6 * config.experts + kept)
 
     def __call__(self, x_TH: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
         weights_TK, ids_TK = self.route(x_TH, tokens_T)
@@ -70,15 +58,12 @@ class MoE:
     def route(
         self, x_TH: torch.Tensor, tokens_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights float32 [T, K] and expert ids [T, K]."""
-        logits_TE, c = self.router(x_TH), self.config
+        """Weights float32 [T, K] and expert ids int32 [T, K]."""
+        logits_TE, c = self.router.exact(x_TH), self.config
+        table_VK = None if self.table is None else self.table.data
+        bias_E = None if self.bias is None else self.bias.values
         if self.build.moe_routing == "uniform":
-            logits_TE = self._uniform(logits_TE)
-            return route_tokens(logits_TE, None, None, c.experts_per_token, c.route_scale)
-        return route_tokens(
-            logits_TE,
-            None if self.table is None else self.table.data[tokens_T],
-            None if self.bias is None else self.bias.values,
-            c.experts_per_token,
-            c.route_scale,
+            logits_TE, table_VK, bias_E = self._uniform(logits_TE), None, None
+        return self.build.kernels.route_tokens(
+            logits_TE, tokens_T, table_VK, bias_E, c.experts_per_token, c.route_scale
         )

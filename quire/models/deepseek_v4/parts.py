@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from quire.errors import ModelError
-from quire.layers.build import Build
+from quire.formats.layout import FP8_BLOCK
+from quire.formats.quantized import QuantTensor
+from quire.layers.build import Build, DenseKernels
 from quire.layers.linear import pack
 from quire.layers.read import read_matrix, to_dense
 from quire.weights.source import TensorInfo, WeightSource
@@ -83,13 +86,15 @@ class ExactMatrix:
 
 class GroupedLinear:
     """A linear layer of each group of the inputs by itself: x [T, G * K] -> [T, G * N]; one weight
-    [G * N, K] holds the groups' rows one after another. Groups are shared over ranks."""
+    [G * N, K] holds the groups' rows one after another. Groups are shared over ranks. Dense kernels
+    have the groups' weights in one stack [G, N, K]."""
 
     def __init__(self, build: Build, name: str, groups: int, inputs: int, outputs: int):
         self.build, self.name = build, f"{name}.weight"
         self.groups, self.inputs, self.outputs = groups, inputs, outputs
         self._share = build.group.shard(groups, f"groups of {name}")
         self.packed: list[Any] = []
+        self.stacked: Any = None
         build.add_weight(self)
 
     def tensors(self) -> list[TensorInfo]:
@@ -102,11 +107,15 @@ class GroupedLinear:
 
     def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
         """The reason where the kernels do not take the weight's codes as they are."""
-        reason = self.build.kernels.why_widened(formats(self.name), self.inputs)
+        format = formats(self.name)
+        reason = self.build.kernels.why_widened(format, self.inputs)
+        if not reason and format == "fp8_block" and self.outputs % FP8_BLOCK:
+            reason = f"{self.outputs} rows of a group are not whole blocks of {FP8_BLOCK}"
         return {self.name: reason} if reason else {}
 
     def load(self, source: WeightSource) -> None:
-        whole = read_matrix(self.build, source, self.name)
+        layer = "" if self.widened(lambda name: source.info(name).format) else "linear"
+        whole = read_matrix(self.build, source, self.name, layer=layer)
         rows = [
             slice(group * self.outputs, (group + 1) * self.outputs)
             for group in range(self._share.start, self._share.stop)
@@ -114,9 +123,22 @@ class GroupedLinear:
         parts: list[Any] = [
             whole[part] if isinstance(whole, torch.Tensor) else whole.rows(part) for part in rows
         ]
-        self.packed = [pack(self.build.kernels, part) for part in parts]
+        if self.build.kernels.dense:
+            self.stacked = self._stack(parts)
+        else:
+            self.packed = [pack(self.build.kernels, part) for part in parts]
+
+    def _stack(self, parts: list[Any]) -> Any:
+        kernels = cast(DenseKernels, self.build.kernels)
+        stacked = kernels.stack(len(parts), (pack(self.build.kernels, part) for part in parts))
+        first = parts[0]
+        if isinstance(first, QuantTensor):  # how activations are wanted does not come with a stack
+            return replace(stacked, activation=first.activation, input_scale=first.input_scale)
+        return stacked
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if self.stacked is not None:
+            return cast(DenseKernels, self.build.kernels).grouped_linear(x_TI, self.stacked)
         linear, inputs = self.build.kernels.linear, self.inputs
         return torch.cat(
             [

@@ -12,6 +12,7 @@ process of its own, since the tests' process has chosen the interpreter.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import traceback
@@ -32,8 +33,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 class Case:
     """A kernel with the types of its arguments ("*bf16", "i32", "fp32", ...) by name, and values
     of its constexprs (PDL is set by target). Pointers, and the integers in `aligned`, are taken
-    to be multiples of 16. `one_instruction`: on sm_90 its products are all wgmma's, whatever the
-    tile, so that tiles of other sizes give the same bits."""
+    to be multiples of 16. `one_instruction`: on sm_90 its products are all wgmma's, or all by
+    the instruction that is named, whatever the tile, so that tiles of other sizes give the same
+    bits."""
 
     name: str
     kernel: Any
@@ -45,7 +47,7 @@ class Case:
     targets: tuple[str, ...] = tuple(TARGETS)
     options: dict[str, Any] = field(default_factory=dict)
     only_full: bool = False
-    one_instruction: bool = False
+    one_instruction: bool | str = False
 
 
 # Bytes of shared memory that one program can have.
@@ -76,7 +78,10 @@ def compile_case(case: Case, target: str) -> Any:
     assert shared <= SHARED[target], f"{shared} bytes of shared memory, {SHARED[target]} allowed"
     if case.one_instruction and target == "sm_90":
         ptx = compiled.asm["ptx"]
-        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx, "other matrix instructions"
+        products = set(re.findall(r"(?:wgmma\.)?mma(?:_async)?\.[.\w]+", ptx))
+        wanted = "wgmma." if case.one_instruction is True else case.one_instruction
+        others = {name for name in products if not name.startswith(wanted)}
+        assert products and not others, f"other matrix instructions: {others or 'none'}"
     return compiled
 
 

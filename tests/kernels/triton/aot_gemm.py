@@ -73,7 +73,10 @@ def tall(tokens: int, height: int, activation: str, target: str, dtype: str = "b
     )
 
 
-def gemm(tiles: GemmTiles, activation: str, target: str, dtype: str = "bf16") -> Case:
+def gemm(
+    tiles: GemmTiles, activation: str, target: str, dtype: str = "bf16", out: str = ""
+) -> Case:
+    """`out`: its dtype, where it is another."""
     tma = target == "sm_90" and dtype != "fp32"
     depth = block_k(4 if dtype == "fp32" else 2)
     types_of = types(dtype, True)
@@ -84,11 +87,13 @@ def gemm(tiles: GemmTiles, activation: str, target: str, dtype: str = "bf16") ->
         types_of["x"] = f"tensordesc<{dtype}[{tiles.height}, {depth}]>"
         types_of["weight"] = f"tensordesc<{dtype}[{pair}{width}, {depth}]>"
         types_of["out"] = f"tensordesc<{dtype}[{tiles.height}, {stored}]>"
+    if out:
+        types_of["out"] = f"*{out}"
     constants = {"BLOCK_M": tiles.height, "BLOCK_N": tiles.width, "BLOCK_K": depth, "GROUP_M": 8}
     constants |= {"AHEAD": AHEAD if tiles.height == 64 else 0, "HALVES": tiles.halves, "TMA": tma}
-    constants |= {"ACTIVATION": activation}
+    constants |= {"ACTIVATION": activation, "STORE_TMA": tma and not out}
     return Case(
-        f"gemm {dtype} {tiles.height} x {tiles.width} {activation}",
+        f"gemm {dtype} {out} {tiles.height} x {tiles.width} {activation}",
         gemm_kernel,
         types_of,
         constants,
@@ -144,6 +149,10 @@ CASES = [
     tall(16, 4096, "", "sm_80", "fp32"),
     add_parts("silu"),
     *(gemm(tiles, "", "sm_90") for tiles in sorted(HOPPER_TILES, key=repr)),
+    *(
+        gemm(tiles, "", "sm_90", out="fp32")
+        for tiles in sorted(HOPPER_TILES - {LARGE[0][0]}, key=repr)
+    ),
     gemm(LARGE[0][0], "silu", "sm_90"),
     *(gemm_elsewhere(tokens, "", target) for tokens in (1, 512) for target in OTHERS),
     *(gemm_elsewhere(512, "silu", target) for target in ("sm_100", "gfx942")),

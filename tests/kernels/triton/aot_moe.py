@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from quire.kernels.triton.moe.align import BLOCKS_STEP, CHUNK, STEP, count_kernel, place_kernel
 from quire.kernels.triton.moe.combine import combine_kernel
@@ -13,6 +14,7 @@ from quire.kernels.triton.moe.experts_small import (
 from quire.kernels.triton.moe.grouped_gemm import GROUP, grouped_gemm_kernel
 from quire.kernels.triton.moe.route import ROWS, route_kernel
 from quire.kernels.triton.moe.route_groups import route_groups_kernel
+from quire.kernels.triton.moe.route_tokens import route_tokens_kernel
 from quire.kernels.triton.moe.tiles import Tile, tiles
 from tests.kernels.triton.aot import SHARED, Case
 
@@ -38,7 +40,7 @@ def grouped(tile: Tile, gated: bool, dtype: str, tma: bool, targets: tuple[str, 
             "max_blocks": "i32",
         },
         {
-            "N": n, "K": k, "SLOTS": SLOTS, "KIND": "silu" if gated else None,
+            "N": n, "K": k, "SLOTS": SLOTS, "KIND": "silu" if gated else None, "LIMIT": 0.0,
             "FROM_TOKENS": gated, "X_MAP": x_map, "WEIGHT_MAP": tma, "ROWS": tile.rows,
             "COLUMNS": tile.columns, "DEPTH": tile.depth, "WEIGHT_TALL": tile.weight_tall,
             "GROUP": GROUP,
@@ -62,7 +64,23 @@ def grouped_cases() -> list[Case]:
     return [grouped(*key, tuple(targets)) for key, targets in found.items()]
 
 
+def routed(table: bool, e: int) -> Case:
+    """DeepSeek V4's router, by a table or with a bias."""
+    types = {"logits_ptr": "*fp32", "tokens_ptr": "*i64", "weights_ptr": "*fp32"}
+    types |= {"ids_ptr": "*i32", "scale": "fp32"}
+    constants = {"E": e, "SLOTS": 6, "BLOCK_E": triton.next_power_of_2(e), "BLOCK_SLOTS": 8}
+    if table:
+        types["table_ptr"], constants["bias_ptr"] = "*i64", None
+    else:
+        types["bias_ptr"], constants["table_ptr"] = "*fp32", None
+    name = f"route_tokens {e} {'table' if table else 'bias'}"
+    return Case(name, route_tokens_kernel, types, constants, num_warps=1)
+
+
 CASES = [
+    routed(False, 256),
+    routed(True, 256),
+    routed(False, 384),
     Case(
         "route groups",
         route_groups_kernel,
@@ -115,7 +133,7 @@ CASES = [
         "gate_up_small",
         gate_up_small_kernel,
         {"x_ptr": "*bf16", "ids_ptr": "*i32", "weight_ptr": "*bf16", "h_ptr": "*bf16"},
-        {"H": H, "I": I, "SLOTS": SLOTS, "KIND": "silu", "ROWS": 4, "DEPTH": 1024},
+        {"H": H, "I": I, "SLOTS": SLOTS, "KIND": "silu", "LIMIT": 10.0, "ROWS": 4, "DEPTH": 1024},
     ),
     Case(
         "down_small",

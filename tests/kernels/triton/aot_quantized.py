@@ -37,7 +37,7 @@ from quire.kernels.triton.quantized.widen import widen_kernel
 from tests.kernels.triton.aot import SHARED, Case
 
 SIZES = ("tokens", "max_blocks", "n", "k", "blocks", "x_stride", "code_stride", "scale_stride")
-SIZES += ("out_stride", "groups")
+SIZES += ("scale_size", "out_stride", "groups")
 ALIGNED = SIZES[2:]
 SCALES = {"nvfp4": "*i64", "mxfp4": "*i32", "fp8_block": "*fp32", "int4": "*bf16", "int8": "*fp16"}
 

@@ -67,6 +67,16 @@ def test_rows_of_several_steps(
     close(found, small_reference(*given, "silu"))
 
 
+@pytest.mark.parametrize(("t", "deterministic"), [(2, False), (2, True), (24, False)])
+def test_a_limit_clamps_gate_and_up(t: int, deterministic: bool, device: torch.device) -> None:
+    given = inputs(t, 5, 3, 72, 40, torch.bfloat16, device)
+    with poisoned_memory():
+        found = experts(*given, "silu", limit=0.3, deterministic=deterministic)
+    close(found, reference(*given, "silu", limit=0.3))
+    with pytest.raises(AssertionError):
+        close(found, reference(*given, "silu"))
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(

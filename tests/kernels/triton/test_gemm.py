@@ -36,6 +36,17 @@ def test_product_equals_reference(
     assert_close(out, reference.gemm(x, weight, bias), magnitude(x, weight, bias))
 
 
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 16), (65, 24, 136)])
+def test_a_float32_result_is_not_rounded(
+    t: int, n: int, k: int, tma: bool, device: torch.device
+) -> None:
+    x, weight = matrix(t, k, torch.bfloat16, device, 1), flat(n, k, torch.bfloat16, device, 2)
+    out = matrix(t, n, torch.float32, device, 4).fill_(torch.nan)
+    run_gemm(x, weight, None, out, "", GemmTiles(64, 64, 4, 3, halves=True), tma)
+    assert_close(out, x.float() @ weight.float().T, magnitude(x, weight))
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("t", "n", "k"), SHAPES)
 def test_gated_product_equals_reference(

@@ -36,6 +36,18 @@ def test_linear_equals_reference(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("t", TOKENS)
+def test_a_float32_result_is_not_rounded(t: int, deterministic: bool, device: torch.device) -> None:
+    """Its columns lie apart, as parts of a larger result do."""
+    x, weight = (matrix(t, K, torch.bfloat16, device, 1), flat(N, K, torch.bfloat16, device, 2))
+    out = matrix(t, N, torch.float32, device, 4).fill_(torch.nan)
+    assert dense.linear(x, weight, deterministic=deterministic, out=out) is out
+    assert_close(out, x.float() @ weight.float().T, magnitude(x, weight))
+    with pytest.raises(ValueError, match="out"):
+        dense.linear(x, weight, deterministic=deterministic, out=out.half())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("t", TOKENS)
 def test_gated_linear_equals_reference(t: int, deterministic: bool, device: torch.device) -> None:
     dtype = torch.bfloat16
     x, weight = matrix(t, K, dtype, device, 1) / K**0.5, flat(2 * N, K, dtype, device, 2)

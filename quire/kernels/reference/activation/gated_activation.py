@@ -9,17 +9,21 @@ from torch.nn import functional
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
-def limit_of(kind: str) -> float:
-    """What a layer's activation of this kind clamps its inputs at, 0 where it does not."""
-    return SWIGLU_LIMIT if kind == "swiglu_oai" else 0.0
+def limit_of(kind: str, limit: float = 0.0) -> float:
+    """What a layer clamps the inputs of its activation at: the `limit` that it names, else what
+    belongs to the kind, 0 where it does not clamp."""
+    return limit or (SWIGLU_LIMIT if kind == "swiglu_oai" else 0.0)
 
 
 def gated_activation(
     x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
 ) -> torch.Tensor:
-    gate, up = x.float().chunk(2, dim=-1)
+    # Halves of one tensor, since torch then works row by row: it rounds the ends of an array
+    # otherwise than the rest, and a row's bits are not to depend on the others.
+    gate, up = x.to(torch.float32, copy=limit > 0).chunk(2, dim=-1)
     if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate.clamp_(max=limit)
+        up.clamp_(-limit, limit)
     if kind == "swiglu_oai":
         y = gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
     elif kind == "silu":

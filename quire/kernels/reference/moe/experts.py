@@ -15,12 +15,14 @@ def experts(
     down: torch.Tensor,
     kind: str,
     *,
+    limit: float = 0.0,
     deterministic: bool = True,
 ) -> torch.Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for token, chosen in enumerate(ids.tolist()):
         for slot, expert in enumerate(chosen):
-            h = gated_activation((gate_up[expert].float() @ x[token].float())[None], kind)[0]
+            inner = (gate_up[expert].float() @ x[token].float())[None]
+            h = gated_activation(inner, kind, limit=limit)[0]
             out[token] += weights[token, slot] * (down[expert].float() @ h)
     return out.to(x.dtype)
 
@@ -32,5 +34,6 @@ def experts_small(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     kind: str,
+    limit: float = 0.0,
 ) -> torch.Tensor:
-    return experts(x, weights, ids, gate_up, down, kind)
+    return experts(x, weights, ids, gate_up, down, kind, limit=limit)

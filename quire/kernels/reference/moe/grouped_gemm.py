@@ -15,6 +15,7 @@ def grouped_gemm(
     tile: object = None,
     *,
     kind: str | None = None,
+    limit: float = 0.0,
     from_tokens: bool,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -30,6 +31,6 @@ def grouped_gemm(
         mine = experts == expert
         y = rows[mine].float() @ weight[expert].float().T
         if kind is not None:
-            y = gated_activation(y, kind)
+            y = gated_activation(y, kind, limit=limit)
         out[mine if from_tokens else pairs[mine]] = y.to(out.dtype)
     return out

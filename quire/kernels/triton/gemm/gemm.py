@@ -66,10 +66,11 @@ def _halves(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def gemm_kernel(
     x, weight, out, weight_data, bias, tokens, n, k, x_stride, out_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    AHEAD: tl.constexpr, HALVES: tl.constexpr, TMA: tl.constexpr,
+    AHEAD: tl.constexpr, HALVES: tl.constexpr, TMA: tl.constexpr, STORE_TMA: tl.constexpr,
     ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`x`, `weight` and `out` are descriptors with TMA, else pointers; `weight_data` is a pointer.
+    """`x` and `weight` are descriptors with TMA and `out` with STORE_TMA, else pointers;
+    `weight_data` is a pointer.
     `n`: columns of out. BLOCK_N: rows of the weight in a tile, those of gate and up together.
     AHEAD: columns of the weight to fetch before the inputs are there. HALVES: the tile is stored
     in two parts, which halves the shared memory that takes."""
@@ -112,10 +113,10 @@ def gemm_kernel(
         if HALVES:
             HALF: tl.constexpr = WIDTH // 2
             left, right = _halves(y, BLOCK_M, WIDTH)
-            _store(out, left, m, first, tokens, n, out_stride, BLOCK_M, HALF, TMA)
-            _store(out, right, m, first + HALF, tokens, n, out_stride, BLOCK_M, HALF, TMA)
+            _store(out, left, m, first, tokens, n, out_stride, BLOCK_M, HALF, STORE_TMA)
+            _store(out, right, m, first + HALF, tokens, n, out_stride, BLOCK_M, HALF, STORE_TMA)
         else:
-            _store(out, y, m, first, tokens, n, out_stride, BLOCK_M, WIDTH, TMA)
+            _store(out, y, m, first, tokens, n, out_stride, BLOCK_M, WIDTH, STORE_TMA)
 
 
 def _copied_by_tma(matrix: torch.Tensor, stride: int) -> bool:
@@ -132,7 +133,8 @@ def gemm(
 ) -> torch.Tensor:
     """x W^T + bias, [T, N] in x's dtype, each row with the same bits in every batch.
 
-    Operands as in `skinny_linear`, with any number of tokens. With `gated` ("silu" or
+    Operands as in `skinny_linear`, with any number of tokens; `out` may be float32, which the sums
+    are not rounded for. With `gated` ("silu" or
     "gelu_tanh") the result of `gated_linear`, [T, N / 2]. Raises ValueError for anything else.
     """
     out = check_operands(x_TK, weight_NK, bias, out, gated)
@@ -162,7 +164,8 @@ def run_gemm(
     hopper, sms = is_hopper(device), num_sms(device)
     if tiles is None:
         height = weight_NK.shape[0]
-        tiles = gemm_tiles(tokens, height, itemsize, sms, hopper, shared_memory(device))
+        widened = out_TN.dtype != x_TK.dtype
+        tiles = gemm_tiles(tokens, height, itemsize, sms, hopper, shared_memory(device), widened)
     width = tiles.width if activation == "" else tiles.width // 2
     if tma is None:
         strides = ((x_TK, x_stride), (weight_NK, k), (out_TN, out_stride))
@@ -170,6 +173,8 @@ def run_gemm(
         tma = hopper and itemsize == 2 and all(_copied_by_tma(*s) for s in strides)
         # It writes whole units of 16 bytes, beyond the last column where that ends within one.
         tma = tma and n * itemsize % 16 == 0
+    # float32 tiles that it would write have no room in shared memory.
+    store_tma = tma and out_TN.dtype == x_TK.dtype
     x: Any = x_TK
     weight: Any = weight_NK
     target: Any = out_TN
@@ -180,6 +185,7 @@ def run_gemm(
             weight = TensorDescriptor(weight_NK, [n, k], [k, 1], [width, depth])
         else:
             weight = TensorDescriptor(weight_NK, [2, n, k], [n * k, k, 1], [2, width, depth])
+    if store_tma:
         stored = [tiles.height, width // 2 if tiles.halves else width]
         target = TensorDescriptor(out_TN, [tokens, n], [out_stride, 1], stored)
     count = triton.cdiv(tokens, tiles.height) * triton.cdiv(n, width)
@@ -204,6 +210,7 @@ def run_gemm(
         AHEAD=AHEAD if tokens <= tiles.height else 0,
         HALVES=tiles.halves,
         TMA=tma,
+        STORE_TMA=store_tma,
         ACTIVATION=activation,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -57,11 +57,18 @@ def size_class(tokens: int) -> int:
 
 
 def gemm_tiles(
-    tokens: int, height: int, itemsize: int, sms: int, hopper: bool, shared: int
+    tokens: int,
+    height: int,
+    itemsize: int,
+    sms: int,
+    hopper: bool,
+    shared: int,
+    widened: bool = False,
 ) -> GemmTiles:
     """Tiles for a weight of `height` rows, alike for all numbers of tokens of a class.
 
-    `shared`: bytes of shared memory a program may have.
+    `shared`: bytes of shared memory a program may have. `widened`: the result is float32 and the
+    operands are not, which leaves no room there for the largest tile's.
     """
     tokens = size_class(tokens)
     if itemsize == 4:  # multiply-adds: their order might follow the tile, so there is one
@@ -78,4 +85,4 @@ def gemm_tiles(
         waves = triton.cdiv(count, sms * tiles.programs_per_sm) * tiles.programs_per_sm
         return float(waves * tiles.height * tiles.width / speed)
 
-    return min(LARGE, key=cost)[0]
+    return min(LARGE[1:] if widened else LARGE, key=cost)[0]

@@ -50,6 +50,7 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias, [T, N] in x's dtype; operands as in `skinny_linear`, any number of tokens.
+    `out` may be float32, which the sums are not rounded for; cuBLAS does not have that.
 
     `deterministic`: a row's bits depend on nothing but the row and the weight. Raises ValueError
     for operands that do not go together.
@@ -59,6 +60,8 @@ def linear(
     n, k = weight_NK.shape
     if x_TK.shape[0] <= crossing(n, k, x_TK.dtype):
         return skinny.skinny_linear(x_TK, weight_NK, bias, out)
+    if out is not None and out.dtype != x_TK.dtype:
+        return gemm(x_TK, weight_NK, bias, out)
     out = check_operands(x_TK, weight_NK, bias, out)
     _library(x_TK, weight_NK, bias, out)
     return out

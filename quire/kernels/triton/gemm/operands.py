@@ -35,4 +35,6 @@ def check_operands(
         return empty_rows(tokens, outputs, x_TK.dtype, x_TK.device)
     if out.shape != (tokens, outputs):
         raise ValueError(f"out: expected [{tokens}, {outputs}], not {list(out.shape)}")
+    if out.dtype not in (x_TK.dtype, torch.float32):
+        raise ValueError(f"out: expected {x_TK.dtype} or float32, not {out.dtype}")
     return out

@@ -27,6 +27,7 @@ def experts(
     down: torch.Tensor,
     kind: str,
     *,
+    limit: float = 0.0,
     deterministic: bool,
 ) -> torch.Tensor:
     """sum over k of weights[t, k] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])) with
@@ -34,7 +35,7 @@ def experts(
 
     x [T, H], `weights` float32 [T, K], `ids` int32 [T, K], `gate_up` [E, 2 I, H] with gate rows
     first, `down` [E, H, I], all contiguous; x and the experts' weights bfloat16, float16 or
-    float32. `kind`: the activation, "silu" or "gelu_tanh".
+    float32. `kind`: the activation, "silu" or "gelu_tanh", with `limit` as in gated_activation.
 
     Products are in float32; act(gate) * up is rounded to x's dtype, a token's slots are added in
     their order in float32, and the sum is rounded. The path follows from shapes alone.
@@ -46,13 +47,13 @@ def experts(
     (t, k), (e, hidden, _) = ids.shape, down.shape
     pairs = t * k
     if pairs <= SMALL_PAIRS and not deterministic:
-        return experts_small(x, weights, ids, gate_up, down, kind)
+        return experts_small(x, weights, ids, gate_up, down, kind, limit)
     check_experts(x, weights, ids, gate_up, down, kind)
     first, second = tiles(
         pairs, e, x.dtype, deterministic=deterministic, shared=shared_memory(x.device)
     )
     aligned = align(ids, e, first.rows)
-    h = grouped_gemm(x, gate_up, aligned, first, kind=kind, from_tokens=True)
+    h = grouped_gemm(x, gate_up, aligned, first, kind=kind, limit=limit, from_tokens=True)
     exact = deterministic or pairs * hidden * 4 <= CACHED_BYTES
     dtype = torch.float32 if exact else x.dtype
     y = grouped_gemm(h, down, aligned, second, from_tokens=False, dtype=dtype)

@@ -30,6 +30,7 @@ def gate_up_small_kernel(
     I: tl.constexpr,  # noqa: E741
     SLOTS: tl.constexpr,
     KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     PDL: tl.constexpr,
@@ -53,7 +54,7 @@ def gate_up_small_kernel(
         up = tl.load(gate_ptrs + I * H, mask=inside, other=0.0, eviction_policy="evict_first")
         gate_sums += gate.to(tl.float32) * x
         up_sums += up.to(tl.float32) * x
-    h = activate(tl.sum(gate_sums, axis=1), tl.sum(up_sums, axis=1), KIND)
+    h = activate(tl.sum(gate_sums, axis=1), tl.sum(up_sums, axis=1), KIND, LIMIT)
     h_ptrs = h_ptr + pair.to(tl.int64) * I + row
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row < I)
 
@@ -130,13 +131,14 @@ def experts_small(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     kind: str,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """What `experts` computes, [T, H] in x's dtype, for up to about 64 pairs.
 
     x [T, H], `weights` float32 [T, K], `ids` int32 [T, K], `gate_up` [E, 2 I, H] with gate rows
-    first, `down` [E, H, I], all contiguous. Sums are in float32, a token's slots in their order;
-    only act(gate) * up and the result are rounded to x's dtype. Raises ValueError for what does not
-    go together.
+    first, `down` [E, H, I], all contiguous; `limit` as in gated_activation. Sums are in float32, a
+    token's slots in their order; only act(gate) * up and the result are rounded to x's dtype.
+    Raises ValueError for what does not go together.
     """
     check_experts(x, weights, ids, gate_up, down, kind)
     (t, slots), hidden, intermediate = ids.shape, x.shape[1], down.shape[2]
@@ -154,6 +156,7 @@ def experts_small(
         I=intermediate,
         SLOTS=slots,
         KIND=kind,
+        LIMIT=limit,
         **sizes(hidden),
     )
     launch(

@@ -83,6 +83,7 @@ def grouped_gemm_kernel(
     K: tl.constexpr,
     SLOTS: tl.constexpr,
     KIND: tl.constexpr,
+    LIMIT: tl.constexpr,
     FROM_TOKENS: tl.constexpr,
     X_MAP: tl.constexpr,
     WEIGHT_MAP: tl.constexpr,
@@ -132,7 +133,7 @@ def grouped_gemm_kernel(
             up_sums = _multiply(a, b, up_sums, WEIGHT_TALL)
 
     if KIND is not None:
-        sums = activate(sums, up_sums, KIND)
+        sums = activate(sums, up_sums, KIND, LIMIT)
     if WEIGHT_TALL:
         sums = sums.T
     out_row = position if FROM_TOKENS else pair
@@ -157,6 +158,7 @@ def grouped_gemm(
     tile: Tile,
     *,
     kind: str | None = None,
+    limit: float = 0.0,
     from_tokens: bool,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -166,7 +168,7 @@ def grouped_gemm(
     positions of `aligned`. Otherwise x [T * K, C] has a row for each sorted position, and the
     result's rows are the pairs in token order. So the first product writes what the second reads
     in runs. `weight` [E, N, C]; with `kind` ("silu", "gelu_tanh") it is [E, 2 N, C], gate rows
-    first, and the result is act(gate) * up.
+    first, and the result is act(gate) * up, with `limit` as in gated_activation.
 
     x and weight contiguous, both bfloat16, float16 or float32. Sums are in float32 over C from
     its start to its end, and rounded once. `tile.rows` must be `aligned.block`. Raises ValueError
@@ -209,6 +211,7 @@ def grouped_gemm(
         K=k,
         SLOTS=aligned.experts_per_token,
         KIND=kind,
+        LIMIT=limit,
         FROM_TOKENS=from_tokens,
         X_MAP=x_map is not None,
         WEIGHT_MAP=weight_map is not None,

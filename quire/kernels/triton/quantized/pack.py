@@ -82,6 +82,13 @@ class PackedQuantized:
         }
         return replace(self, **room, activation="none", input_scale=None)
 
+    def one(self, place: int) -> PackedQuantized:
+        """A weight of a stack, in the stack's memory."""
+        parts: dict[str, Any] = {
+            name: None if part is None else part[place] for name, part in self._parts.items()
+        }
+        return replace(self, **parts)
+
     def put(self, place: int, one: PackedQuantized) -> None:
         """Write one weight into a stack. ValueError where it is not like the others."""
         for name, part in one._parts.items():

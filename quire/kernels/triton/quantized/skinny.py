@@ -19,7 +19,7 @@ from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_fo
 from quire.kernels.triton.quantized.operands import ahead, check_linear, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
-from quire.kernels.triton.rows import row_stride
+from quire.kernels.triton.rows import empty_rows, row_stride
 
 MAX_TOKENS = 64
 
@@ -27,15 +27,27 @@ MAX_TOKENS = 64
 @triton.jit(do_not_specialize=["tokens"])
 def skinny_kernel(
     x, codes, scales, row_scales, zeros, bias, out, tokens, n, k, blocks, x_stride, code_stride,
-    scale_stride, out_stride,
+    scale_stride, scale_size, out_stride,
     T: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. AHEAD: elements of
-    each row of codes to fetch before the inputs are there."""
+    """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. A program's second
+    number is that of its weight, where there are several: each has its own k columns of x and n of
+    out, and its scales `scale_size` elements behind the scales of the one before. AHEAD: elements
+    of each row of codes to fetch before the inputs are there."""
     let_next_start(PDL)
+    group = tl.program_id(1).to(tl.int64)
+    x += group * k
+    out += group * n
+    codes += group * n * code_stride
+    if scales is not None:
+        scales += group * scale_size
+    if zeros is not None:
+        zeros += group * scale_size
+    if row_scales is not None:
+        row_scales += group * n
     first = tl.program_id(0) * (ROWS if ACTIVATION == "" else ROWS // 2)
     rows = weight_rows(first, n, ROWS, ACTIVATION)
     if PDL:
@@ -113,26 +125,54 @@ def skinny(
     skinny_tiles'. Raises ValueError for what does not go together.
     """
     out = check_linear(x_TK, weight, bias, out, kind)
-    tokens, n, device = x_TK.shape[0], out.shape[1], x_TK.device
+    _run(x_TK, weight, bias, out, kind, limit, tiles)
+    return out
+
+
+def skinny_groups(x_TI: torch.Tensor, weight: PackedQuantized) -> torch.Tensor:
+    """[T, G N] bfloat16 of a stack of weights [G, N, K] for up to 64 tokens x [T, G K]: each group
+    of K columns times its own weight, in one launch. Else as `skinny`."""
+    groups = weight.experts
+    if groups is None or x_TI.dim() != 2 or x_TI.shape[1] != groups * weight.k:
+        raise ValueError(f"x: {list(x_TI.shape)} is not [T, {groups} * {weight.k}]")
+    if x_TI.dtype != torch.bfloat16:
+        raise ValueError(f"x: expected bfloat16, not {x_TI.dtype}")
+    out = empty_rows(x_TI.shape[0], groups * weight.n, x_TI.dtype, x_TI.device)
+    _run(x_TI, weight, None, out, "", 0.0, None)
+    return out
+
+
+def _run(
+    x: torch.Tensor,
+    weight: PackedQuantized,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    kind: str,
+    limit: float,
+    tiles: dict[str, int] | None,
+) -> None:
+    groups = weight.experts or 1
+    tokens, n, device = x.shape[0], out.shape[1] // groups, x.device
     if tokens > MAX_TOKENS:
         raise ValueError(f"x: {tokens} tokens, at most {MAX_TOKENS} here")
     if tokens == 0 or n == 0:
-        return out
-    bucket = max(8, triton.next_power_of_2(tokens))
+        return
+    bucket, rows = max(8, triton.next_power_of_2(tokens)), weight.n * groups
     sizes = dict(
         tiles
         or skinny_tiles(
-            bucket, weight.n, weight.format, weight.group, num_sms(device), shared_memory(device)
+            bucket, rows, weight.format, weight.group, num_sms(device), shared_memory(device)
         )
     )
+    scales = weight.scales
     step = sizes["BLOCKS"] * sizes["PARTS"]
     launch(
         skinny_kernel,
-        (triton.cdiv(n, sizes["ROWS"] // (1 if kind == "" else 2)),),
+        (triton.cdiv(n, sizes["ROWS"] // (1 if kind == "" else 2)), groups),
         device,
-        x_TK,
+        x,
         weight.codes,
-        weight.scales,
+        scales,
         weight.row_scales,
         weight.zeros,
         bias,
@@ -141,9 +181,10 @@ def skinny(
         n,
         weight.k,
         weight.blocks,
-        row_stride(x_TK, "x"),
+        row_stride(x, "x"),
         weight.codes.shape[-1],
-        0 if weight.scales is None else weight.scales.shape[-1],
+        0 if scales is None else scales.shape[-1],
+        0 if scales is None else scales.shape[-2] * scales.shape[-1],
         row_stride(out, "out"),
         T=bucket,
         AHEAD=ahead(weight, step * (sizes["num_stages"] - 1)),
@@ -154,4 +195,3 @@ def skinny(
         **instructions(device),
         **sizes,
     )
-    return out

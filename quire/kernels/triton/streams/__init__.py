@@ -1,0 +1,1 @@
+"""Streams beside each other that layers read and write through learned mixes."""

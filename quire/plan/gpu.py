@@ -102,7 +102,6 @@ def place(
     build = _build(hf, "bfloat16", group, asked)
     quantized = any(is_quantized(formats(name)) for name in matrices(build))
     dtype = _choose_dtype(options, hf, quantized, choices)
-    _check_kernels(build)
     if dtype != "bfloat16":
         build = _build(hf, dtype, group, asked)
     check_head_sizes(build)
@@ -245,16 +244,6 @@ def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], st
             "unsupported_experts",
             f"the GPU kernels do not have {chosen} of {experts} experts for each token",
             why=f"at most {MOST_EXPERTS_PER_TOKEN} of {MOST_EXPERTS}",
-            fix="use --device cpu",
-        )
-
-
-def _check_kernels(build: Build) -> None:
-    if build.states or not all(cache.by_kernels for cache in build.caches):
-        raise PlanError(
-            "unsupported_model",
-            "there are no GPU kernels for this model's attention yet",
-            why="it attends to compressed entries, and keeps windows of tokens open over steps",
             fix="use --device cpu",
         )
 

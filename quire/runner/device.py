@@ -146,8 +146,7 @@ class DeviceRunner:
         self._wanted = deque(self._planned())
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
-        """One scratch for all layers that attend by Kernels.attention, of the shape that takes the
-        most."""
+        """One scratch for all layers, of the shape that takes the most."""
         common: dict[str, Any] = {
             "total_tokens": plan.context_tokens,
             "dtype": self._kernels.dtype,
@@ -159,6 +158,9 @@ class DeviceRunner:
             for c in caches
             if c.by_kernels
         }
+        if not all(cache.by_kernels for cache in caches):
+            numbers = SCRATCH_BYTES // torch.float32.itemsize
+            self._kernels.compressed.scratch = torch.empty(numbers, device=self.device)
         if not shapes:
             return
 

@@ -86,6 +86,38 @@ def test_a_tiny_deepseek_equals_the_cpu_runner(
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("deterministic", "kv"), [(False, "auto"), pytest.param(True, "fp8", marks=pytest.mark.full)]
+)
+def test_a_tiny_deepseek_v4_equals_the_cpu_runner(
+    write_model: WriteModel, deterministic: bool, kv: str
+) -> None:
+    """A prompt in chunks, decoding, two requests, the second with a prefix that is cached; layers
+    of all kinds, of which one chooses among its entries."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "moe_intermediate_size": 16, "hc_mult": 2}
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
+    layers = ["sliding_attention", *rates]
+    sizes |= {"layer_types": layers, "compress_rates": rates, "vocab_size": 64, "index_topk": 3}
+    family = {**FAMILIES["deepseek_v4"], **sizes, "n_routed_experts": 4}
+    del family["compress_ratios"]  # which the published ones have instead
+    model = write_model(**family)
+    prompt = list(range(3, 40))
+    adds = [
+        Add("a", prompt, SamplingParams(temperature=0.0, max_tokens=2, logprobs=1), seed=0),
+        Add("b", [*prompt[:33], 7], SamplingParams(temperature=1.0, max_tokens=2), seed=5),
+    ]
+    given: dict[str, Any] = {**SMALL, "max_num_seqs": 1, "kv_cache_dtype": kv}
+    expected = run(engine(model, "cpu", kernels="reference", **given), adds)
+    made = engine(model, "cuda", warm=False, deterministic=deterministic, **given)
+    found = run(made, adds)
+    assert made.core.scheduler.stats().prefix_hit_tokens > 0
+    for name, want in expected.items():
+        assert found[name].tokens == want.tokens
+        # A value between two codes of e4m3 may get either.
+        bound = 1e-4 if kv == "auto" else 5e-3
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=bound)
+
+
 def test_a_tiny_quantised_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
     model = write_model(
         num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,

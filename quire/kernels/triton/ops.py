@@ -10,6 +10,7 @@ from quire.kernels.reference.packed import PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.attention.latent_attention import latent_attention
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
+from quire.kernels.triton.compressed.ops import CompressedKernels
 from quire.kernels.triton.embedding.embedding import embedding
 from quire.kernels.triton.gemm.head_linear import head_linear
 from quire.kernels.triton.gemm.linear import add_norm_linear, gated_linear, linear
@@ -44,6 +45,7 @@ class TritonKernels(DenseWeights):
         super().__init__(dtype, device)
         self.deterministic = deterministic
         self.scratch: Scratch | None = None
+        self.compressed = CompressedKernels(deterministic)
 
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)

@@ -17,7 +17,8 @@ from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.models.deepseek_v4.places import Places
 
-# Products of queries and keys, of weights and values, and the keys themselves, in float32.
+# Of the kernels for CPUs: products of queries and keys, of weights and values, and the keys
+# themselves, in float32.
 SCRATCH_BYTES = 3 * 4 * AT_ONCE
 
 
@@ -51,28 +52,26 @@ class Attention:
             if layer.sparse:
                 self.indexer = Indexer(c, build, f"{name}.indexer", layer, index[0])
         build.add_width(6 * width + ranks)
-        build.add_scratch(SCRATCH_BYTES)
+        if not build.kernels.dense:
+            build.add_scratch(SCRATCH_BYTES)
 
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
         c, tokens, table, kernels = self.config, places.tokens, self.rope(), self.compressed
         latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
         latent_TR = self.query_norm(latent_TR.contiguous())
         q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
-        q_THD = kernels.rotate_pairs(q_THD, table, tokens.positions, eps=c.eps)
-        window = places.paged(self.window)
-        norm = self.key_norm
-        kernels.insert_keys(
-            key_TD, norm.weight, norm.eps, table, tokens, places.slots(self.window), window
+        window, norm = places.paged(self.window), self.key_norm
+        q_THD = kernels.rotate_and_insert(
+            q_THD, key_TD, norm.weight, norm.eps, table, tokens, places.slots(self.window), window
         )
-        seen = (tokens, self.sinks.values, c.head_size**-0.5, window, c.window)
-        if self.compressor is not None:
+        seen = (tokens, self.sinks.values, c.head_size**-0.5, table, window, c.window)
+        if self.compressor is None:
+            mixed_THD = kernels.sparse_attention(q_THD, *seen)
+        else:
             self.compressor(x_TH, places)
             chosen_TE = None
             if self.indexer is not None:
                 chosen_TE = self.indexer(x_TH, latent_TR, places)
             entries = places.paged(self.compressor.entries)
             mixed_THD = kernels.sparse_attention(q_THD, *seen, entries, self.layer.ratio, chosen_TE)
-        else:
-            mixed_THD = kernels.sparse_attention(q_THD, *seen)
-        mixed_THD = kernels.rotate_pairs(mixed_THD, table, tokens.positions, inverse=True)
         return self.out(self.mix(mixed_THD.flatten(1)))

@@ -11,11 +11,10 @@ import torch
 
 from quire.kernels.compressed import StepTokens
 from quire.kernels.reference.compressed.entries import Entries, PackedKeys, Plain
-from quire.kernels.reference.compressed.rotate_pairs import rotate_pairs
 from quire.kernels.triton.compressed.sparse_attention import sparse_attention, states_of
 from tests.kernels.triton.compressed_inputs import REFERENCE
 from tests.kernels.triton.paged_inputs import TOLERANCE
-from tests.kernels.triton.sparse_inputs import last_tokens, on_cpu, paged, paged_on_cpu
+from tests.kernels.triton.sparse_inputs import last_tokens, paged, paged_on_cpu
 
 SCALE, RATIO = 0.3, 4
 
@@ -109,12 +108,9 @@ class Requests:
         others = given[6:8] and (paged_on_cpu(self.entries), RATIO)
         expected = REFERENCE.sparse_attention(
             q[:real].cpu().float(), real_tokens, self.sinks.cpu(), SCALE,
-            paged_on_cpu(self.window), shape.size, *others,
+            self.table.cpu() if rotates else None, paged_on_cpu(self.window), shape.size, *others,
             None if chosen is None else chosen[:real].cpu().long(),
         )  # fmt: skip
-        if rotates:
-            positions = on_cpu(tokens).positions[:real]
-            expected = rotate_pairs(expected, self.table.cpu(), positions, inverse=True)
         return out[:real].cpu(), expected.to(shape.dtype)
 
     def check(self, *args: object, **options: object) -> None:

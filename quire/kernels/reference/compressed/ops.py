@@ -96,6 +96,22 @@ class CompressedKernels:
         normed_TD = self.rms_norm(keys_TD.contiguous(), norm_D, eps)
         _write(cache, slots_T, rotate_pairs(normed_TD, cos_sin, tokens.positions))
 
+    def rotate_and_insert(
+        self,
+        q_THD: torch.Tensor,
+        keys_TD: torch.Tensor,
+        norm_D: torch.Tensor,
+        eps: float,
+        cos_sin: torch.Tensor,
+        tokens: StepTokens,
+        slots_T: torch.Tensor,
+        cache: Paged,
+    ) -> torch.Tensor:
+        """rotate_pairs of the queries, each head divided by its root mean square, and insert_keys
+        of the same tokens."""
+        self.insert_keys(keys_TD, norm_D, eps, cos_sin, tokens, slots_T, cache)
+        return self.rotate_pairs(q_THD, cos_sin, tokens.positions, eps=eps)
+
     # -- compressed entries --------------------------------------------------------------------
 
     def compress(
@@ -161,6 +177,7 @@ class CompressedKernels:
         tokens: StepTokens,
         sinks_H: torch.Tensor,
         scale: float,
+        cos_sin: torch.Tensor | None,
         window: Paged,
         size: int,
         compressed: Paged | None = None,
@@ -169,7 +186,8 @@ class CompressedKernels:
     ) -> torch.Tensor:
         """[T, H, D]: each token attends to the last `size` tokens in `window`, itself among them,
         and to the `compressed` entries that are `chosen` (integers, -1: none), or to all that it
-        may see, one for each `ratio` tokens before it (sparse_attention.py)."""
+        may see, one for each `ratio` tokens before it (sparse_attention.py). The result is rotated
+        back, where there is a table for it."""
         position_TK = tokens.positions[:, None] - torch.arange(size - 1, -1, -1)
         caches = [(window.memory, _slots(window, tokens.rows, position_TK))]
         if compressed is not None:
@@ -179,7 +197,10 @@ class CompressedKernels:
                 hidden_TE = entry_E >= visible_T[:, None]
                 chosen_TE = entry_E.expand(len(visible_T), -1).masked_fill(hidden_TE, -1)
             caches.append((compressed.memory, _slots(compressed, tokens.rows, chosen_TE)))
-        return attending.sparse_attention(q_THD, caches, window.entries, sinks_H, scale)
+        mixed_THD = attending.sparse_attention(q_THD, caches, window.entries, sinks_H, scale)
+        if cos_sin is None:
+            return mixed_THD
+        return rotate_pairs(mixed_THD, cos_sin, tokens.positions, inverse=True)
 
 
 def _slots(cache: Paged, rows_T: torch.Tensor, index_TN: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def compile_case(case: Case, target: str) -> Any:
     assert shared <= SHARED[target], f"{shared} bytes of shared memory, {SHARED[target]} allowed"
     if case.one_instruction and target == "sm_90":
         ptx = compiled.asm["ptx"]
-        products = set(re.findall(r"(?:wgmma\.)?mma(?:_async)?\.[.\w]+", ptx))
+        products = set(re.findall(r"\b(?<!\.)(?:wgmma\.mma_async|mma)\.[.\w]+", ptx))
         wanted = "wgmma." if case.one_instruction is True else case.one_instruction
         others = {name for name in products if not name.startswith(wanted)}
         assert products and not others, f"other matrix instructions: {others or 'none'}"

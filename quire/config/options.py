@@ -180,6 +180,12 @@ class EngineOptions:
         asked = self.speculative_config
         return None if asked is None else parse_speculation(asked)
 
+    @property
+    def mtp(self) -> bool:
+        """Whether the model's own module for multi-token prediction drafts."""
+        asked = self.speculation
+        return asked is not None and asked.method == "mtp"
+
 
 @dataclass(frozen=True)
 class ServerOptions:

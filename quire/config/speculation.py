@@ -8,7 +8,9 @@ from typing import Any
 
 from quire.errors import UsageError, suggest
 
-METHODS = ("ngram", "draft_model")
+METHODS = ("ngram", "draft_model", "mtp")
+# Older names of methods, as vLLM maps them.
+OTHER_NAMES = {"deepseek_mtp": "mtp"}
 MOST_DRAFTS = 32
 MOST_LOOKUP = 64
 # vLLM's where neither is given.
@@ -20,7 +22,8 @@ class Speculation:
     """How tokens are drafted: `num_speculative_tokens` at most for each row of a step.
 
     `prompt_lookup_min` and `prompt_lookup_max`: sizes of n-grams (method ngram). `model` and
-    `revision`: the drafter's, named as the model is (method draft_model).
+    `revision`: the drafter's, named as the model is (method draft_model). Method mtp needs neither:
+    the model's own module for multi-token prediction drafts.
     """
 
     method: str
@@ -48,6 +51,7 @@ def parse_speculation(given: Any) -> Speculation:
     method, model = values.get("method"), values.get("model")
     if method is None and model is not None:
         method = "ngram" if model in ("ngram", "[ngram]") else "draft_model"
+    method = OTHER_NAMES.get(str(method), method)
     if method not in METHODS:
         fix = suggest(str(method), list(METHODS)) or f"methods: {', '.join(METHODS)}"
         what = "method is missing" if method is None else f"method {method!r} is not known"
@@ -60,6 +64,9 @@ def parse_speculation(given: Any) -> Speculation:
         _refuse(values, method, ("revision",) if names_it else ("model", "revision"))
         return Speculation(method, drafts, *_lookup(values))
     _refuse(values, method, ("prompt_lookup_max", "prompt_lookup_min"))
+    if method == "mtp":
+        _refuse(values, method, ("model", "revision"))
+        return Speculation(method, drafts)
     for name in ("model", "revision"):
         if values.get(name) is not None and not isinstance(values[name], str):
             raise _error("invalid_option", f"{name} must be a string")

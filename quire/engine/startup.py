@@ -27,10 +27,13 @@ from quire.kv.manager import KVManager
 from quire.layers.build import Build, CacheLayer, CpuKernels, Kernels
 from quire.models.checkpoint import checkpoint_scheme, declared_formats
 from quire.models.registry import (
+    MTP,
     Model,
     build_model,
+    build_mtp,
     config_digest,
     load_weights,
+    mtp_prefix,
     read_config,
 )
 from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
@@ -124,7 +127,7 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
     elif source is not None:
         fingerprint = files.commit or source.fingerprint()
     if source is None or online is not None:
-        formats = declared_formats(hf, scheme, online)
+        formats = declared_formats(hf, scheme, online, options.engine.mtp)
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
     facts = ModelFacts(
@@ -149,6 +152,8 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     say("finding the model", 0.0)
     files = find_model(options)
     read_config(files.config())  # a config that cannot be used comes before missing weights
+    if options.engine.mtp:
+        mtp_prefix(files.config())
     say("planning", 0.0)
     source = open_weights(options, files)
     if source is None and options.model.load_format != "dummy":
@@ -188,7 +193,10 @@ def assemble(
     )
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
-        model = _load(build, files, source, lambda done: say("loading weights", done))
+        model = build_model(files.config(), build)
+        mtp = build_mtp(files.config(), model, build) if options.engine.mtp else None
+        load_weights(build, source, lambda done: say("loading weights", done))
+        source.close()
         draft = _load_draft_model(options, build)
     say("allocating the KV cache", 0.0)
     info = engine_info(options, files, plan)
@@ -197,7 +205,7 @@ def assemble(
         more = [] if draft is None else draft[1].caches
         allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
         allocate_states(build, plan.max_num_seqs)
-        runner = _make_runner(plan, found, build, model, draft, info)
+        runner = _make_runner(plan, found, build, model, draft, mtp, info)
     scheduler = make_scheduler(options, plan, info, tiers.key)
     tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
     core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
@@ -206,18 +214,6 @@ def assemble(
         with explained(plan, "the largest step was computed for the first time"):
             runner.warm()  # most kernels are there then, and memory has sufficed
     return Engine(core, plan, info, files, build)
-
-
-def _load(
-    build: Build,
-    files: ModelFiles,
-    source: WeightSource,
-    progress: Callable[[float], None] | None = None,
-) -> Model:
-    model = build_model(files.config(), build)
-    load_weights(build, source, progress)
-    source.close()
-    return model
 
 
 def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | None:
@@ -241,7 +237,10 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
         moe_routing=target.moe_routing,
         first_layer=len(target.caches),
     )
-    return _load(build, files, source), build
+    model = build_model(files.config(), build)
+    load_weights(build, source)
+    source.close()
+    return model, build
 
 
 def _gpu_kernels(plan: Plan, device: torch.device) -> Kernels:
@@ -262,6 +261,7 @@ def _make_runner(
     build: Build,
     model: Model,
     draft: tuple[Model, Build] | None,
+    mtp: MTP | None,
     info: EngineInfo,
 ) -> Runner:
     if plan.device == "cpu":
@@ -274,6 +274,7 @@ def _make_runner(
             draft and draft[0],
             block_sizes=[group.block_size for group in plan.groups],
             stateful=bool(build.states),
+            mtp=mtp,
         )
     from quire.runner.device import DeviceRunner
 

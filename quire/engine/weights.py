@@ -55,7 +55,7 @@ def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:
         )
     if wanted == "dummy" or files.kind == "config":
         return None
-    return _quantize(open_checkpoint(files), options, files)
+    return _quantize(open_checkpoint(files, options.engine.mtp), options, files)
 
 
 def _quantize(source: WeightSource, options: Options, files: ModelFiles) -> WeightSource:
@@ -67,7 +67,8 @@ def dummy_source(options: Options, files: ModelFiles, device: torch.device) -> W
     """Seeded weights of the model's shapes, made on `device`, in the formats that its config or its
     GGUF file tell."""
     scheme, formats = checkpoint_scheme(files), stored_formats(files)
-    source = dummy_checkpoint(files.config(), scheme, formats, options.model.seed, device)
+    seed, drafting = options.model.seed, options.engine.mtp
+    source = dummy_checkpoint(files.config(), scheme, formats, seed, device, drafting)
     return _quantize(source, options, files)
 
 

@@ -10,7 +10,7 @@ import torch
 from quire.kernels.reference import ops as reference_ops
 from quire.layers.build import Build
 from quire.models.deepseek_v4.parts import IndexTable
-from quire.models.registry import adapt_source, build_model
+from quire.models.registry import adapt_source, build_model, build_mtp
 from quire.quant.config import read_scheme
 from quire.quant.online import Online
 from quire.quant.scheme import Scheme
@@ -32,22 +32,27 @@ def checkpoint_scheme(files: ModelFiles) -> Scheme | None:
     return read_scheme(files.config(), files.read_json("hf_quant_config.json"))
 
 
-def open_checkpoint(files: ModelFiles) -> WeightSource:
-    """The weights under the names and shapes that the family's layers ask for. Raises ModelError
-    for files that are corrupt, incomplete or contradict the config."""
-    source = adapt_source(files.config(), open_source(files))
+def open_checkpoint(files: ModelFiles, drafting: bool = False) -> WeightSource:
+    """The weights under the names and shapes that the family's layers ask for; with `drafting`
+    those of the MTP module too. Raises ModelError for files that are corrupt, incomplete or
+    contradict the config."""
+    source = adapt_source(files.config(), open_source(files), drafting)
     scheme = checkpoint_scheme(files)
     return source if scheme is None else QuantizedSource(source, scheme)
 
 
 def declared_formats(
-    hf: dict[str, Any], scheme: Scheme | None, online: Online | None = None
+    hf: dict[str, Any],
+    scheme: Scheme | None,
+    online: Online | None = None,
+    drafting: bool = False,
 ) -> dict[str, str]:
-    """The formats of quantised weights by tensor name, as the config and --quantization tell them.
-    Raises UsageError or ModelError where there is nothing to quantise, or it cannot be."""
+    """The formats of quantised weights by tensor name, as the config and --quantization tell them;
+    with `drafting` those of the MTP module too. Raises UsageError or ModelError where there is
+    nothing to quantise, or it cannot be."""
     if scheme is None and online is None:
         return {}
-    tensors = _tensors(_shapes(hf))
+    tensors = _tensors(_shapes(hf, drafting))
     matrices = {info.name: info.shape for info in tensors if len(info.shape) == 2}
     if scheme is not None:
         return scheme.formats(matrices.items())
@@ -60,14 +65,16 @@ def dummy_checkpoint(
     formats: Mapping[str, str],
     seed: int,
     device: torch.device,
+    drafting: bool = False,
 ) -> WeightSource:
     """Seeded weights of the model's shapes, made on `device`: quantised as the scheme says, else in
-    `formats` by tensor name, in the config's dtype where they name none."""
+    `formats` by tensor name, in the config's dtype where they name none. With `drafting` those of
+    the MTP module too."""
     declared = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     dense = {"float32": "f32", "float16": "f16"}.get(declared.removeprefix("torch."), "bf16")
     infos: list[TensorInfo] = []
     values: dict[str, float | None] = {}
-    build = _shapes(hf)
+    build = _shapes(hf, drafting)
     for info in _tensors(build):
         module, _, last = info.name.rpartition(".")
         is_weight = scheme is not None and last == "weight" and len(info.shape) == 2
@@ -85,9 +92,11 @@ def dummy_checkpoint(
     return source if scheme is None else QuantizedSource(source, scheme)
 
 
-def _shapes(hf: dict[str, Any]) -> Build:
+def _shapes(hf: dict[str, Any], drafting: bool) -> Build:
     build = Build(reference_ops)
-    build_model(hf, build)
+    model = build_model(hf, build)
+    if drafting:
+        build_mtp(hf, model, build)
     return build
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from quire.errors import ModelError
 from quire.layers.build import Build
+from quire.layers.inputs import StepInputs
 from quire.layers.latent import LatentAttention, LatentSizes
+from quire.layers.linear import Linear
 from quire.layers.moe import Grouped, MoE
+from quire.layers.norm import ResidualStream, RMSNorm
 from quire.layers.rotary import rope_parameters, yarn_growth
 from quire.models import llama
 from quire.models.config import activation, expert_counts, number, whole
@@ -22,8 +27,9 @@ METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 @dataclass(frozen=True)
 class Config:
     """`intermediate` is that of the layers without experts, `sparse[i]`: layer i has experts.
-    `shared_intermediate` 0: there is no shared expert. `predictors`: layers after the last that
-    predict further tokens (multi-token prediction), which the model itself does not use."""
+    `shared_intermediate` 0: there is no shared expert. `mtp_layers`: layers after the last that
+    predict further tokens (multi-token prediction), which the model itself does not use; `sparse`
+    goes on with them."""
 
     vocab_size: int
     hidden: int
@@ -48,12 +54,13 @@ class Config:
     shared_intermediate: int
     normalize: bool
     grouped: Grouped
-    predictors: int
+    mtp_layers: int
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> Config:
         """The config.json of DeepseekV2ForCausalLM or DeepseekV3ForCausalLM."""
         layers, rope = whole(hf, "num_hidden_layers"), rope_parameters(hf)
+        mtp_layers = _count(hf, "num_nextn_predict_layers")
         sizes = LatentSizes(
             nope=whole(hf, "qk_nope_head_dim"),
             rope=whole(hf, "qk_rope_head_dim"),
@@ -80,13 +87,13 @@ class Config:
             attention_bias=bool(hf.get("attention_bias", False)),
             mlp_bias=bool(hf.get("mlp_bias", False)),
             activation=activation(hf),
-            sparse=tuple(i >= dense and i % every == 0 for i in range(layers)),
+            sparse=tuple(i >= dense and i % every == 0 for i in range(layers + mtp_layers)),
             experts=experts,
             experts_per_token=per_token,
             expert_intermediate=expert,
             shared_intermediate=expert * _count(hf, "n_shared_experts"),
             **_routing(hf, experts, per_token),
-            predictors=_count(hf, "num_nextn_predict_layers"),
+            mtp_layers=mtp_layers,
         )
 
 
@@ -167,5 +174,54 @@ class Model(llama.Model):
 
     def __init__(self, config: Config, build: Build):
         super().__init__(config, build)
-        last = range(config.layers, config.layers + config.predictors)
+        last = range(config.layers, config.layers + config.mtp_layers)
         build.spare += [f"model.layers.{layer}." for layer in last]
+
+
+class Drafter:
+    """The layer behind the last, with embedding and head of the target: of a token's hidden state
+    and of the token that follows, the token after that (DeepSeek-V3, section 2.2).
+
+    Its weights and its cache come into `build`, the target's. Of further such layers none is read.
+    """
+
+    def __init__(self, target: Model, build: Build):
+        config = target.config
+        hidden, name = config.hidden, f"model.layers.{config.layers}"
+        self.target = target
+        self.token_norm = RMSNorm(build, f"{name}.enorm", hidden, config.eps)
+        self.hidden_norm = RMSNorm(build, f"{name}.hnorm", hidden, config.eps)
+        self.project = Linear(build, [f"{name}.eh_proj"], 2 * hidden, [hidden])
+        self.layer = Layer(config, build, config.layers)
+        self.norm = RMSNorm(build, f"{name}.shared_head.norm", hidden, config.eps)
+        # The target's hidden states stay meanwhile, beside both parts and what they are joined to.
+        build.add_width(5 * hidden)
+        build.spare.remove(f"{name}.")
+        # Copies of the target's embedding and head, which checkpoints keep in the module.
+        build.spare += [f"{name}.embed_tokens.", f"{name}.shared_head.head."]
+
+    @staticmethod
+    def prefix(config: Config) -> str:
+        """How the names of the module's tensors begin."""
+        return f"model.layers.{config.layers}."
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        next_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepInputs,
+    ) -> torch.Tensor:
+        """Hidden states [T, H] of which `logits` gives the token after the next.
+
+        `hidden` [T, H]: that of each token as the target's forward gives it, or from this function
+        to draft another token (then with that token and the next position); `next_tokens` int64
+        [T]: the tokens that follow; `positions` int64 [T] those of the tokens themselves.
+        """
+        parts = [self.token_norm(self.target.embed(next_tokens)), self.hidden_norm(hidden)]
+        stream = ResidualStream(self.project(torch.cat(parts, dim=1)))
+        self.layer(stream, positions, step)
+        return self.norm.read(stream)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.target.head(hidden)

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "DeepseekV4ForCausalLM": "deepseek_v4",
 }
 CAUSAL = "ForCausalLM"
+NO_DRAFTER = "use a checkpoint that has one, or another way to draft"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
 # 2023 have them), and a copy of tied embeddings.
 LARGEST_BIAS = 2**20  # bytes
@@ -51,6 +52,22 @@ class Model(Protocol):
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs
+    ) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class MTP(Protocol):
+    """A model's module for multi-token prediction, which drafts for it: `forward` takes the hidden
+    states of tokens as the model's gives them, and the tokens that follow; `logits` of what it
+    gives are of the token after those. See quire/models/deepseek_v3.py."""
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        next_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        step: StepInputs,
     ) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -93,10 +110,20 @@ def config_digest(hf: dict[str, Any]) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def adapt_source(hf: dict[str, Any], source: WeightSource) -> WeightSource:
-    """A checkpoint's tensors under the names of the family's layers."""
+def adapt_source(hf: dict[str, Any], source: WeightSource, drafting: bool = False) -> WeightSource:
+    """A checkpoint's tensors under the names of the family's layers; with `drafting` those of its
+    MTP module too. Raises ModelError where that is asked for and they are not there."""
+    prefix = mtp_prefix(hf) if drafting else ""
     adapt = getattr(_module(hf), "adapt", None)
-    adapted: WeightSource = source if adapt is None else adapt(hf, source)
+    more = {"drafting": True} if drafting else {}
+    adapted: WeightSource = source if adapt is None else adapt(hf, source, **more)
+    if prefix and not any(name.startswith(prefix) for name in adapted.names()):
+        raise ModelError(
+            "no_drafter",
+            "the checkpoint has no weights of its MTP module",
+            why=f"no tensor's name begins with {prefix!r}",
+            fix=NO_DRAFTER,
+        )
     return adapted
 
 
@@ -105,6 +132,32 @@ def build_model(hf: dict[str, Any], build: Build) -> Model:
     module = _module(hf)
     model: Model = module.Model(module.Config.from_hf(hf), build)
     return model
+
+
+def mtp_prefix(hf: dict[str, Any]) -> str:
+    """How the names of the tensors of a model's MTP module begin. Raises ModelError where the model
+    has none."""
+    module, config = _module(hf), read_config(hf)
+    if getattr(config, "mtp_layers", 0) < 1:
+        known = hasattr(module, "Drafter")
+        raise ModelError(
+            "no_drafter",
+            "the model has no MTP module",
+            why="config.json: num_nextn_predict_layers"
+            if known
+            else f"no {hf['architectures'][0]} has one",
+            fix=NO_DRAFTER,
+        )
+    prefix: str = module.Drafter.prefix(config)
+    return prefix
+
+
+def build_mtp(hf: dict[str, Any], model: Model, build: Build) -> MTP:
+    """The MTP module of a model that was built in `build`, without weights and cache. Raises
+    ModelError where it has none."""
+    mtp_prefix(hf)
+    drafter: MTP = _module(hf).Drafter(model, build)
+    return drafter
 
 
 def load_weights(

@@ -10,10 +10,17 @@ from quire.config.options import Options
 from quire.errors import PlanError
 from quire.hardware.machine import Machine
 from quire.layers.build import Build, CacheLayer, Kernels
-from quire.models.registry import build_model, read_config
+from quire.models.registry import read_config
 from quire.plan import memory
 from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
-from quire.plan.place import Place, choose_latent_form, held_formats, remaining, sum_weights
+from quire.plan.place import (
+    Place,
+    build_all,
+    choose_latent_form,
+    held_formats,
+    remaining,
+    sum_weights,
+)
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
 
@@ -23,6 +30,7 @@ NATIVE_HEAD_SIZES, NATIVE_LATENT = range(8, 257, 8), 1024
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 512
 SMALLER = {
     "weights": "use a smaller model, or a .gguf file: its weights stay quantised here",
+    "MTP module": "draft in another way, or not at all",
     "activations": "lower --max-num-batched-tokens or --max-num-seqs",
     "request state": "lower --max-num-seqs",
     "interpreter and libraries": "free memory",
@@ -48,7 +56,7 @@ def place(
         )
     dtype, kv_dtype = DTYPES.get(options.model.dtype), _choose_kv_dtype(options)
     shapes = Build(found.reference, dtype=dtype, group=group, kv_dtype=kv_dtype)
-    build_model(hf, shapes)
+    build_all(hf, shapes, engine.mtp)
     if kv_dtype == "fp8" and not shapes.packs_fp8:
         raise PlanError(
             "unsupported_kv_dtype",
@@ -59,14 +67,15 @@ def place(
     read = [cache for cache in shapes.caches if cache.by_kernels]
     name, kernels = _choose_kernels(options, found, read, choices)
     build = Build(kernels, dtype=dtype, group=group, kv_dtype=kv_dtype)
-    build_model(hf, build)
+    own = build_all(hf, build, engine.mtp)
     choose_latent_form(build, choices)
     deterministic = _choose_determinism(options, name, choices)
     choices.append(Choice("runner", "eager", "the device is a CPU: nothing to capture"))
     config = read_config(hf)
     widened = options.model.dtype if dtype is not None else declared_dtype(hf)
     formats = held_formats(build, formats, widened, choices)
-    weights = sum_weights(build, formats)
+    drafting = sum_weights(build, formats, own)
+    weights = sum_weights(build, formats) - drafting
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or MAX_NUM_SEQS
     sampled = sampled_rows(engine, sequences, tokens)
@@ -89,6 +98,7 @@ def place(
         )
     parts = {
         "weights": weights,
+        **({"MTP module": drafting} if engine.mtp else {}),
         "activations": activations + recorded,
         "request state": memory.state_bytes(build, sequences),
         "interpreter and libraries": memory.RESERVE_BYTES,
@@ -115,6 +125,8 @@ def place(
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
         max_sampled=sampled,
+        ahead=engine.speculation.ahead if engine.speculation is not None and engine.mtp else 0,
+        draft_bytes=drafting,
     )
 
 

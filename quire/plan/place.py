@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from quire.config.options import Options
 from quire.errors import ModelError, PlanError
@@ -15,6 +16,7 @@ from quire.layers.experts import StackedExperts
 from quire.layers.latent import HeadProducts
 from quire.layers.linear import Linear
 from quire.models.deepseek_v4.parts import GroupedLinear
+from quire.models.registry import build_model, build_mtp
 from quire.plan.facts import ModelFacts, declared_dtype
 from quire.plan.plan import Choice, format_bytes
 
@@ -28,7 +30,8 @@ class Place:
 
     `max_sampled`: rows of logits that a step samples from at most. `room`: what the KV cache and
     the rotary tables may take. `fill`: the KV cache takes it all by default, instead of a default
-    number of tokens. `ahead`: tokens that a model drafts behind those of a step.
+    number of tokens. `ahead`: tokens that a model drafts behind those of a step. `draft_bytes`:
+    weights of the model's MTP module, where it drafts; its cache is in `build` with the others.
     """
 
     device: str
@@ -55,6 +58,7 @@ class Place:
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
     ahead: int = 0
+    draft_bytes: int = 0
 
     @property
     def step_tokens(self) -> int:
@@ -72,6 +76,16 @@ def tensor_formats(model: ModelFacts, options: Options) -> Callable[[str], str]:
         return dense if dense is not None and stored in DENSE_FORMATS else stored
 
     return lookup
+
+
+def build_all(hf: dict[str, Any], build: Build, mtp: bool) -> int:
+    """Build the model, and its MTP module where that drafts; how many weights are the model's own.
+    Raises ModelError where it has no such module."""
+    model = build_model(hf, build)
+    own = len(build.weights)
+    if mtp:
+        build_mtp(hf, model, build)
+    return own
 
 
 def matrices(build: Build) -> list[str]:
@@ -120,10 +134,11 @@ def choose_latent_form(build: Build, choices: list[Choice]) -> None:
         choices.append(Choice("latent attention", "absorbed", reason))
 
 
-def sum_weights(build: Build, formats: Callable[[str], str]) -> int:
-    """Bytes of all weights as packed. Raises ModelError for what the kernels do not have."""
+def sum_weights(build: Build, formats: Callable[[str], str], first: int = 0) -> int:
+    """Bytes of all weights as packed, from the `first` on. Raises ModelError for what the kernels
+    do not have."""
     try:
-        return sum(weight.nbytes(formats) for weight in build.weights)
+        return sum(weight.nbytes(formats) for weight in build.weights[first:])
     except ValueError as error:
         raise ModelError(
             "unsupported_format",

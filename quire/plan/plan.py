@@ -37,7 +37,7 @@ class Plan:
     captured (with drafts, of tokens: each is a row of its own then), `mixed_graphs` numbers of
     tokens of other steps.
     `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
-    model that drafts; its layers' caches are in `groups`, numbered behind the model's.
+    model or module that drafts; its layers' caches are in `groups`, numbered behind the model's.
     `tier_slots`: pages of each pool in host memory, where there are tiers; they take `tier_bytes`.
     `tier_rates`: bytes a second that each of --kv-tiers gives, 0 where that is not known.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.

@@ -67,7 +67,7 @@ def resolve(
     step, sequences = place.max_num_batched_tokens, place.max_num_seqs
     blocks = memory.pool_blocks(groups, tokens, place.step_tokens, sequences)
     _describe_caches(groups, place, choices)
-    draft_bytes = 0 if drafter is None else drafter.weight_bytes
+    draft_bytes = place.draft_bytes if drafter is None else drafter.weight_bytes
     if speculation is not None:
         ahead = options.engine.async_scheduling
         describe_speculation(speculation, place.max_sampled, ahead, draft_bytes, choices)

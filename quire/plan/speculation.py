@@ -30,7 +30,7 @@ def describe_speculation(
     choices: list[Choice],
 ) -> None:
     """The plan's lines. `ahead`: whether --async-scheduling was asked for. `draft_bytes`: weights
-    of the model that drafts."""
+    of the model or module that drafts."""
     if asked.method == "ngram":
         least, most = asked.prompt_lookup_min, asked.prompt_lookup_max
         sizes = f"{most}" if least == most else f"{least} to {most}"
@@ -38,6 +38,9 @@ def describe_speculation(
         reason = (
             f"asked for; n-grams of {sizes} tokens, about {per_token} bytes a token on the host"
         )
+    elif asked.method == "mtp":
+        weights = format_bytes(draft_bytes)
+        reason = f"asked for; the model's MTP module, {weights} of weights and a layer's cache"
     else:
         reason = f"asked for; {asked.model}, {format_bytes(draft_bytes)} of weights"
     chosen = f"{asked.method}, {asked.num_speculative_tokens} drafts a row"

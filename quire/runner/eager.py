@@ -13,13 +13,14 @@ import torch
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
 from quire.layers.build import Build, CacheLayer, CpuKernels
-from quire.models.registry import Model
+from quire.models.registry import MTP, Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.runner.eager_drafter import EagerDrafter
+from quire.runner.eager_mtp import EagerMTP
 from quire.runner.forward import forward
 from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import NAN_ERROR, Sampler
-from quire.runner.slots import Slots, flatten
+from quire.runner.slots import Flat, Slots, flatten
 from quire.runner.watch import WatchLogits
 from quire.step import (
     Batch,
@@ -89,9 +90,9 @@ def allocate_states(build: Build, num_slots: int) -> None:
 class EagerRunner:
     """Owns the slots; the model and its caches are given built, loaded and allocated.
 
-    `block_sizes`: as in Slots. `stateful`: layers keep state of requests, so that no step can be
-    computed twice to be recorded. `submit` raises whatever the computation raises; the caller then
-    calls `reset`.
+    `block_sizes`: as in Slots. `draft_model` drafts, or `mtp`, the model's own module. `stateful`:
+    layers keep state of requests, so that no step can be computed twice to be recorded. `submit`
+    raises whatever the computation raises; the caller then calls `reset`.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class EagerRunner:
         draft_model: Model | None = None,
         block_sizes: Sequence[int] | None = None,
         stateful: bool = False,
+        mtp: MTP | None = None,
     ):
         self.model = model
         self.sampler = Sampler(kernels)
@@ -119,6 +121,9 @@ class EagerRunner:
             self._drafter = EagerDrafter(draft_model, self.sampler, self.slots, num_groups)
             if record:
                 self._drafter.record(record, num_groups, max_blocks)
+        self._mtp: EagerMTP | None = None
+        if mtp is not None:
+            self._mtp = EagerMTP(mtp, self.sampler, self.slots, num_groups)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> EagerPending:
@@ -132,9 +137,11 @@ class EagerRunner:
             and self.replaying
             and all(row.sample and len(row.tokens) == 1 and not row.prompt_logprobs for row in rows)
         ):
-            logits_BV = self._recorded.logits(flat)
-            if logits_BV is not None:
-                return self._sampled(batch, list(range(len(rows))), logits_BV, results)
+            found = self._recorded.compute(flat)
+            if found is not None:
+                hidden_TH, logits_BV = found
+                everyone = list(range(len(rows)))
+                return self._sampled(batch, flat, hidden_TH, everyone, logits_BV, results)
         hidden_TH = forward(self.model, flat)
         self._prompt_logprobs(rows, hidden_TH, results)
         fine = _fine_tokens(hidden_TH, flat.query_start)
@@ -143,7 +150,7 @@ class EagerRunner:
                 results[i] = RowResult(tokens=[], error=NAN_ERROR)
         sampling = [i for i, row in enumerate(rows) if row.sample and results[i].error is None]
         if not sampling:
-            return self._sampled(batch, [], hidden_TH[:0], results)
+            return self._sampled(batch, flat, hidden_TH, [], hidden_TH[:0], results)
         # What lies behind a draft that is not fine is left to the next step.
         drafts = [draft_tokens(rows[i])[: fine[i] - len(sure_tokens(rows[i]))] for i in sampling]
         places = [
@@ -152,7 +159,7 @@ class EagerRunner:
             for k in range(1 + len(some))
         ]
         logits_RV = self.model.logits(hidden_TH[torch.tensor(places)])
-        return self._sampled(batch, sampling, logits_RV, results, drafts)
+        return self._sampled(batch, flat, hidden_TH, sampling, logits_RV, results, drafts)
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
@@ -165,6 +172,8 @@ class EagerRunner:
     def _sampled(
         self,
         batch: Batch,
+        flat: Flat,
+        hidden_TH: torch.Tensor,
         sampling: list[int],
         logits_RV: torch.Tensor,
         results: list[RowResult],
@@ -172,6 +181,7 @@ class EagerRunner:
     ) -> EagerPending:
         """Sample for the rows that `sampling` names, in the order of `logits_RV`, which has a row
         for each and one for each of its `drafts`: now, or once the masks of gated rows are there.
+        Then what drafts goes on; `hidden_TH` has the hidden states of the step's tokens.
         """
         rows, result = batch.rows, Result(batch.step, results)
         drafts = [[] for _ in sampling] if drafts is None else drafts
@@ -183,6 +193,8 @@ class EagerRunner:
                 extend(chosen, masks)
             if self._drafter is not None:
                 self._drafter.draft(batch, results)
+            if self._mtp is not None:
+                self._mtp.draft(batch, results, hidden_TH, flat.query_start)
 
         def extend(chosen: list[int], masks: dict[int, bytes]) -> None:
             slots = [self.slots[rows[sampling[k]].slot] for k in chosen]

@@ -6,7 +6,7 @@ model's. So what it has computed is found, given back and computed again with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,17 +14,16 @@ import torch
 
 from quire.models.registry import Model
 from quire.runner.forward import forward
+from quire.runner.guesses import guess_on
 from quire.runner.recorded import RecordedSteps
 from quire.runner.sampler import Sampler
-from quire.runner.slots import Slots, flatten
+from quire.runner.slots import Slot, Slots, flatten
 from quire.step import Batch, Row, RowResult, sure_tokens
 
 
 class EagerDrafter:
     """Computes its model over the tokens of each step, those that were sampled too, and goes on
-    alone for as many drafts as are wanted. It samples as the target does, with the target's noise
-    for each position: where both would choose alike, the draft is right.
-    """
+    alone for as many drafts as are wanted."""
 
     def __init__(self, model: Model, sampler: Sampler, slots: Slots, num_groups: int):
         self.model = model
@@ -54,21 +53,12 @@ class EagerDrafter:
         if not spans:
             return
         logits_BV = self._logits(spans, [i for i, row in enumerate(spans) if row.slot in drafting])
-        branches = {slot: self._slots[slot].branch() for slot in drafting}
         wanted = {row.slot: row.propose for row in batch.rows}
-        while drafting:
-            guesses = self._sampler.guess(logits_BV, [branches[slot] for slot in drafting])
-            for slot, guess in zip(list(drafting), guesses, strict=True):
-                if guess is None:
-                    del drafting[slot]
-                    continue
-                branches[slot].append(guess)
-                drafting[slot].drafts.append(guess)
-                if len(drafting[slot].drafts) == wanted[slot]:
-                    del drafting[slot]
-            if drafting:
-                rows = [self._one(slot, branches[slot].tokens) for slot in drafting]
-                logits_BV = self._logits(rows, list(range(len(rows))))
+        guess_on(self._sampler, self._slots, drafting, wanted, logits_BV, self._go_on)
+
+    def _go_on(self, branches: Mapping[int, Slot]) -> torch.Tensor:
+        rows = [self._one(slot, branch.tokens) for slot, branch in branches.items()]
+        return self._logits(rows, list(range(len(rows))))
 
     def _span(self, row: Row, sampled: list[int]) -> Row:
         """What of a row's tokens counts and is not there yet; with the last one sampled, where
@@ -94,9 +84,9 @@ class EagerDrafter:
             written[row.start :] = row.tokens
         flat = flatten(rows, self._slots)
         if self._recorded is not None and len(flat.tokens_T) == len(chosen) == len(rows):
-            found = self._recorded.logits(flat)
+            found = self._recorded.compute(flat)
             if found is not None:
-                return found
+                return found[1]
         hidden_TH = forward(self.model, flat)
         places = (flat.query_start[1:] - 1)[chosen]
         return self.model.logits(hidden_TH[torch.from_numpy(places).long()])

@@ -9,16 +9,21 @@ from quire.models.registry import Model
 from quire.runner.slots import Flat
 
 
-def forward(model: Model, flat: Flat) -> torch.Tensor:
-    """Hidden states [T, H]."""
+def step_inputs(flat: Flat) -> StepInputs:
+    """What layers need of the rows."""
     groups = [
         GroupInputs(torch.from_numpy(table), torch.from_numpy(slots))
         for table, slots in zip(flat.block_tables, flat.slots, strict=True)
     ]
-    step = StepInputs(
+    return StepInputs(
         torch.from_numpy(flat.query_start),
         torch.from_numpy(flat.context_len),
         groups,
         torch.from_numpy(flat.state_slots),
     )
-    return model.forward(torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T), step)
+
+
+def forward(model: Model, flat: Flat) -> torch.Tensor:
+    """Hidden states [T, H]."""
+    tokens_T, positions_T = torch.from_numpy(flat.tokens_T), torch.from_numpy(flat.positions_T)
+    return model.forward(tokens_T, positions_T, step_inputs(flat))

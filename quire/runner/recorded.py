@@ -19,7 +19,8 @@ log = logging.getLogger("quire.runner")
 
 
 class RecordedStep:
-    """One number of rows B: input tensors, the program over them, and its logits [B, V]."""
+    """One number of rows B: input tensors, the program over them, and what it gives: hidden states
+    [B, H] and logits [B, V]."""
 
     def __init__(self, rows: int, num_groups: int, max_blocks: int):
         self.tokens = torch.zeros(rows, dtype=torch.int64)
@@ -35,7 +36,7 @@ class RecordedStep:
             torch.arange(rows + 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32), groups
         )
         self.program: Any = None
-        self.logits = torch.empty(0)
+        self.hidden = self.logits = torch.empty(0)
 
     def fill(self, flat: Flat) -> None:
         """Copy a step's inputs to where the program reads them."""
@@ -48,9 +49,10 @@ class RecordedStep:
             group.block_tables.numpy()[:, : table.shape[1]] = table
             group.slots.numpy()[:] = slots
 
-    def compute(self, model: Model) -> torch.Tensor:
-        """Logits by running the model's code."""
-        return model.logits(model.forward(self.tokens, self.positions, self.inputs))
+    def compute(self, model: Model) -> None:
+        """Hidden states and logits by running the model's code."""
+        self.hidden = model.forward(self.tokens, self.positions, self.inputs)
+        self.logits = model.logits(self.hidden)
 
 
 class RecordedSteps:
@@ -72,9 +74,9 @@ class RecordedSteps:
         self._steps: dict[int, RecordedStep] = {}
         self._usable = True
 
-    def logits(self, flat: Flat) -> torch.Tensor | None:
-        """Logits float32 [B, V] of a step with one token per row, valid until the next call;
-        None where such a step is not recorded."""
+    def compute(self, flat: Flat) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Hidden states [B, H] and logits float32 [B, V] of a step with one token per row, valid
+        until the next call; None where such a step is not recorded."""
         rows = len(flat.tokens_T)
         if not self._usable or rows > RECORDED_ROWS:
             return None
@@ -83,21 +85,22 @@ class RecordedSteps:
             return self._new(rows, flat)
         step.fill(flat)
         step.program.run()
-        return step.logits
+        return step.hidden, step.logits
 
-    def _new(self, rows: int, flat: Flat) -> torch.Tensor:
+    def _new(self, rows: int, flat: Flat) -> tuple[torch.Tensor, torch.Tensor]:
         step = RecordedStep(rows, self._num_groups, self._max_blocks)
         step.fill(flat)
-        expected = step.compute(self._model)
+        step.compute(self._model)
+        expected = step.hidden, step.logits
         try:
             with self._record() as program:
-                step.logits = step.compute(self._model)
+                step.compute(self._model)
         except Exception as error:  # whatever it is, the step itself was computed above
             log.info("decode steps are not recorded: %s: %s", type(error).__name__, error)
             self._usable = False
             return expected
         program.run()
-        if not np.array_equal(step.logits.numpy(), expected.numpy(), equal_nan=True):
+        if not np.array_equal(step.logits.numpy(), expected[1].numpy(), equal_nan=True):
             log.warning("a recorded decode step gave other bits; steps are not recorded")
             self._usable = False
             return expected

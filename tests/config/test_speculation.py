@@ -29,6 +29,15 @@ def test_sizes_of_ngrams_default_as_in_vllm(given: dict[str, Any], most: int, le
     assert parse_speculation(NGRAM | given) == Speculation("ngram", 3, most, least)
 
 
+@pytest.mark.parametrize("name", ["mtp", "deepseek_mtp"])
+def test_the_models_own_module_goes_by_two_names(name: str) -> None:
+    made = parse_speculation({"method": name, "num_speculative_tokens": 2})
+    assert made == Speculation("mtp", 2) and made.ahead == 2
+    for other in ({"model": "small"}, {"prompt_lookup_max": 3}):
+        with pytest.raises(UsageError, match="does not go with method 'mtp'"):
+            parse_speculation({"method": name, "num_speculative_tokens": 2, **other})
+
+
 def test_text_a_map_a_variable_and_a_file_mean_the_same(tmp_path: Path) -> None:
     file = tmp_path / "quire.toml"
     file.write_text('[speculative-config]\nmethod = "ngram"\nnum_speculative_tokens = 3\n')

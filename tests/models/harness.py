@@ -25,7 +25,7 @@ from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.layers.build import Build
 from quire.layers.inputs import GroupInputs, StepInputs
 from quire.models.checkpoint import open_checkpoint
-from quire.models.registry import build_model, load_weights
+from quire.models.registry import MTP, build_model, build_mtp, load_weights
 from quire.plan.facts import KV_DTYPES
 from quire.plan.memory import kv_groups
 from quire.runner.eager import allocate_caches, allocate_states
@@ -136,7 +136,8 @@ def expected_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 class Loaded:
-    """A checkpoint in our own model, and one sequence's cache."""
+    """A checkpoint in our own model, with its MTP module where it is `drafting`, and one sequence's
+    cache."""
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class Loaded:
         group: Group | None = None,
         max_len: int = 256,
         kv_dtype: str = "float32",
+        drafting: bool = False,
     ):
         facts = kernel_facts()
         chosen = facts.native if kernels == "native" else facts.reference
@@ -153,7 +155,10 @@ class Loaded:
         self.kv_dtype = KV_DTYPES[kv_dtype]
         self.build = Build(chosen, torch.float32, group or Group(), max_len, kv_dtype=kv_dtype)
         self.model = build_model(files.config(), self.build)
-        with open_checkpoint(files) as source:
+        self.mtp: MTP | None = None
+        if drafting:
+            self.mtp = build_mtp(files.config(), self.model, self.build)
+        with open_checkpoint(files, drafting) as source:
             load_weights(self.build, source)
         self.blocks = -(-max_len // BLOCK_SIZE)
         self.allocate()

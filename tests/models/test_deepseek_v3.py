@@ -113,8 +113,8 @@ def test_the_published_config_is_read() -> None:
     config = Config.from_hf(PUBLISHED)
     # 0.1 ln 40 + 1 = 1.368888: its square scales logits of heads of 192, cosines stay as they are.
     assert config.scale == pytest.approx(1.3688879**2 / math.sqrt(192), rel=1e-6)
-    assert config.sparse == (False,) * 3 + (True,) * 58
-    assert config.shared_intermediate == 2048 and config.predictors == 1
+    assert config.sparse == (False,) * 3 + (True,) * 59  # the last is the MTP layer
+    assert config.shared_intermediate == 2048 and config.mtp_layers == 1
     assert (config.grouped.groups, config.grouped.chosen, config.grouped.scale) == (8, 4, 2.5)
     # V2: 0.0707 ln 40 + 1 = 1.260804.
     v2 = {**PUBLISHED, "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "greedy"}

@@ -50,7 +50,7 @@ def engine(model: str, device: str, warm: bool = True, **given: Any) -> Engine:
     found = kernel_facts()
     found = KernelFacts(found.reference, found.native, found.why_not, found.isa, "3.6.0")
     online = asked_quantization(options, files)
-    formats = declared_formats(files.config(), checkpoint_scheme(files), online)
+    formats = declared_formats(files.config(), checkpoint_scheme(files), online, options.engine.mtp)
     facts, draft = ModelFacts("m", files.config(), formats), draft_options(options)
     draft_facts = draft and ModelFacts("d", find_model(draft).config(), None)
     plan = resolve(options, facts, MACHINE, found, draft=draft_facts)

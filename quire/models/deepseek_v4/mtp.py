@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from quire.errors import ModelError
 from quire.layers.build import Build
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
-from quire.models.deepseek_v4.config import Layer
+from quire.models.deepseek_v4.config import Config, Layer
 from quire.models.deepseek_v4.model import Block, Model
 from quire.models.deepseek_v4.places import Places
 from quire.models.deepseek_v4.streams import HyperHead
@@ -18,19 +17,12 @@ from quire.models.deepseek_v4.streams import HyperHead
 class Drafter:
     """One module, `mtp.0`, with embedding and head of the target.
 
-    Its weights and its window's cache come into `build`, which may be the target's; its tensors are
-    those of `names.adapt_drafter`. Raises ModelError where the checkpoint has no module.
+    Its weights and its window's cache come into `build`, the target's, whose windows have the same
+    shape. Of further modules none is read.
     """
 
     def __init__(self, target: Model, build: Build):
         config, name = target.config, "mtp.0"
-        if config.mtp_layers < 1:
-            raise ModelError(
-                "no_drafter",
-                "the model has no MTP module",
-                why="config.json: num_nextn_predict_layers",
-                fix="use a checkpoint that has one, or another way to draft",
-            )
         self.target, self.config = target, config
         self.token_norm = RMSNorm(build, f"{name}.enorm", config.hidden, config.eps)
         self.stream_norm = RMSNorm(build, f"{name}.hnorm", config.hidden, config.eps)
@@ -39,6 +31,14 @@ class Drafter:
         self.block = Block(config, build, name, Layer(ratio=0, sparse=False, hashed=False))
         self.collapse = HyperHead(config, build, f"{name}.")
         self.norm = RMSNorm(build, f"{name}.norm", config.hidden, config.eps)
+        # The target's streams stay meanwhile.
+        build.add_width(4 * config.streams * config.hidden)
+        build.spare += [f"mtp.{i}." for i in range(1, config.mtp_layers)]
+
+    @staticmethod
+    def prefix(config: Config) -> str:
+        """How the names of the module's tensors begin."""
+        return "mtp.0."
 
     def forward(
         self,

@@ -30,21 +30,12 @@ def published(name: str) -> str:
     return name
 
 
-def adapt(hf: dict[str, Any], source: WeightSource) -> WeightSource:
-    """The target's tensors; those of MTP modules are for a drafter, see `adapt_drafter`."""
+def adapt(hf: dict[str, Any], source: WeightSource, drafting: bool = False) -> WeightSource:
+    """The model's tensors; with `drafting` those of MTP modules too, without copies of its own."""
 
     def rename(name: str) -> str | None:
         name = published(name)
-        return None if DRAFTING.match(name) else name
-
-    return RenamedSource(source, rename)
-
-
-def adapt_drafter(source: WeightSource) -> WeightSource:
-    """The tensors of MTP modules alone, without copies of the target's."""
-
-    def rename(name: str) -> str | None:
-        name = published(name)
-        return name if DRAFTING.match(name) and not SHARED.match(name) else None
+        left_out = SHARED if drafting else DRAFTING
+        return None if left_out.match(name) else name
 
     return RenamedSource(source, rename)

@@ -23,6 +23,7 @@ NGRAM = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 2,
 }
+MTP = {"method": "mtp", "num_speculative_tokens": 2}
 # Each row changes how the same requests are computed.
 WAYS: list[Any] = [
     pytest.param({"max_num_batched_tokens": 33, "async_scheduling": True}, id="chunks"),
@@ -33,6 +34,9 @@ WAYS: list[Any] = [
         pytest.param(way, id=name, marks=pytest.mark.full)
         for name, way in {
             "batched by two threads": {"max_num_batched_tokens": 512, "threads": 2},
+            "with drafts of its module": {
+                "max_num_batched_tokens": 40, "max_num_seqs": 5, "speculative_config": MTP,
+            },
             "small chunks": {"max_num_batched_tokens": 7, "enable_prefix_caching": False},
             "preempted ahead": {
                 "max_num_seqs": 6, "max_model_len": 160, "tight": True, "async_scheduling": True,
@@ -126,26 +130,30 @@ def test_bits_do_not_depend_on_batch_chunks_preemption_or_prefix_hits(
     llm._engine.core.scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("drafting", [None, MTP, pytest.param(NGRAM, marks=pytest.mark.full)])
 def test_tiers_change_no_bit(
-    oracle: Oracle, alone: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    oracle: Oracle,
+    alone: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drafting: dict[str, Any] | None,
 ) -> None:
     """Entries and checkpoints of windows go down and come back, under drafts too."""
     monkeypatch.setattr(Tiering, "observe", lambda self, tokens, seconds: None)  # load all found
-    options = {"max_num_seqs": 6, "max_model_len": 160}
+    options = {"max_num_seqs": 6, "max_model_len": 160, "speculative_config": drafting}
     options["kv_cache_memory"] = tight_memory(oracle, options)
     pages = sum(group.page_bytes for group in load(oracle, **options).plan.groups)
     tiers = f"dram:{12 * pages}B,fs:{tmp_path}/kv:1GiB"
-    for more in ({}, {"speculative_config": NGRAM}):
-        llm = load(oracle, kv_tiers=tiers, **options, **more)
-        for seed in range(3):
-            order = list(range(len(CASES)))
-            random.Random(seed).shuffle(order)
-            for i, got in zip(order, run(llm, [CASES[i] for i in order]), strict=True):
-                assert got == alone[i], f"request {i}"
-        core = llm._engine.core
-        assert {tier.name: tier.loaded_bytes > 0 for tier in core.stats().tiers}["dram"]
-        core.scheduler.check_integrity()
-        core.close()
+    llm = load(oracle, kv_tiers=tiers, **options)
+    for seed in range(3):
+        order = list(range(len(CASES)))
+        random.Random(seed).shuffle(order)
+        for i, got in zip(order, run(llm, [CASES[i] for i in order]), strict=True):
+            assert got == alone[i], f"request {i}"
+    core = llm._engine.core
+    assert {tier.name: tier.loaded_bytes > 0 for tier in core.stats().tiers}["dram"]
+    core.scheduler.check_integrity()
+    core.close()
 
 
 def tight_memory(oracle: Oracle, options: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,28 +13,14 @@ from models.harness import TOLERANCE, Loaded, text
 from quire.engine.startup import kernel_facts
 from quire.errors import ModelError
 from quire.layers.build import Build
-from quire.models.deepseek_v4 import Config, Model
-from quire.models.deepseek_v4.mtp import Drafter
-from quire.models.deepseek_v4.names import adapt_drafter
-from quire.models.registry import load_weights
-from quire.weights import open_source
+from quire.models.checkpoint import open_checkpoint
+from quire.models.registry import build_model, build_mtp
 from quire.weights.hub import resolve
 
 
 @pytest.fixture
 def oracle(tmp_path: Path) -> Oracle:
     return Oracle(tmp_path, compress_rates={SPARSE: 4, HEAVY: 128})
-
-
-def drafter_of(target: Loaded, path: Path) -> Drafter:
-    """The module with weights, beside the target in its Build."""
-    weights, target.build.weights = target.build.weights, []
-    drafter = Drafter(target.model, target.build)
-    with adapt_drafter(open_source(resolve(str(path)))) as source:
-        load_weights(target.build, source)
-    target.build.weights += weights
-    target.allocate()
-    return drafter
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7])
@@ -44,8 +31,9 @@ def test_drafts_equal_those_of_transformers_blocks(
     following = [*tokens[1:], 5]
     _, streams = oracle.expected(tokens)
     logits, wanted = oracle.drafted(streams, following)
-    ours = Loaded(oracle.published, kernels)
-    drafter = drafter_of(ours, oracle.published)
+    ours = Loaded(oracle.published, kernels, drafting=True)
+    drafter = ours.mtp
+    assert drafter is not None
     given = torch.tensor(following)
     with torch.inference_mode():
         parts = [
@@ -62,5 +50,15 @@ def test_a_checkpoint_without_module_is_refused(oracle: Oracle) -> None:
     config = {**published_config(oracle.config), "num_nextn_predict_layers": 0}
     config["compress_ratios"].pop()
     with pytest.raises(ModelError) as caught:
-        Drafter(Model(Config.from_hf(config), build), build)
+        build_mtp(config, build_model(config, build), build)
     assert caught.value.code == "no_drafter"
+
+
+def test_a_checkpoint_whose_modules_weights_were_left_out_is_refused(oracle: Oracle) -> None:
+    saved = oracle.path / "config.json"
+    config = {**json.loads(saved.read_text()), "num_nextn_predict_layers": 1}
+    saved.write_text(json.dumps(config))
+    Loaded(oracle.path, "reference")
+    with pytest.raises(ModelError) as caught:
+        open_checkpoint(resolve(str(oracle.path)), drafting=True)
+    assert caught.value.code == "no_drafter" and "'mtp.0.'" in str(caught.value)

@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 from quire.errors import ModelError
+from quire.tokenization.deepseek_splits import deepseek_v2, deepseek_v3
 from quire.tokenization.token_bytes import SPACE_MARK
 from quire.weights.gguf_header import GgufHeader, corrupt, unsupported
 
@@ -60,6 +61,8 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-v3": _split_by(_LLAMA3_SPLIT),
     "qwen2": _split_by(_QWEN2_SPLIT),
     "deepseek-r1-qwen": _split_by(_QWEN2_SPLIT),
+    "deepseek-llm": deepseek_v2,
+    "deepseek-v3": deepseek_v3,
 }
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _NFC_NAMES = ("qwen2", "deepseek-r1-qwen")

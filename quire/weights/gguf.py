@@ -15,6 +15,8 @@ from quire.weights.gguf_header import GgufHeader, StoredTensor, corrupt, read_he
 from quire.weights.gguf_names import Mapped, map_names
 from quire.weights.source import (
     DENSE_DTYPES,
+    SAMPLE_PIECE_BYTES,
+    SAMPLE_PIECES,
     TensorInfo,
     WeightSource,
     bounds,
@@ -28,8 +30,9 @@ class GgufSource(WeightSource):
     """The tensors of one GGUF file under their Hugging Face names.
 
     Packed tensors come as BlockTensor. Everything is a view of the mapped file, except where the
-    converter's change of values has to be undone (rotary rows of Llama, norms of Gemma) and
-    column slices of dense tensors are strided views. ModelError if the file is corrupt.
+    converter's change of values has to be undone (rotary rows of Llama, norms of Gemma, halves of
+    DeepSeek's kv_b_proj) and column slices of dense tensors are strided views. ModelError if the
+    file is corrupt.
     """
 
     def __init__(self, file: GgufHeader | Path | str):
@@ -57,6 +60,9 @@ class GgufSource(WeightSource):
         entry = self._find(name)
         shape = entry.info.shape
         first, last = bounds(rows, shape[0])
+        if entry.widened:
+            left, right = bounds(columns, shape[1])
+            return self._widened(entry)[first:last, left:right]
         stored = self._header.tensors[entry.stored]
         if len(shape) == 1:
             if columns is not None:
@@ -73,6 +79,26 @@ class GgufSource(WeightSource):
         values = raw.view(DENSE_DTYPES[stored.info.format])
         return values if columns is None else values[:, left:right]
 
+    def _widened(self, entry: Mapped) -> torch.Tensor:
+        """What keys and values are made of, in float32: of each head the rows for its keys, which
+        the converter transposed where they stand alone, and then those for its values."""
+        parts = [self._matrix(name) for name in entry.widened]
+        if len(parts) == 1:
+            return parts[0]
+        rank, heads = entry.info.shape[1], self._header.tensors[entry.stored].info.shape[0]
+        keys, values = parts[0].view(heads, rank, -1), parts[1].view(heads, -1, rank)
+        return torch.cat([keys.transpose(1, 2), values], dim=1).view(-1, rank)
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """A stored tensor's values in float32, its outer dimensions as rows."""
+        stored = self._header.tensors[name]
+        rows, columns = _row_count(stored), stored.info.shape[-1]
+        if stored.info.packed:
+            width = row_bytes(stored.info.format, columns)
+            data = self._bytes(stored).view(-1, width)
+            return BlockTensor(stored.info.format, (rows, columns), data).dequantize()
+        return self._bytes(stored).view(DENSE_DTYPES[stored.info.format]).view(rows, -1).float()
+
     def _read_vector(
         self, entry: Mapped, stored: StoredTensor, first: int, last: int
     ) -> torch.Tensor:
@@ -82,10 +108,18 @@ class GgufSource(WeightSource):
 
     def sample(self, name: str) -> bytes:
         entry = self._find(name)
-        stored = self._header.tensors[entry.stored]
+        if entry.widened:
+            each = SAMPLE_PIECES * SAMPLE_PIECE_BYTES // len(entry.widened)
+            return b"".join(self._sample(name)[:each] for name in entry.widened)
+        return self._sample(entry.stored, entry.first_row, entry.info.shape[0])
+
+    def _sample(self, name: str, first_row: int = 0, rows: int | None = None) -> bytes:
+        """A sample of some rows of a stored tensor, of all by default."""
+        stored = self._header.tensors[name]
         whole = self._bytes(stored)
-        size = whole.numel() * entry.info.shape[0] // _row_count(stored)
-        start = whole.numel() * entry.first_row // _row_count(stored)
+        count = _row_count(stored)
+        size = whole.numel() * (count if rows is None else rows) // count
+        start = whole.numel() * first_row // count
         pieces = [whole[start + a : start + b] for a, b in sample_places(size)]
         return b"".join(piece.numpy().tobytes() for piece in pieces)
 

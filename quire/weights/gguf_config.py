@@ -18,6 +18,7 @@ GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 GEMMA3_WINDOW_PATTERN = 6  # every sixth layer sees everything
 GEMMA3_27B_LAYERS = 62  # the one size that scales queries by hidden size / heads
 _CLASSES = {
+    "deepseek2": ("DeepseekV2ForCausalLM", "deepseek_v2"),
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
@@ -164,7 +165,59 @@ def _add_gemma3(header: GgufHeader, config: dict[str, Any]) -> None:
     config["hidden_act"] = "gelu_pytorch_tanh"
 
 
+# Values of expert_gating_func.
+_SOFTMAX, _SIGMOID = 1, 2
+
+
+def _add_deepseek2(header: GgufHeader, config: dict[str, Any]) -> None:
+    """DeepSeek V2, or V3 where experts are chosen by sigmoid. Heads are those before the converter
+    made keys and values one latent; files of before that have their sizes under the plain keys."""
+    kind = "deepseek2"
+    if header.integer(f"{kind}.nextn_predict_layers", 0):
+        raise unsupported(header.path, "its layers for multi-token prediction are not known here")
+    rotary = _count(header, f"{kind}.rope.dimension_count")
+    key = _count(header, f"{kind}.attention.key_length_mla", config["head_dim"])
+    value = _count(header, f"{kind}.attention.value_length")
+    if key <= rotary:
+        raise corrupt(header.path, f"{rotary} of {key} values of a key are rotary")
+    gating = header.integer(f"{kind}.expert_gating_func", _SOFTMAX)
+    if gating not in (_SOFTMAX, _SIGMOID):
+        raise unsupported(header.path, f"its expert_gating_func is {gating}")
+    groups = _count(header, f"{kind}.expert_group_count", 1)
+    method = "greedy" if groups == 1 else "group_limited_greedy"
+    if gating == _SIGMOID:
+        method = "noaux_tc"
+        config.update(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3")
+    config.pop("head_dim")
+    config.pop("partial_rotary_factor", None)
+    config.update(
+        q_lora_rank=header.integer(f"{kind}.attention.q_lora_rank", 0) or None,
+        kv_lora_rank=_count(header, f"{kind}.attention.kv_lora_rank"),
+        qk_nope_head_dim=key - rotary,
+        qk_rope_head_dim=rotary,
+        v_head_dim=_count(header, f"{kind}.attention.value_length_mla", value),
+        n_routed_experts=_count(header, f"{kind}.expert_count"),
+        num_experts_per_tok=_count(header, f"{kind}.expert_used_count"),
+        n_shared_experts=header.integer(f"{kind}.expert_shared_count", 0),
+        moe_intermediate_size=_count(header, f"{kind}.expert_feed_forward_length"),
+        first_k_dense_replace=header.integer(f"{kind}.leading_dense_block_count", 0),
+        scoring_func="sigmoid" if gating == _SIGMOID else "softmax",
+        topk_method=method,
+        n_group=groups,
+        topk_group=_count(header, f"{kind}.expert_group_used_count", groups),
+        norm_topk_prob=header.flag(f"{kind}.expert_weights_norm", False),
+        routed_scaling_factor=_short(header.number(f"{kind}.expert_weights_scale", 1.0)) or 1.0,
+    )
+    multiplier = f"{kind}.rope.scaling.yarn_log_multiplier"
+    if config["rope_scaling"] is not None and multiplier in header.metadata:
+        # The converter writes a tenth of mscale_all_dim, and nothing of mscale, which is the same
+        # in all published models.
+        mscale = _short(10 * _short(header.number(multiplier)))
+        config["rope_scaling"].update(mscale=mscale, mscale_all_dim=mscale)
+
+
 _ADD = {
+    "deepseek2": _add_deepseek2,
     "llama": _add_llama,
     "qwen2": _add_qwen,
     "qwen3": _add_qwen,

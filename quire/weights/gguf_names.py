@@ -11,7 +11,7 @@ from quire.errors import ModelError
 from quire.weights.gguf_header import GgufHeader, corrupt
 from quire.weights.tensor_info import TensorInfo
 
-ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3", "qwen3moe")
+ARCHITECTURES = ("deepseek2", "gemma3", "llama", "qwen2", "qwen3", "qwen3moe")
 MAX_EXPERTS = 4096
 # Read as configuration (gguf_config), not as weights.
 CONFIGURATION_TENSORS = frozenset({"rope_freqs.weight"})
@@ -41,6 +41,20 @@ _GEMMA_BLOCK = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_DEEPSEEK_BLOCK = {
+    **_BLOCK,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+# What keys and values are made of: one tensor, or the converter's halves of it, or all three.
+_LATENT = ("attn_kv_b", "attn_k_b", "attn_v_b")
+_CORRECTION = "exp_probs_b"
 _EXPERT_STACKS = {
     "ffn_gate_exps": "gate_proj",
     "ffn_up_exps": "up_proj",
@@ -54,7 +68,8 @@ class Mapped:
 
     `first_row`: where its rows begin in the stored tensor (experts are stacked). `interleaved`:
     number of heads whose rotary halves the converter interleaved, 0 if it did not. `added`: what
-    the converter added to each value.
+    the converter added to each value. `widened`: the stored tensors, one or halves of each head,
+    that it is made of in float32.
     """
 
     stored: str
@@ -62,6 +77,7 @@ class Mapped:
     first_row: int = 0
     interleaved: int = 0
     added: float = 0.0
+    widened: tuple[str, ...] = ()
 
 
 def architecture(header: GgufHeader) -> str:
@@ -98,9 +114,15 @@ def _map_tensor(header: GgufHeader, kind: str, info: TensorInfo) -> list[Mapped]
     if len(parts) != 3 or parts[0] != "blk" or not (parts[1].isascii() and parts[1].isdigit()):
         raise _unknown(header, info.name)
     layer = f"model.layers.{int(parts[1])}"
-    if parts[2] in _EXPERT_STACKS and suffix == "weight" and kind == "qwen3moe":
+    sparse = kind in ("qwen3moe", "deepseek2")
+    if parts[2] in _EXPERT_STACKS and suffix == "weight" and sparse:
         return _experts(header, info, f"{layer}.mlp.experts", _EXPERT_STACKS[parts[2]])
-    table = _GEMMA_BLOCK if kind == "gemma3" else _BLOCK
+    if kind == "deepseek2" and parts[2] in _LATENT and suffix == "weight":
+        return _latent_products(header, info, parts[2], f"{layer}.self_attn.kv_b_proj.weight")
+    if kind == "deepseek2" and parts[2] == _CORRECTION and suffix == "bias":
+        name = f"{layer}.mlp.gate.e_score_correction_bias"
+        return [_plain(header, kind, info, name, parts[2])]
+    table = {"gemma3": _GEMMA_BLOCK, "deepseek2": _DEEPSEEK_BLOCK}.get(kind, _BLOCK)
     if parts[2] not in table:
         raise _unknown(header, info.name)
     return [_plain(header, kind, info, f"{layer}.{table[parts[2]]}.{suffix}", parts[2])]
@@ -122,6 +144,35 @@ def _plain(header: GgufHeader, kind: str, info: TensorInfo, name: str, stem: str
         raise corrupt(header.path, f"the norm {info.name!r} is packed")
     renamed = TensorInfo(name, info.shape, "f32" if added else info.format)
     return Mapped(info.name, renamed, interleaved=heads, added=added)
+
+
+def _latent_products(header: GgufHeader, info: TensorInfo, part: str, name: str) -> list[Mapped]:
+    """`kv_b_proj`, by the first of the tensors that it is stored as; nothing by the others.
+
+    Dense, as its halves are multiplied with in both directions.
+    """
+    stem = info.name.removesuffix(f"{part}.weight")
+    whole = f"{stem}attn_kv_b.weight"
+    if part == "attn_kv_b":
+        if len(info.shape) != 2:
+            raise corrupt(header.path, f"{info.name!r} has the shape {info.shape}")
+        if not info.packed:
+            return [Mapped(info.name, TensorInfo(name, info.shape, info.format))]
+        dense = TensorInfo(name, info.shape, "f32", stored=info.nbytes)
+        return [Mapped(info.name, dense, widened=(info.name,))]
+    if part == "attn_v_b" or whole in header.tensors:
+        return []
+    values = header.tensors.get(f"{stem}attn_v_b.weight")
+    if values is None:
+        raise corrupt(header.path, f"it has {info.name!r} without its attn_v_b")
+    # Keys [heads, rank, nope], transposed by the converter; values [heads, value, rank].
+    keys, shape = info.shape, values.info.shape
+    if len(keys) != 3 or len(shape) != 3 or keys[0] != shape[0] or keys[1] != shape[2]:
+        raise corrupt(header.path, f"{info.name!r} of {keys} does not go with values of {shape}")
+    rows = keys[0] * (keys[2] + shape[1])
+    stored = info.nbytes + values.info.nbytes
+    joined = TensorInfo(name, (rows, keys[1]), "f32", stored=stored)
+    return [Mapped(info.name, joined, widened=(info.name, values.info.name))]
 
 
 def _experts(header: GgufHeader, info: TensorInfo, prefix: str, name: str) -> list[Mapped]:

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import re
+import string
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import ModelError, UsageError
+from quire.tokenization.deepseek_splits import _CASED
 from quire.tokenization.gguf_tokenizer import build, chat_templates
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.tokenization.tokenizer import Tokenizer
@@ -202,6 +206,11 @@ GPT2_LIKE = "The fox's 1234 naïve\n\n  x = {'a': 12}"
                        "Ġ{'", "a", "':", "Ġ", "12", "}"]),
         ("qwen2", ["The", "Ġfox", "'s", "Ġ", "1", "2", "3", "4", "ĠnaÃ¯ve", "ĊĊ", "Ġ", "Ġx", "Ġ=",
                    "Ġ{'", "a", "':", "Ġ", "1", "2", "}"]),
+        ("deepseek-v3", ["The", "Ġfox", "'s", "Ġ", "123", "4", "ĠnaÃ¯ve", "ĊĊ", "Ġ", "Ġx", "Ġ=",
+                         "Ġ{'", "a", "':", "Ġ", "12", "}"]),
+        # What its pattern of punctuation means by ":-~" are Latin letters too.
+        ("deepseek-llm", ["The", "Ġfox", "'", "s", "Ġ", "1", "2", "3", "4", "Ġna", "Ã¯", "ve", "Ċ",
+                          "Ċ", "Ġ", "Ġx", "Ġ=", "Ġ{'", "a", "':", "Ġ", "1", "2", "}"]),
     ],
 )  # fmt: skip
 def test_each_pre_tokenizer_splits_as_its_models_do(pre: str, words: list[str]) -> None:
@@ -209,6 +218,12 @@ def test_each_pre_tokenizer_splits_as_its_models_do(pre: str, words: list[str]) 
     split = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(GPT2_LIKE)]
     assert split == words
     assert Tokenizer(backend).decode(backend.encode(GPT2_LIKE).ids) == GPT2_LIKE
+
+
+def test_cased_letters_of_deepseek_v2_are_letters_with_two_cases() -> None:
+    letters = {chr(c) for c in range(0x110000) if re.match(f"[{_CASED}]", chr(c))}
+    assert {unicodedata.category(letter) for letter in letters} == {"Lu", "Ll", "Lt"}
+    assert letters > set(string.ascii_letters + "éßŒǅΩκЖՖᎠＡﬁ")
 
 
 def test_gguf_flags_add_bos_and_eos() -> None:

@@ -278,7 +278,7 @@ def _make_runner(
         )
     from quire.runner.device import DeviceRunner
 
-    return DeviceRunner(model, build, plan, info.vocab_size, draft)
+    return DeviceRunner(model, build, plan, info.vocab_size, draft, mtp)
 
 
 def _make_tiering(

@@ -9,6 +9,7 @@ import torch
 
 from quire.comm.group import Group
 from quire.config.options import Options
+from quire.config.speculation import Speculation
 from quire.errors import PlanError
 from quire.formats.layout import BLOCK_FORMATS, is_quantized
 from quire.hardware.machine import Gpu, Machine
@@ -18,12 +19,13 @@ from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.layers.build import Build, Kernels
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
-from quire.models.registry import ModelConfig, build_model, read_config
+from quire.models.registry import ModelConfig, read_config
 from quire.plan import memory
 from quire.plan.architectures import describe
 from quire.plan.facts import DTYPES, KernelFacts
 from quire.plan.place import (
     Place,
+    build_all,
     choose_latent_form,
     held_formats,
     matrices,
@@ -50,6 +52,7 @@ RESERVE_BYTES = 1024 * 2**20
 GRAPH_BYTES = 3 * 2**20
 SMALLER = {
     "weights": "use a smaller or quantised model, or a GPU with more memory",
+    "MTP module": "draft in another way, or not at all",
     "activations": "lower --max-num-batched-tokens",
     "request state": "lower --max-num-seqs or --max-model-len",
     "graphs": "use --runner eager",
@@ -99,11 +102,11 @@ def place(
     gpu, engine = machine.gpu, options.engine
     assert gpu is not None
     asked = options.model.kv_cache_dtype
-    build = _build(hf, "bfloat16", group, asked)
+    build, own = _build(hf, "bfloat16", group, asked, engine.mtp)
     quantized = any(is_quantized(formats(name)) for name in matrices(build))
     dtype = _choose_dtype(options, hf, quantized, choices)
     if dtype != "bfloat16":
-        build = _build(hf, dtype, group, asked)
+        build, own = _build(hf, dtype, group, asked, engine.mtp)
     check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
     check_experts(read_config(hf), build, formats)
@@ -125,21 +128,28 @@ def place(
     sampled = sampled_rows(engine, sequences, tokens)
     decode, mixed = graph_sizes(tokens, sampled) if runner == "graph" else ((), ())
     widest = 0 if deterministic else widened_bytes(build, formats)
+    drafting = sum_weights(build, formats, own)
+    mtp = engine.speculation if engine.mtp else None
+    # The module reads in one graph for each size of mixed steps, and guesses in two for each number
+    # of rows, which hold as many passes as there are drafts.
+    passes = 0 if mtp is None else len(mixed) + 2 * len(decode) * mtp.num_speculative_tokens
     parts = {
-        "weights": sum_weights(build, formats),
+        "weights": sum_weights(build, formats) - drafting,
+        **({} if mtp is None else {"MTP module": drafting}),
         "activations": widest
         + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize)
         + build.scratch,
         "graphs": widest
         + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
-        + GRAPH_BYTES * (3 * len(decode) + len(mixed))
+        + GRAPH_BYTES * (3 * len(decode) + len(mixed) + passes)
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
         + SamplingScratch.nbytes(sampled, config.vocab_size)
         + memory.state_bytes(build, sequences)
         # What is handed from the forward pass to sampling.
-        + (build.output or config.hidden) * tokens * itemsize,
+        + (build.output or config.hidden) * tokens * itemsize
+        + (0 if mtp is None else _mtp_bytes(mtp, config, build, sequences, tokens, itemsize)),
         "context and libraries": RESERVE_BYTES,
     }
     # What other programs hold, and this process's own context, is not ours to give out.
@@ -169,15 +179,34 @@ def place(
         max_sampled=sampled,
         decode_graphs=decode,
         mixed_graphs=mixed,
+        ahead=0 if mtp is None else mtp.ahead,
+        draft_bytes=drafting,
     )
 
 
-def _build(hf: dict[str, Any], dtype: str, group: Group, kv_dtype: str) -> Build:
+def _build(
+    hf: dict[str, Any], dtype: str, group: Group, kv_dtype: str, mtp: bool
+) -> tuple[Build, int]:
+    """As build_all, with the Build."""
     # A plan asks kernels only how much a weight takes; it must not need Triton.
     sizes = cast(Kernels, DenseWeights(DTYPES[dtype], torch.device("meta")))
     build = Build(sizes, dtype=DTYPES[dtype], group=group, kv_dtype=kv_dtype)
-    build_model(hf, build)
-    return build
+    return build, build_all(hf, build, mtp)
+
+
+def _mtp_bytes(
+    asked: Speculation,
+    config: ModelConfig,
+    build: Build,
+    sequences: int,
+    tokens: int,
+    itemsize: int,
+) -> int:
+    """What the module's passes keep (quire/runner/device_mtp.py): hidden states of the tokens that
+    it reads and two of each row, and drafts."""
+    rows = 3 * sequences + tokens
+    hidden = (build.output or config.hidden) * itemsize
+    return hidden * rows + 4 * asked.num_speculative_tokens * sequences
 
 
 def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

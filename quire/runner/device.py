@@ -29,12 +29,13 @@ from quire.kernels.triton.step.count_tokens import count_tokens
 from quire.kernels.triton.step.keep_hidden import keep_hidden
 from quire.kv import BLOCK_SIZE
 from quire.layers.build import Build, CacheLayer
-from quire.models.registry import Model
+from quire.models.registry import MTP, Model
 from quire.plan.memory import LOGIT_ROWS
 from quire.plan.plan import Plan
 from quire.runner.clock import DeviceClock
 from quire.runner.device_drafter import DeviceDrafter
 from quire.runner.device_forward import forward_table
+from quire.runner.device_mtp import DeviceMTP
 from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
@@ -98,7 +99,8 @@ class Prompt:
 
 class DeviceRunner:
     """Owns the slots, the steps' buffers and the graphs; the model and its caches are given
-    built, loaded and allocated. `submit` raises what launching raises; then call `reset`."""
+    built, loaded and allocated. What drafts: a model of its own, `draft`, or the model's `mtp`.
+    `submit` raises what launching raises; then call `reset`."""
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class DeviceRunner:
         plan: Plan,
         vocab_size: int,
         draft: tuple[Model, Build] | None = None,
+        mtp: MTP | None = None,
     ):
         self.model, self.device = model, build.device
         self._kernels = cast(TritonKernels, build.kernels)
@@ -117,7 +120,7 @@ class DeviceRunner:
         self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         # Tables of rows: those that are computed, those that sample, those that a drafter reads.
         sampled = self._sampled = plan.max_sampled
-        drafted = self._size(rows, self._decode_sizes) if draft else 0
+        drafted = self._size(rows, self._decode_sizes) if draft or mtp else 0
         sizes = (rows, plan.max_model_len, vocab_size, block_sizes, max_blocks)
         self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
         self._stateful = bool(build.states)
@@ -132,10 +135,14 @@ class DeviceRunner:
         self._spoiled = torch.zeros(tokens, dtype=torch.int32, device=self.device)
         self._prompts: dict[int, Prompt] = {}
         self._logprobs: list[int | None] = [None] * rows  # how many of the top each slot wants
-        self._drafter: DeviceDrafter | None = None
+        self._drafter: DeviceDrafter | DeviceMTP | None = None
+        table = self.state.rows[2 * sampled : 2 * sampled + drafted]
         if draft is not None:
-            table = self.state.rows[2 * sampled : 2 * sampled + drafted]
             self._drafter = DeviceDrafter(draft[0], self.state, table, self._sampling_scratch, plan)
+        elif mtp is not None:
+            self._drafter = DeviceMTP(
+                mtp, self.state, table, self._sampling_scratch, plan, self._kept_hidden
+            )
         drafts = None if self._drafter is None else self._drafter.drafts
         self._ring = [HostOutputs(self._outputs, self._spoiled, drafts) for _ in range(RING)]
         self._submitted = 0
@@ -234,7 +241,7 @@ class DeviceRunner:
         if logprobs:
             pending.wanted = [self._logprobs[slot] for slot in columns.sampling_slots]
 
-    def _launch_drafting(self, drafter: DeviceDrafter, columns: Columns) -> None:
+    def _launch_drafting(self, drafter: DeviceDrafter | DeviceMTP, columns: Columns) -> None:
         """Let a model read the step as it stands, and guess what follows where that is wanted."""
         reading = self._reading(columns)
         self._run(reading, self._compute(reading))
@@ -394,6 +401,10 @@ class DeviceRunner:
             size = (self._tokens, hidden_TH.shape[1])
             self._hidden = torch.zeros(size, dtype=hidden_TH.dtype, device=self.device)
         keep_hidden(hidden_TH, self._hidden, self._spoiled)
+
+    def _kept_hidden(self) -> torch.Tensor:
+        assert self._hidden is not None, "no step was computed yet"
+        return self._hidden
 
     def _sample(self, sampling: Sampling) -> None:
         """Sample for the second table of rows; its second column says whose hidden states."""

@@ -15,11 +15,15 @@ def forward_table(
 ) -> torch.Tensor:
     """Hidden states [T, H] of the rows of `table`, whose step `buffers` are made to hold."""
     prepare_step(state, table, buffers)
+    return model.forward(buffers.tokens, buffers.positions, step_inputs(state, buffers))
+
+
+def step_inputs(state: DeviceState, buffers: StepBuffers) -> StepInputs:
+    """What layers need of a step that was prepared."""
     groups = [
         GroupInputs(table[:, : state.layout.blocks(group)], slots)
         for group, (table, slots) in enumerate(
             zip(buffers.block_tables, buffers.slots, strict=True)
         )
     ]
-    step = StepInputs(buffers.query_start, buffers.context_len, groups, buffers.state_slots)
-    return model.forward(buffers.tokens, buffers.positions, step)
+    return StepInputs(buffers.query_start, buffers.context_len, groups, buffers.state_slots)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plan.test_gpu import plan as gpu_plan
 from runner.engines import (
     FAMILIES,
     Got,
@@ -25,7 +26,7 @@ from models.deepseek_v4.oracle import TINY as V4
 from quire.config.parse import build_options
 from quire.engine.startup import Engine, start_engine
 from quire.engine.wire import Add
-from quire.errors import ModelError, PlanError
+from quire.errors import ModelError
 from quire.kernels import native
 from quire.kernels.reference import ops
 from quire.layers.build import Build
@@ -78,16 +79,19 @@ def values(config: dict[str, Any], noise: float) -> dict[str, torch.Tensor]:
     return found
 
 
+def write(path: Path, config: dict[str, Any], noise: float) -> str:
+    (path / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    save_file(values(config, noise), path / "model.safetensors")
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
     """Checkpoints by family, and by whether the module "agrees" or is "random"."""
     made = {}
     for family, config in CONFIGS.items():
         for kind, noise in (("agrees", 0.15), ("random", 2.0)):
-            path = tmp_path_factory.mktemp(f"{family}-{kind}")
-            (path / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
-            save_file(values(config, noise), path / "model.safetensors")
-            made[family, kind] = str(path)
+            made[family, kind] = write(tmp_path_factory.mktemp(f"{family}-{kind}"), config, noise)
     return made
 
 
@@ -153,11 +157,11 @@ def test_what_is_drafted_does_not_depend_on_chunks_batches_preemption_or_hits(
     alone = engine(model, "cpu", enable_prefix_caching=False, **common)
     wanted: dict[tuple[str, int], list[int]] = {}
     for add in adds:
-        wanted |= drafted(alone, [add])
+        wanted |= drafted(alone, [add])[0]
     roomy = sizes | {"max_num_seqs": 24}  # windows for as many are kept
     for made in (cramped(model, "cpu", **sizes), engine(model, "cpu", **roomy)):
         for seed in (1, 2):  # the second time with a warm prefix cache, where there is room
-            found = drafted(made, adds, seed)
+            found, _ = drafted(made, adds, seed)
             # Where few tokens are left, fewer are drafted behind a row that was itself longer.
             both = [(drafts, wanted[at]) for at, drafts in found.items() if at in wanted]
             alike = [a == b for drafts in both for a, b in zip(*drafts, strict=False)]
@@ -167,9 +171,11 @@ def test_what_is_drafted_does_not_depend_on_chunks_batches_preemption_or_hits(
     assert stats.prefix_hit_tokens > 0
 
 
-def drafted(made: Engine, adds: list[Add], seed: int | None = None) -> dict[tuple[str, int], Any]:
-    """What is drafted in a run, by request and number of tokens before."""
-    drafting, found = made.core.scheduler._drafting, {}
+def drafted(
+    made: Engine, adds: list[Add], seed: int | None = None
+) -> tuple[dict[tuple[str, int], list[int]], dict[str, Got]]:
+    """What is drafted in a run, by request and number of tokens before; and the answers."""
+    drafting, found = made.core.scheduler._drafting, dict[tuple[str, int], list[int]]()
     assert drafting is not None
     take = drafting.take
 
@@ -178,9 +184,9 @@ def drafted(made: Engine, adds: list[Add], seed: int | None = None) -> dict[tupl
         take(request, drafts)
 
     drafting.take = note  # type: ignore[method-assign]
-    run(made, adds, seed=seed)
+    got = run(made, adds, seed=seed)
     drafting.take = take  # type: ignore[method-assign]
-    return found
+    return found, got
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -233,8 +239,77 @@ def test_a_model_without_module_is_refused_before_its_weights_are_looked_for(
         assert caught.value.code == "no_drafter"
 
 
-def test_a_gpu_is_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["v3"]))
-    with pytest.raises(PlanError) as caught:
-        engine(str(tmp_path), "cuda", speculative_config=mtp(1))
-    assert caught.value.code == "no_mtp_on_gpu"
+# One layer and the module's, neither with experts: small enough for the interpreter.
+TINY = {
+    **CONFIGS["v3"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "first_k_dense_replace": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", [1.3, pytest.param(2.0, marks=FULL)])
+def test_a_tiny_model_drafts_on_the_gpu_runner_as_on_the_cpus(noise: float, tmp_path: Path) -> None:
+    """In the interpreter: a prompt in chunks, drafts right and wrong, requests that want fewer."""
+    model = write(tmp_path, TINY, noise)
+    common = {"max_tokens": 6, "ignore_eos": True}
+    adds = [
+        Add("a", list(range(3, 13)), SamplingParams(**common, temperature=0.0, logprobs=1), seed=0),
+        Add("b", [7, 9], SamplingParams(**(common | {"max_tokens": 4}), temperature=1.0), seed=5),
+    ]
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 32, **REAL}
+    plain = run(engine(model, "cpu", kernels="reference", **sizes), adds)
+    config = {"speculative_config": mtp(2), **sizes}
+    wanted, _ = drafted(engine(model, "cpu", kernels="reference", **config), adds)
+    made = engine(model, "cuda", warm=False, **config)
+    drafts, found = drafted(made, adds)
+    assert drafts == wanted
+    stats = made.core.scheduler.stats()
+    assert 0 < sum(stats.accepted_at) < stats.draft_tokens
+    for name, want in plain.items():
+        assert found[name].tokens == want.tokens
+        assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runner", ["graph", "eager"])
+@pytest.mark.parametrize("kind", ["agrees", "random"])
+def test_the_gpu_gives_the_cpu_runners_tokens(
+    models: dict[tuple[str, str], str], kind: str, runner: str
+) -> None:
+    """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
+    model = models["v3", kind]
+    adds = repeating(every_parameter(24, 12), 12)
+    expected = run(engine(model, "cpu", kernels="reference", load_format="auto"), adds)
+    given = {"max_num_seqs": 6, "max_num_batched_tokens": 40, "runner": runner}
+    given |= {"speculative_config": mtp(3), "load_format": "auto"}
+    for made in (engine(model, "cuda", **given), cramped(model, "cuda", **given)):
+        for seed in (12, 13):
+            check_mixed(run(made, adds, seed=seed, aborts=0.02), expected, adds)
+            while made.core.warm():  # graphs that requests have asked for
+                pass
+        right, proposed = counts(made)
+        assert proposed > 100 and (right > 0.6 * proposed or kind == "random")
+
+
+@pytest.mark.gpu
+def test_deterministic_bits_do_not_depend_on_the_module(models: dict[tuple[str, str], str]) -> None:
+    adds = every_parameter(16, 4)
+    common = {"deterministic": True, "dtype": "bfloat16", "max_num_seqs": 5, "load_format": "auto"}
+    expected = run(engine(models["v3", "agrees"], "cuda", **common), adds)
+    for runner in ("graph", "eager"):
+        more = {"runner": runner, "speculative_config": mtp(2), **common}
+        made = engine(models["v3", "agrees"], "cuda", **more)
+        assert run(made, adds, seed=4) == expected
+        assert counts(made)[0] > 20
+
+
+def test_the_module_is_planned_on_a_gpu(tmp_path: Path) -> None:
+    hf = CONFIGS["v3"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    without, made = (gpu_plan(hf, speculative_config=config) for config in (None, mtp(2)))
+    assert made.weight_bytes == without.weight_bytes and made.draft_bytes > 0
+    assert [len(group.layers) for group in made.groups] == [3]
+    assert made.graph_bytes > without.graph_bytes and made.state_bytes > without.state_bytes
+    assert made.kv_bytes < without.kv_bytes and not made.async_scheduling
+    with pytest.raises(ModelError, match="no MTP module"):
+        gpu_plan({**hf, "num_nextn_predict_layers": 0}, speculative_config=mtp(1))

@@ -9,6 +9,7 @@ from quire.kernels.triton.step.keep_drafts import keep_drafts_kernel
 from quire.kernels.triton.step.keep_hidden import keep_hidden_kernel
 from quire.kernels.triton.step.move_pages import move_pages_kernel
 from quire.kernels.triton.step.prepare_step import prepare_step_kernel
+from quire.kernels.triton.step.take_hidden import take_hidden_kernel
 from tests.kernels.triton.aot import Case
 
 INTS = ["rows", "scalars", "tables", "history", "query_start", "context_len", "out_tables", "slots"]
@@ -26,7 +27,25 @@ TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
 RECORD = 21088
 
 CASES = [
-    Case("draft_rows", draft_rows_kernel, TYPES, {"RECORD": RECORD}, num_warps=1),
+    *(
+        Case(
+            f"draft_rows lags={lags}",
+            draft_rows_kernel,
+            TYPES,
+            {"RECORD": RECORD, "LAGS": lags},
+            num_warps=1,
+        )
+        for lags in (False, True)
+    ),
+    *(
+        Case(
+            f"take_hidden {dtype} H={hidden}",
+            take_hidden_kernel,
+            TYPES | {"kept_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"},
+            {"H": hidden, "BLOCK_B": 256, "BLOCK_H": 1024},
+        )
+        for dtype, hidden in (("bf16", 7168), ("fp32", 576))
+    ),
     Case(
         "keep_drafts",
         keep_drafts_kernel,
@@ -61,7 +80,7 @@ CASES = [
     ),
     *(
         Case(
-            f"prepare_step rows<={rows} groups={groups}",
+            f"prepare_step rows<={rows} groups={groups} ahead={ahead}",
             prepare_step_kernel,
             TYPES,
             {
@@ -71,8 +90,9 @@ CASES = [
                 "SIZES": groups > 1,
                 "BLOCK_B": rows,
                 "TILE": 512,
+                "AHEAD": ahead,
             },
         )
-        for rows, groups in ((1, 1), (256, 2))
+        for rows, groups, ahead in ((1, 1, 0), (256, 2, 0), (256, 1, 1))
     ),
 ]

@@ -23,12 +23,12 @@ def state(lengths: list[int], device: torch.device) -> DeviceState:
     return state_of([request(s, [1] * n) for s, n in enumerate(lengths)], device, max_len=30)
 
 
-def rows_behind(at: DeviceState, rows: list[Row], behind: int) -> list[Row]:
+def rows_behind(at: DeviceState, rows: list[Row], behind: int, lags: bool = False) -> list[Row]:
     """Kernel and reference must agree."""
     table = rows_of(rows, at.device)
     found, wanted = (torch.full_like(table, POISON) for _ in range(2))
-    draft_rows(at, table, behind, found)
-    rows_reference(at, table, behind, wanted)
+    draft_rows(at, table, behind, found, lags)
+    rows_reference(at, table, behind, wanted, lags)
     assert torch.equal(found, wanted)
     return [tuple(row) for row in found.tolist()]
 
@@ -54,6 +54,28 @@ def test_what_counts_is_read_and_then_one_draft_after_the_other(device: torch.de
         ]
 
 
+def test_a_module_that_is_told_the_next_token_is_one_behind(device: torch.device) -> None:
+    at = state([9, 9, 9, 20], device)
+    rows = [
+        (0, 5, 5, SAMPLE + 4 * DRAFTS + 3 * PROPOSE),  # tokens 5 to 7 stand, the next one is known
+        (1, 5, 4, SAMPLE + 3 * DRAFTS),
+        (2, 8, 1, SAMPLE + PROPOSE),  # failed: what follows its token is not known
+        (3, 0, 16, 0),
+        (-1, 0, 0, 0),
+    ]
+    last = [(3, 0, 16, 0), (-1, 0, 0, 0)]
+    read = [(0, 5, 3, SAMPLE), (1, 5, 3, 0), (2, 8, 1, SAMPLE), *last]
+    assert rows_behind(at, rows, 0, lags=True) == read
+    one = [(3, 15, 1, 0), (-1, 0, 0, 0)]
+    for behind, known in ((1, 1), (2, 2), (3, 2)):
+        assert rows_behind(at, rows, behind, lags=True) == [
+            (0, 7 + known, 1, SAMPLE + (DRAFTS + BEHIND) * known),
+            (1, 7, 1, 0),
+            (2, 8, 1, SAMPLE),
+            *one,
+        ]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_rows_equal_the_reference(seed: int, device: torch.device) -> None:
     numbers = random.Random(seed)
@@ -64,8 +86,10 @@ def test_any_rows_equal_the_reference(seed: int, device: torch.device) -> None:
         start = numbers.randrange(lengths[slot])
         count = numbers.randint(1, lengths[slot] - start)
         flags = numbers.choice([0, SAMPLE, SAMPLE + numbers.randint(1, 4) * PROPOSE])
+        flags += DRAFTS * numbers.randint(0, count - 1) if flags else 0
         rows.append((numbers.choice([slot, slot, -1]), start, count, flags))
     for behind in range(5):
+        rows_behind(at, rows, behind, lags=True)
         table = rows_behind(at, rows, behind)
         assert behind == 0 or all(row[2] == 1 for row in table if row[0] >= 0)
         check_keep(at, table, behind, numbers)

@@ -58,15 +58,18 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_step_equals_reference(case: str, sizes: tuple[int, ...], device: torch.device) -> None:
+def test_step_equals_reference(
+    case: str, sizes: tuple[int, ...], ahead: int, device: torch.device
+) -> None:
     rows, tokens = CASES[case]
     at = state(device, sizes)
     # Views of larger buffers: what lies behind them must stay.
     found, wanted = (poisoned(len(rows) + 2, tokens + 3, device) for _ in range(2))
-    prepare_step(at, rows_of(rows, device), found.view(len(rows), tokens))
-    reference(at, rows_of(rows, device), wanted.view(len(rows), tokens))
+    prepare_step(at, rows_of(rows, device), found.view(len(rows), tokens), ahead)
+    reference(at, rows_of(rows, device), wanted.view(len(rows), tokens), ahead)
     for field in fields(found):
         assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
 
@@ -109,6 +112,17 @@ def test_step_equals_the_eager_runners(
             assert (found.block_tables[g, i, needed:] == POISON).all()
     assert found.state_slots.tolist() == wanted.state_slots.tolist()
     assert (found.slots[:, total:] == -1).all() and not found.tokens[total:].any()
+
+
+def test_the_tokens_that_follow_have_the_places_of_those_before(device: torch.device) -> None:
+    at = state(device)
+    here, ahead = (poisoned(3, 5, device) for _ in range(2))
+    rows = rows_of([(3, 600, 3, 1), (1, 15, 1, 1), (2, 3, 1, 0)], device)
+    prepare_step(at, rows, here)
+    prepare_step(at, rows, ahead, ahead=1)
+    at_3 = at.history[3, 601:604].tolist()
+    assert ahead.tokens.tolist() == [*at_3, int(at.history[1, 16]), int(at.history[2, 4])]
+    assert torch.equal(ahead.positions, here.positions) and torch.equal(ahead.slots, here.slots)
 
 
 def test_a_token_that_was_never_sampled_is_zero(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import torch
 from quire.kernels.device_state import DeviceState, RowFlag, Scalar, StepBuffers
 
 
-def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> None:
+def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead: int = 0) -> None:
     out.tokens.zero_()
     out.positions.zero_()
     out.slots.fill_(-1)
@@ -21,7 +21,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
         begin, end = end, end + count
         out.context_len[i] = start + count
         length = int(state.length[slot]) + flags % RowFlag.BEHIND // RowFlag.DRAFTS
-        known = state.history[slot, start : min(start + count, length)]
+        known = state.history[slot, start + ahead : min(start + count + ahead, length)]
         out.tokens[begin : begin + len(known)] = known
         positions = torch.arange(start, start + count, device=state.device)
         out.positions[begin:end] = positions

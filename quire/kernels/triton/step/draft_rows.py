@@ -18,7 +18,13 @@ _PROPOSE = tl.constexpr(int(RowFlag.PROPOSE))
 
 @triton.jit(do_not_specialize=["behind"])
 def draft_rows_kernel(
-    rows_ptr, scalars_ptr, out_ptr, behind, RECORD: tl.constexpr, PDL: tl.constexpr
+    rows_ptr,
+    scalars_ptr,
+    out_ptr,
+    behind,
+    RECORD: tl.constexpr,
+    LAGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     let_next_start(PDL)
     wait_for_inputs(PDL)
@@ -36,14 +42,19 @@ def draft_rows_kernel(
         length = tl.load(scalars_ptr + slot * RECORD + _LENGTH)
         propose = asked // _PROPOSE
         if asked & _SAMPLE != 0:
-            # Of drafts those that stand; and the token behind, if drafts are to follow it.
-            count = tl.maximum(length - start - tl.where(propose > 0, 0, 1), 0)
+            if LAGS:
+                # Of drafts those that stand. A row that failed has no token behind.
+                drafts = asked % _BEHIND // _DRAFTS
+                count = tl.maximum(length - start - 1, count - drafts)
+            else:
+                # Of drafts those that stand; and the token behind, if drafts are to follow it.
+                count = tl.maximum(length - start - tl.where(propose > 0, 0, 1), 0)
         if propose > 0:
             flags += _SAMPLE
         if behind > 0:
             if propose > 0:
                 known = tl.minimum(behind, propose - 1)
-                start = length + known - 1
+                start = tl.maximum(start + count - 1, 0) + known if LAGS else length + known - 1
                 flags += (_DRAFTS + _BEHIND) * known
             else:
                 start = tl.maximum(start + count - 1, 0)
@@ -54,13 +65,16 @@ def draft_rows_kernel(
     tl.store(out_ptr + 3, flags)
 
 
-def draft_rows(state: DeviceState, rows: torch.Tensor, behind: int, out: torch.Tensor) -> None:
+def draft_rows(
+    state: DeviceState, rows: torch.Tensor, behind: int, out: torch.Tensor, lags: bool = False
+) -> None:
     """Write `out` int32 [B, 4] for rows int32 [B, 4] of a step that has been sampled.
 
     `behind` 0: what of each row counts, with the last token sampled where drafts are to follow;
     those rows sample (RowFlag). Else one token a row: the last of so many drafts, which lie behind
     the slot's history. A row that wants no more drafts computes a token of its own again, so that
-    each has one.
+    each has one. `lags`: the model is told with each token the one that follows (multi-token
+    prediction), and so reads as many tokens as the target has, and is one behind in each pass.
     """
     launch(
         draft_rows_kernel,
@@ -71,5 +85,6 @@ def draft_rows(state: DeviceState, rows: torch.Tensor, behind: int, out: torch.T
         out,
         behind,
         RECORD=state.layout.record,
+        LAGS=lags,
         num_warps=1,
     )

@@ -49,6 +49,7 @@ def prepare_step_kernel(
     SIZES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     TILE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
@@ -96,8 +97,9 @@ def prepare_step_kernel(
                 to = query_start + index
                 inside = (index < count) & (to < num_tokens)
                 # A row that failed has appended nothing: what lies there is not its token.
-                known = inside & (position < length)
-                token = tl.load(history_ptr + slot * RECORD + position, mask=known, other=0)
+                place = position + AHEAD
+                known = inside & (place < length)
+                token = tl.load(history_ptr + slot * RECORD + place, mask=known, other=0)
                 tl.store(tokens_ptr + to, token.to(tl.int64), mask=inside)
                 tl.store(positions_ptr + to, position.to(tl.int64), mask=inside)
                 for group in range(GROUPS):
@@ -117,7 +119,7 @@ def prepare_step_kernel(
                     tl.store(to_ptr + index, block, mask=index < num_blocks)
 
 
-def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> None:
+def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead: int = 0) -> None:
     """Fill `out` (B rows, T tokens) for a step over `rows` int32 [B, 4]: slot or -1, start, count,
     flags.
 
@@ -125,8 +127,8 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
     which may be drafts (RowFlag); those the device does not know, which happens after a row that
     failed, are 0. A row without a slot has no tokens. Tokens past the last row's have token 0,
     position 0 and slot -1; slot -1, too, has what is cached already (Scalar.CACHED). Block tables
-    are written as far as the context goes. The rows' counts
-    must add up to at most T.
+    are written as far as the context goes. The rows' counts must add up to at most T. `ahead`: in
+    place of each token the one so many positions behind it.
     """
     layout = state.layout
     num_rows, num_tokens = rows.shape[0], out.tokens.shape[0]
@@ -157,5 +159,6 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers) -> No
         SIZES=state.block_sizes is not None,
         BLOCK_B=triton.next_power_of_2(max(num_rows, 1)),
         TILE=tile,
+        AHEAD=ahead,
         num_warps=4,
     )

@@ -251,12 +251,12 @@ TINY = {
 def test_a_tiny_model_drafts_on_the_gpu_runner_as_on_the_cpus(noise: float, tmp_path: Path) -> None:
     """In the interpreter: a prompt in chunks, drafts right and wrong, requests that want fewer."""
     model = write(tmp_path, TINY, noise)
-    common = {"max_tokens": 6, "ignore_eos": True}
+    common = {"max_tokens": 5, "ignore_eos": True}
     adds = [
-        Add("a", list(range(3, 13)), SamplingParams(**common, temperature=0.0, logprobs=1), seed=0),
-        Add("b", [7, 9], SamplingParams(**(common | {"max_tokens": 4}), temperature=1.0), seed=5),
+        Add("a", list(range(3, 8)), SamplingParams(**common, temperature=0.0, logprobs=1), seed=0),
+        Add("b", [7, 9], SamplingParams(**(common | {"max_tokens": 3}), temperature=1.0), seed=5),
     ]
-    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 32, **REAL}
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 5, "max_model_len": 16, **REAL}
     plain = run(engine(model, "cpu", kernels="reference", **sizes), adds)
     config = {"speculative_config": mtp(2), **sizes}
     wanted, _ = drafted(engine(model, "cpu", kernels="reference", **config), adds)

@@ -20,6 +20,14 @@ def five_numbers(plan: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _drafter(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What drafts with weights of its own, if anything does."""
+    if not plan["draft_bytes"]:
+        return []
+    name = "MTP module" if plan["speculation"]["method"] == "mtp" else "draft model"
+    return [(name, format_bytes(plan["draft_bytes"]), "weights")]
+
+
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The whole plan with its reasons."""
     device = f"{plan['device']}: {plan['device_name']}, {plan['threads']} threads"
@@ -28,10 +36,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         ("weights", numbers["weights"], plan["weight_formats"]),
         ("kv cache", numbers["kv cache"], _groups(plan)),
         ("activations", numbers["activations"], _step(plan)),
-        *(
-            [("draft model", format_bytes(plan["draft_bytes"]), "weights")]
-            * bool(plan["draft_bytes"])
-        ),
+        *_drafter(plan),
         ("reserve", numbers["reserve"], "interpreter, libraries, tokenizer"),
         ("total", format_bytes(plan["total_bytes"]), ""),
     ]

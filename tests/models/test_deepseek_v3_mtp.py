@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from quant.checkpoints import DEEPSEEK, of_scheme
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config
 
 from models.harness import TOLERANCE, Loaded, text
@@ -44,6 +45,32 @@ def test_drafts_equal_those_of_transformers_blocks(case: str, kernels: str, tmp_
             found = torch.cat(parts)
             assert (found - wanted).abs().max() < TOLERANCE
             assert (ours.mtp.logits(found) - logits).abs().max() < TOLERANCE
+
+
+def test_a_quantised_module_gives_what_its_values_give(tmp_path: Path) -> None:
+    """As published: its block in FP8 like the others, what stands at its ends is not."""
+    generator = torch.Generator().manual_seed(2)
+    size, ends = DEEPSEEK["hidden_size"], {}
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        ends[f"{name}.weight"] = torch.rand(size, generator=generator) + 0.5
+    ends["eh_proj.weight"] = torch.randn(size, 2 * size, generator=generator) / 16
+    hidden, tokens = torch.randn(12, size, generator=generator), torch.tensor(text(12))
+    found = []
+    for path in of_scheme(tmp_path, "fp8 blocks", DEEPSEEK):
+        tensors = load_file(path / "model.safetensors")
+        for name, tensor in list(tensors.items()):
+            if name.startswith("model.layers.1."):
+                tensors[name.replace("layers.1.", "layers.2.")] = tensor.clone()
+        tensors |= {f"model.layers.2.{name}": tensor.clone() for name, tensor in ends.items()}
+        save_file(tensors, path / "model.safetensors")
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+        ours = Loaded(path, "reference", drafting=True)
+        assert ours.mtp is not None
+        [(_, positions, step)] = ours.steps(12)
+        with torch.inference_mode():
+            found.append(ours.mtp.logits(ours.mtp.forward(hidden, tokens, positions, step)))
+    assert found[0].std() > 0.5 and (found[0] - found[1]).abs().max() < TOLERANCE
 
 
 def test_the_model_is_the_same_with_its_module(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from runner.engines import (
 from safetensors.torch import save_file
 
 from models.deepseek_v4.oracle import TINY as V4
+from quire.cli.plan_table import plan_lines
 from quire.config.parse import build_options
 from quire.engine.startup import Engine, start_engine
 from quire.engine.wire import Add
@@ -224,6 +225,7 @@ def test_the_module_is_planned_beside_the_model(family: str, tmp_path: Path) -> 
     assert said["speculation"].chosen == "mtp, 2 drafts a row"
     assert "MTP module" in said["speculation"].reason
     assert said["async scheduling"].chosen == "off"
+    assert any(line.strip().startswith("MTP module") for line in plan_lines(made.to_dict()))
 
 
 def test_a_model_without_module_is_refused_before_its_weights_are_looked_for(

@@ -95,11 +95,15 @@ def test_too_little_memory_is_told_with_numbers() -> None:
     assert "weights take 2" in caught.value.why and "request state take 1.3 GiB" in caught.value.why
 
 
-def test_a_gpu_refuses_it_with_the_reason() -> None:
-    with pytest.raises(PlanError, match="no GPU kernels") as caught:
-        gpu_plan({**FLASH, "n_routed_experts": 8})
-    assert caught.value.code == "unsupported_model"
-    assert "--device cpu" in caught.value.fix
+def test_a_gpu_has_the_same_groups_and_counts_streams_and_open_windows() -> None:
+    found, on_cpu = gpu_plan(FEW, max_num_seqs=4), made(max_num_seqs=4)
+    assert found.runner == "graph" and found.groups == on_cpu.groups
+    # Four streams of bfloat16 are kept of every token until it is sampled behind.
+    streams = 4 * 4096 * 2 * found.max_num_batched_tokens
+    assert found.state_bytes > on_cpu.state_bytes + streams
+    packed = gpu_plan(FEW, kv_cache_dtype="fp8")
+    assert packed.kv_dtype == "fp8" and memory.entry_bytes(packed.groups) == 3850.25
+    assert packed.max_num_seqs == 256  # fewer by default, as each has open windows
 
 
 def test_an_fp8_cache_takes_3850_bytes_for_each_token_of_flash() -> None:

@@ -63,6 +63,13 @@ def _mix(
     tl.store(places, share, mask=there[:, None] & exists[None, :])
 
     logits = tl.sum(pair_logits, axis=1) * inverse[:, None, None] * pair_scale + pair_base[None]
+    # Through memory, so that a warp has whole matrices: the sums above leave them over several.
+    between = stream[:, None] * N + stream[None, :]
+    places = passes + token[:, None, None] * (N * N) + between[None]
+    kept = there[:, None, None] & pair_exists[None]
+    tl.store(places, logits, mask=kept)
+    tl.debug_barrier()
+    logits = tl.load(places, mask=kept, other=0.0)
     logits = tl.where(exists[None, None, :], logits, -float("inf"))
     matrix = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
     matrix = matrix / tl.sum(matrix, axis=2)[:, :, None] + stream_eps
@@ -71,9 +78,7 @@ def _mix(
     for _ in range(STEPS - 1):
         matrix = matrix / (tl.sum(matrix, axis=2)[:, :, None] + stream_eps)
         matrix = matrix / (tl.sum(matrix, axis=1)[:, None, :] + stream_eps)
-    between = stream[:, None] * N + stream[None, :]
-    places = passes + token[:, None, None] * (N * N) + between[None]
-    tl.store(places, matrix, mask=there[:, None, None] & pair_exists[None])
+    tl.store(places, matrix, mask=kept)
 
 
 @triton.jit
@@ -143,14 +148,14 @@ def mix_streams_kernel(
 
 
 def block_sizes(n: int, d: int, splits: int) -> dict[str, int]:
-    """Tile and warps, which decide the order of a token's sums and depend on nothing else: 32
-    values a thread, as many as it has bytes on their way, while there are warps for it."""
+    """Tile and warps, which decide the order of a token's sums and depend on nothing else: 128
+    values a thread, since every warp more does the steps of the mixes again."""
     block_n, block_d = triton.next_power_of_2(n), triton.next_power_of_2(d)
     return {
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "BLOCK_SPLITS": triton.next_power_of_2(splits),
-        "num_warps": min(16, max(1, block_n * block_d // 1024)),
+        "num_warps": min(16, max(1, block_n * block_d // 4096)),
     }
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from models.deepseek_v4.oracle import HEAVY, SPARSE, Oracle
 from models.harness import Loaded, text
 from quire.errors import ModelError
-from quire.models.deepseek_v4.names import adapt, adapt_drafter, published
+from quire.models.deepseek_v4.names import adapt, published
 from quire.weights.safetensors import SafetensorsSource
 
 
@@ -55,16 +55,17 @@ def test_other_names_mean_published_ones(stored: str, name: str) -> None:
     assert published(name) == name
 
 
-def test_the_target_leaves_the_drafter_s_tensors_and_the_drafter_takes_no_copies(
+def test_the_modules_tensors_come_with_drafting_and_never_copies_of_the_models(
     oracle: Oracle,
 ) -> None:
     copies = {"mtp.0.emb.tok_emb.weight": torch.ones(2), "mtp.0.head.weight": torch.ones(2)}
     change(oracle, **copies)
     with SafetensorsSource(oracle.published) as source:
-        target, drafter = adapt({}, source).names(), adapt_drafter(source).names()
-    assert not any(name.startswith("mtp") for name in target)
-    assert drafter and all(name.startswith("mtp.0.") for name in drafter)
-    assert not set(copies) & set(drafter) and "mtp.0.hc_head_fn" in drafter
+        target, both = adapt({}, source).names(), adapt({}, source, drafting=True).names()
+    more = set(both) - set(target)
+    assert not any(name.startswith("mtp") for name in target) and set(target) < set(both)
+    assert all(name.startswith("mtp.0.") for name in more) and "mtp.0.hc_head_fn" in more
+    assert not set(copies) & more
     assert Loaded(oracle.published, "reference").logits(text(3)).isfinite().all()
 
 

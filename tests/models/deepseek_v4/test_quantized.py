@@ -16,10 +16,7 @@ from models.deepseek_v4.oracle import HEAVY, SPARSE, Oracle
 from models.harness import TOLERANCE, Loaded, text
 from quire import LLM, SamplingParams
 from quire.errors import ModelError
-from quire.models.deepseek_v4.names import adapt_drafter
-from quire.quant.config import read_scheme
-from quire.quant.source import QuantizedSource
-from quire.weights import open_source
+from quire.models.checkpoint import open_checkpoint
 from quire.weights.hub import resolve
 
 FP8 = {
@@ -84,10 +81,9 @@ def test_a_quantised_checkpoint_gives_the_logits_of_its_values(name: str, oracle
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
     # The MTP module's tensors, too, are what the scheme says.
     files = resolve(str(quantised))
-    scheme = read_scheme(files.config())
-    assert scheme is not None
-    with QuantizedSource(adapt_drafter(open_source(files)), scheme) as source:
+    with open_checkpoint(files, drafting=True) as source:
         names = [n for n in source.names() if n.endswith(".weight") and ".experts." in n]
+        names = [n for n in names if n.startswith("mtp.0.")]
         assert len(names) == 3 * oracle.config.n_routed_experts
         formats = {source.info(n).format for n in names}
         assert formats == {"fp8_block" if name == "base" else "mxfp4"}

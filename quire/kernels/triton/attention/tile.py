@@ -37,10 +37,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q, k, q_rest, k_rest, k_scale, inner_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     s = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)
     if q_rest is not None:
         s = _dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), s, PRECISION)
+    if k_scale is not None:
+        s = s * k_scale[None, :]
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2 x) - 1; its error of 1e-7 is far below that of s.
         s = 2.0 * tl.sigmoid(s * (2.0 * inner_scale)) - 1.0
@@ -60,22 +64,30 @@ def _weights(s, reference, factor):
 
 
 @triton.jit
+def _weighted(p, v_scale):
+    """Weights of values that are to be multiplied by their keys' scales."""
+    return p if v_scale is None else p * v_scale[None, :]
+
+
+@triton.jit
 def piece_state(
     q, k, v, visible, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    q_rest=None, k_rest=None,
+    q_rest=None, k_rest=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """(m, weight, acc) of queries [rows, D] over keys and values [keys, D], from nothing.
 
     `visible` [rows, keys] counts where MASKED. Values of keys that nobody sees must be finite.
-    q_rest, k_rest: more values of queries and keys, for which there are none of v.
+    q_rest, k_rest: more values of queries and keys, for which there are none of v. k_scale, v_scale
+    [keys]: what k and v are to be multiplied by.
     """
-    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, k_scale, inner_scale, SOFTCAP, PRECISION)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m = tl.max(s, 1)
     p = _weights(s, finite(m) if MASKED else m, factor)
-    return m, tl.sum(p, 1), _dot(p.to(q.dtype), v.to(q.dtype), None, PRECISION)
+    values = _dot(_weighted(p, v_scale).to(q.dtype), v.to(q.dtype), None, PRECISION)
+    return m, tl.sum(p, 1), values
 
 
 @triton.jit
@@ -93,10 +105,10 @@ def merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor):
 def extend(
     q, k, v, visible, m, weight, acc, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    q_rest=None, k_rest=None,
+    q_rest=None, k_rest=None, k_scale=None, v_scale=None,
 ):  # fmt: skip
     """As piece_state and merge together, but values add up within the MMA's own accumulator."""
-    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, k_scale, inner_scale, SOFTCAP, PRECISION)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -104,7 +116,8 @@ def extend(
     p = _weights(s, reference, factor)
     shrink = tl.exp2((m - reference) * factor)
     weight = tl.fma(weight, shrink, tl.sum(p, 1))
-    acc = _dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], PRECISION)
+    p = _weighted(p, v_scale).to(q.dtype)
+    acc = _dot(p, v.to(q.dtype), acc * shrink[:, None], PRECISION)
     return top, weight, acc
 
 

@@ -18,7 +18,13 @@ from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
 from quire.engine.tiering import Tiering
-from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
+from quire.engine.weights import (
+    asked_quantization,
+    dummy_source,
+    kv_cache_format,
+    kv_cache_scales,
+    open_weights,
+)
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
@@ -136,6 +142,7 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
         formats,
         f"{fingerprint} {config_digest(hf)}" + ("" if online is None else f" {online}"),
         kv_cache=kv_cache_format(scheme, source),
+        kv_scales=bool(kv_cache_scales(source)),
     )
     if scheme is not None:
         facts = replace(facts, scheme=scheme.name)
@@ -190,6 +197,7 @@ def assemble(
         device=device,
         moe_routing=options.engine.moe_routing,
         kv_dtype=plan.kv_dtype,
+        kv_scales=kv_cache_scales(source),
     )
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
@@ -235,6 +243,8 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
         max_len=target.max_len,
         device=target.device,
         moe_routing=target.moe_routing,
+        kv_dtype=target.kv_dtype,
+        kv_scales=kv_cache_scales(source),
         first_layer=len(target.caches),
     )
     model = build_model(files.config(), build)

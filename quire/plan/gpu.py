@@ -22,7 +22,8 @@ from quire.layers.linear import Linear
 from quire.models.registry import ModelConfig, read_config
 from quire.plan import memory
 from quire.plan.architectures import describe
-from quire.plan.facts import DTYPES, KernelFacts
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.kv_format import choose_kv_dtype
 from quire.plan.place import (
     Place,
     build_all,
@@ -91,7 +92,7 @@ def _unsupported(gpu: Gpu, found: KernelFacts) -> str:
 
 def place(
     options: Options,
-    hf: dict[str, Any],
+    model: ModelFacts,
     formats: Callable[[str], str],
     machine: Machine,
     found: KernelFacts,
@@ -99,14 +100,13 @@ def place(
     choices: list[Choice],
 ) -> Place:
     """Raises PlanError or ModelError."""
-    gpu, engine = machine.gpu, options.engine
+    gpu, engine, hf = machine.gpu, options.engine, model.hf_config
     assert gpu is not None
-    asked = options.model.kv_cache_dtype
-    build, own = _build(hf, "bfloat16", group, asked, engine.mtp)
+    build, _ = _build(hf, "bfloat16", group, "auto", engine.mtp)
     quantized = any(is_quantized(formats(name)) for name in matrices(build))
     dtype = _choose_dtype(options, hf, quantized, choices)
-    if dtype != "bfloat16":
-        build, own = _build(hf, dtype, group, asked, engine.mtp)
+    kv_dtype = _choose_kv_dtype(options, model, dtype, build, choices)
+    build, own = _build(hf, dtype, group, kv_dtype, engine.mtp)
     check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
     check_experts(read_config(hf), build, formats)
@@ -160,7 +160,7 @@ def place(
         device_name=gpu.name,
         threads=engine.threads or machine.cores,
         dtype=dtype,
-        kv_dtype=_choose_kv_dtype(asked, dtype, build),
+        kv_dtype=kv_dtype,
         kernels="triton",
         isa=f"{gpu.architecture}, triton {found.triton}",
         runner=runner,
@@ -240,18 +240,19 @@ def _choose_dtype(
     return "bfloat16"
 
 
-def _choose_kv_dtype(asked: str, dtype: str, build: Build) -> str:
-    if asked == "fp8" and build.packs_fp8:
-        return asked
-    if asked not in ("auto", dtype) and (dtype, asked) != ("float32", "bfloat16"):
+def _choose_kv_dtype(
+    options: Options, model: ModelFacts, dtype: str, build: Build, choices: list[Choice]
+) -> str:
+    asked = options.model.kv_cache_dtype
+    if asked not in ("auto", "fp8", dtype) and (dtype, asked) != ("float32", "bfloat16"):
         raise PlanError(
             "unsupported_kv_dtype",
             f"--kv-cache-dtype {asked} does not go with --dtype {dtype} on a GPU",
-            why="the attention kernels read a cache of the model's own number format, or bfloat16 "
-            "under float32",
+            why="the attention kernels read a cache of the model's own number format, or fp8, or "
+            "bfloat16 under float32",
             fix="use --kv-cache-dtype auto",
         )
-    return dtype if asked == "auto" else asked
+    return choose_kv_dtype(options, model, dtype, build, choices)
 
 
 def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:

@@ -150,8 +150,36 @@ def test_limits_of_the_kernels_are_refused_before_loading() -> None:
     with pytest.raises(PlanError, match="--kv-cache-dtype float32 does not go with"):
         plan(kv_cache_dtype="float32")
     assert plan(dtype="float32", kv_cache_dtype="bfloat16").kv_dtype == "bfloat16"
+    with pytest.raises(PlanError, match="do not pack their cache") as caught:
+        plan(PUBLISHED, kv_cache_dtype="fp8")
+    assert caught.value.code == "unsupported_kv_dtype" and "latents" in caught.value.why
     with pytest.raises(PlanError, match="8 of 1024 experts"):
         plan({**QWEN_MOE, "num_experts": 1024})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_an_fp8_cache_takes_a_byte_for_each_value_and_four_for_each_head(dtype: str) -> None:
+    found, half = plan(dtype=dtype, kv_cache_dtype="fp8", strict=True), plan(dtype="auto")
+    layers, heads, size = 36, 8, 128
+    assert [group.page_bytes for group in found.groups] == [2 * 16 * layers * heads * (size + 4)]
+    assert [group.page_bytes for group in half.groups] == [2 * 16 * layers * heads * size * 2]
+    assert found.kv_dtype == "fp8"
+    assert "each head of each token" in reasons(found)["kv cache format"]
+    assert found.cache_fingerprint != half.cache_fingerprint
+
+
+def test_a_checkpoint_that_was_made_for_an_fp8_cache_gets_it() -> None:
+    def made(hf: dict[str, Any] = QWEN, made_for: str = "fp8", **options: Any) -> Plan:
+        facts = ModelFacts("m", hf, None, kv_cache=made_for, kv_scales=True)
+        return resolve(build_options(options), facts, MACHINE, FOUND)
+
+    assert made(strict=True).kv_dtype == "fp8"
+    assert reasons(made())["kv cache format"] == "fp8, the checkpoint's scales"
+    assert made(kv_cache_dtype="bfloat16", strict=True).kv_dtype == "bfloat16"
+    few = {**PUBLISHED, "num_hidden_layers": 4}
+    for found in (made(few), made(made_for="nvfp4")):
+        assert found.kv_dtype == reasons(found)["kv cache format"] == "bfloat16"
+        assert why(found, "kv cache format").startswith("the checkpoint was made for")
 
 
 def test_the_plan_says_what_is_known_of_the_architecture() -> None:

@@ -7,10 +7,12 @@ import torch
 from quire.errors import ModelError
 from quire.layers.build import Build
 
-# Where tools put a scale of keys, or of values (`v`), below an attention layer; the last is one for
+# Where tools put a scale of keys (k) or values (v) below an attention layer; the last is one for
 # both. Some write the scale of a projection's output.
-PLACES = ("{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale", "qkv_proj.{0}_scale")
-PLACES += ("{0}_proj.output_scale", "kv_scale")
+PLACES = (
+    "{0}_scale", "attn.{0}_scale", "{0}_proj.{0}_scale", "qkv_proj.{0}_scale",
+    "{0}_proj.output_scale", "kv_scale",
+)  # fmt: skip
 
 
 def fixed_scales(build: Build, name: str, kv_heads: int, share: slice) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from quire.comm.group import Group
 from quire.config.options import Options
 from quire.errors import PlanError

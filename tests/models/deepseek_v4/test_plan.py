@@ -124,5 +124,3 @@ def test_checkpoints_may_be_closer_and_end_where_hits_do() -> None:
     with pytest.raises(PlanError) as caught:
         llama_plan(checkpoint_tokens=300)
     assert caught.value.code == "no_checkpoints"
-
-

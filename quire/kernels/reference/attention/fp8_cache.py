@@ -37,7 +37,7 @@ def codes_and_scales(
     size = head_size_of(flat.shape[2] // BLOCK, FP8_CACHE)
     codes = flat[..., : BLOCK * size]
     shape = (size, BLOCK) if tokens_last else (BLOCK, size)
-    return codes.unflatten(2, shape), flat[..., BLOCK * size :].view(torch.float32)
+    return codes.view(*codes.shape[:2], *shape), flat[..., BLOCK * size :].view(torch.float32)
 
 
 def encode_heads(

@@ -48,12 +48,13 @@ def paged_attention(
     """Attention of queries q [T, Hq * D] to their requests' keys and values: [T, Hq * D].
 
     k_cache, v_cache [blocks, Hkv, 16, D], a block's heads contiguous, of q's dtype or bfloat16
-    under float32, or uint8: e4m3 and scales, of D + 4 bytes, as
-    quire/kernels/reference/attention/fp8_cache.py has them. block_tables int32 [B, max_blocks], rows contiguous; query_start int32 [B + 1],
-    not decreasing; context_len int32 [B]. Request b has the queries query_start[b] to
-    query_start[b + 1] - 1, which are its last positions; a query sees the keys up to its own
-    position, of these the last `window` where given. scale > 0 multiplies logits; then `softcap`:
-    softcap * tanh(logit / softcap). sinks float32 [Hq]: one more logit per head, without a value.
+    under float32; or uint8 with D + 4 bytes: e4m3 and scales
+    (quire/kernels/reference/attention/fp8_cache.py). block_tables int32 [B, max_blocks], rows
+    contiguous; query_start int32 [B + 1], not decreasing; context_len int32 [B]. Request b has the
+    queries query_start[b] to query_start[b + 1] - 1, which are its last positions; a query sees the
+    keys up to its own position, of these the last `window` where given. scale > 0 multiplies
+    logits; then `softcap`: softcap * tanh(logit / softcap). sinks float32 [Hq]: one more logit per
+    head, without a value.
 
     Requests with context_len 0 or no queries, and rows of q beyond query_start[B], are padding:
     their rows of the result are left as they are or get something finite. Blocks and table entries

@@ -13,7 +13,6 @@ from quire.kernels.triton.attention.fp8_cache import SCALE_BYTES, scales_at
 from quire.kernels.triton.attention.line import head_of, last_to_arrive, leave, run_of, write
 from quire.kernels.triton.attention.tile import merge, piece_state
 from quire.kernels.triton.launch import let_next_start, wait_for_inputs
-from quire.kernels.triton.quantized.decode import fp8_values
 
 
 @triton.jit
@@ -140,12 +139,12 @@ def decode_ordered_kernel(
                 v_places = places * (V_STRIDE // SCALE_BYTES)
                 k_scale = tl.load(k_scales + k_places, mask=seen, other=0.0)
                 v_scale = tl.load(v_scales + v_places, mask=seen, other=0.0)
-                k, v = fp8_values(k, PACKED, CAST), fp8_values(v, PACKED, CAST)
             after = at + TILE + key
             block = tl.load(table_ptr + after // BLOCK, mask=after < last_key, other=0)
             m_piece, weight_piece, acc_piece = piece_state(
                 q, k, v, seen[None, :], factor, inner_scale, True, SOFTCAP, PRECISION,
                 k_scale=k_scale, v_scale=v_scale,
+                PACKED=PACKED, CAST=CAST,
             )  # fmt: skip
             kept = member < tl.where(shared, GROUP, 0)
             slot = head_unit + at // TILE - skipped

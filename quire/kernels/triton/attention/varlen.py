@@ -14,7 +14,6 @@ import triton.language as tl
 from quire.kernels.triton.attention.fp8_cache import SCALE_BYTES, scales_at
 from quire.kernels.triton.attention.tile import extend, merge, normalised, piece_state
 from quire.kernels.triton.launch import let_next_start, wait_for_inputs
-from quire.kernels.triton.quantized.decode import fp8_values
 
 
 @triton.jit
@@ -93,7 +92,6 @@ def _span(
                 v_scale = tl.load(v_ptrs, mask=readable, other=0.0)
             else:
                 k_scale, v_scale = tl.load(k_ptrs), tl.load(v_ptrs)
-            k, v = fp8_values(k, PACKED, CAST), fp8_values(v, PACKED, CAST)
         after = at + TILE
         if MASKED:
             more = (after + key >= oldest) & (after + key <= last)
@@ -105,13 +103,13 @@ def _span(
         if DETERMINISTIC:
             m_piece, weight_piece, acc_piece = piece_state(
                 q, k, v, visible, factor, inner_scale, MASKED, SOFTCAP, PRECISION,
-                q_rest, k_rest, k_scale, v_scale,
+                q_rest, k_rest, k_scale, v_scale, PACKED, CAST,
             )  # fmt: skip
             m, weight, acc = merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor)
         else:
             m, weight, acc = extend(
                 q, k, v, visible, m, weight, acc, factor, inner_scale, MASKED, SOFTCAP, PRECISION,
-                q_rest, k_rest, k_scale, v_scale,
+                q_rest, k_rest, k_scale, v_scale, PACKED, CAST,
             )  # fmt: skip
     return m, weight, acc
 

@@ -136,6 +136,7 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
         formats = declared_formats(hf, scheme, online, options.engine.mtp)
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
+    fp8 = [name for name, format in formats.items() if format.startswith("fp8")]
     facts = ModelFacts(
         files.name,
         hf,
@@ -143,6 +144,11 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
         f"{fingerprint} {config_digest(hf)}" + ("" if online is None else f" {online}"),
         kv_cache=kv_cache_format(scheme, source),
         kv_scales=bool(kv_cache_scales(source)),
+        e4m3_tokens=frozenset(
+            name
+            for name in fp8
+            if scheme is None or scheme.quantises_tokens(name.rpartition(".")[0])
+        ),
     )
     if scheme is not None:
         facts = replace(facts, scheme=scheme.name)

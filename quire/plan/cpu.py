@@ -23,6 +23,7 @@ from quire.plan.place import (
 )
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
+from quire.plan.weight_parts import weight_parts
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
@@ -120,6 +121,7 @@ def place(
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
         max_sampled=sampled,
+        weight_parts=weight_parts(build.weights[:own], formats, lambda name: False),
         ahead=engine.speculation.ahead if engine.speculation is not None and engine.mtp else 0,
         draft_bytes=drafting,
     )

@@ -20,7 +20,8 @@ class ModelFacts:
     """What the plan must know of a model: its config.json, the format of each tensor by
     checkpoint name (the config's dtype is assumed for others), its fingerprint. `scheme`: how it
     is quantised, for people, and `scheme_from`: who says so; `kv_cache`: the format of the KV cache
-    that it was quantised for, and `kv_scales`: whether it has scales for that."""
+    that it was quantised for, and `kv_scales`: whether it has scales for that. `e4m3_tokens`: the
+    FP8 weights that are meant for activations in e4m3."""
 
     name: str
     hf_config: dict[str, Any]
@@ -30,6 +31,7 @@ class ModelFacts:
     scheme_from: str = "its quantisation config"
     kv_cache: str = ""
     kv_scales: bool = False
+    e4m3_tokens: frozenset[str] = frozenset()
 
 
 def declared_dtype(hf: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from quire.plan.place import (
 )
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
+from quire.plan.weight_parts import weight_parts
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -177,6 +178,13 @@ def place(
         room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
         fill=True,
         max_sampled=sampled,
+        weight_parts=weight_parts(
+            build.weights[:own],
+            formats,
+            lambda name: (
+                multiplied_in_e4m3(formats(name), gpu, deterministic) and name in model.e4m3_tokens
+            ),
+        ),
         decode_graphs=decode,
         mixed_graphs=mixed,
         ahead=0 if mtp is None else mtp.ahead,
@@ -351,6 +359,12 @@ def widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
     return 2 * max(sizes, default=0)
 
 
+def multiplied_in_e4m3(format: str, gpu: Gpu, deterministic: bool) -> bool:
+    """Whether many tokens are quantised for weights of a format, where the scheme does that."""
+    hopper = gpu.architecture.startswith("sm_90")
+    return hopper and not deterministic and format in ("fp8", "fp8_block")
+
+
 def _decoded(name: str) -> bool:
     return is_quantized(name) and not name.startswith("fp8")
 
@@ -369,7 +383,7 @@ def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, 
             f"{decoded}; for more than 64 tokens decoded to memory, then cuBLAS",
             "few tokens wait for the weight, many for arithmetic",
         )
-    if not gpu.architecture.startswith("sm_90"):
+    if not multiplied_in_e4m3(name, gpu, deterministic):
         return decoded, f"e4m3 products are used on sm_90, not on {gpu.architecture}"
     many = "e4m3 products of many tokens where the scheme quantises activations"
     return f"{decoded}; {many}", "few tokens wait for the weight, many for arithmetic"

@@ -100,6 +100,7 @@ def resolve(
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
         max_sampled=place.max_sampled,
+        weight_parts=place.weight_parts,
         speculation=speculation,
         draft_bytes=draft_bytes,
         draft_fingerprint="" if drafter is None else drafter.fingerprint,

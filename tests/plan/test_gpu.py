@@ -223,6 +223,42 @@ def test_codes_are_planned_and_what_serves_them_is_said() -> None:
         assert "grouped by expert" in said and ("e4m3" in said) == (format == "fp8")
 
 
+def test_weights_by_how_often_they_are_read() -> None:
+    """By hand: 36 layers of 16 experts in NVFP4, everything else in bfloat16, norms in float32."""
+    build = Build(ops)
+    build_model(QWEN_MOE, build)
+    names = [tensor.name for weight in build.weights for tensor in weight.tensors()]
+    formats = {n: "nvfp4" if ".experts." in n else "bf16" for n in names}
+    found = plan(QWEN_MOE, formats=formats)
+    parts = {part.name: part for part in found.weight_parts}
+    # 64 rows of gate and of up, with 4096 columns; 4096 rows with 64, padded to 128.
+    wide, high = 64 * (2048 + 256 + 4), 4096 * (64 + 8 + 4)
+    assert parts["experts"].nbytes == 36 * 16 * (2 * wide + high)
+    assert parts["experts"].values == 36 * 16 * 3 * 64 * 4096
+    matrices, norms = 4096 * (6144 + 4096 + 16), 2 * 4096 + 2 * 128
+    assert parts["layers"].nbytes == 36 * (2 * matrices + 4 * norms) + 4 * 4096
+    assert parts["head"].nbytes == parts["embedding"].nbytes == 2 * 151936 * 4096
+    assert sum(part.nbytes for part in found.weight_parts) == found.weight_bytes
+    assert not any(part.e4m3_values for part in found.weight_parts)
+
+
+def test_what_is_multiplied_in_e4m3_is_counted() -> None:
+    names = [f"model.layers.{i}.self_attn.o_proj.weight" for i in range(36)]
+    formats = dict.fromkeys(names, "fp8")
+
+    def counted(meant: list[str], **given: Any) -> int:
+        facts = ModelFacts("m", QWEN, formats, e4m3_tokens=frozenset(meant))
+        gpu = given.pop("gpu", H200)
+        machine = replace(MACHINE, gpu=gpu)
+        found = resolve(build_options(given), facts, machine, FOUND)
+        return {part.name: part.e4m3_values for part in found.weight_parts}["layers"]
+
+    assert counted(names) == 36 * 4096 * 4096
+    assert counted(names[:2]) == 2 * 4096 * 4096
+    assert counted([]) == counted(names, deterministic=True) == counted(names, dtype="float32") == 0
+    assert counted(names, gpu=replace(H200, architecture="sm_80", capability=(8, 0))) == 0
+
+
 def test_a_quantised_checkpoint_in_half_precision_gets_the_dtype_of_the_kernels() -> None:
     found = quantized({**QWEN, "torch_dtype": "float16"}, "int4_g128")
     [said] = [choice for choice in found.choices if choice.what == "dtype"]

@@ -62,10 +62,10 @@ def part_of(name: str, tied: bool) -> str:
     return "experts" if ".experts." in name else "layers"
 
 
-def work_of(hf: dict[str, Any], value_bytes: int = 2, **held: Held) -> Work:
+def work_of(hf: dict[str, Any], value_bytes: int = 2, kv_dtype: str = "auto", **held: Held) -> Work:
     """Of a model whose weights and KV cache have values of that many bytes; `held`: parts that
     have others."""
-    build = Build(ops)
+    build = Build(ops, kv_dtype=kv_dtype)
     build_model(hf, build)
     tensors = [tensor for weight in build.weights for tensor in weight.tensors()]
     tied = all(tensor.name != "lm_head.weight" for tensor in tensors)
@@ -239,9 +239,7 @@ def test_every_family_with_experts_is_counted() -> None:
 
 def test_of_compressed_entries_few_are_read_and_all_are_scored() -> None:
     """DeepSeek-V4-Flash after 32,768 tokens, in FP8."""
-    build = Build(ops, kv_dtype="fp8")
-    build_model(FLASH | {"n_routed_experts": 8}, build)
-    seen = Work.of(build, read_config(FLASH), 1, 1).decoding(32768)
+    seen = work_of(FLASH | {"n_routed_experts": 8}, 1, "fp8").decoding(32768)
     windows, chosen, scored, pooled = 43 * 128, 21 * 512, 21 * 8192, 20 * 256
     assert seen.bytes == (windows + chosen + pooled) * 584 + scored * 132
     assert seen.flops == (windows + chosen + pooled) * 4 * 64 * 512 + scored * 2 * 64 * 128

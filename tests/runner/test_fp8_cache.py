@@ -61,7 +61,24 @@ def test_bits_do_not_depend_on_how_a_prompt_is_cut(write_model: WriteModel) -> N
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_v3"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_deterministic_bits_depend_on_the_request_alone(
+    write_model: WriteModel, family: str
+) -> None:
+    """Alone, batched, in other chunks, preempted and from the prefix cache, with graphs."""
+    model, given = write_model(**FAMILIES[family]), repeating(requests(12, 4), 5)
+    common = {"deterministic": True, "dtype": "bfloat16", **FP8}
+    alone = run(engine(model, "cuda", max_num_seqs=1, **common), given)
+    batched = engine(model, "cuda", max_num_seqs=16, max_num_batched_tokens=512, **common)
+    chunks = engine(model, "cuda", max_num_seqs=5, max_num_batched_tokens=19, **common)
+    tight = cramped(model, max_num_seqs=16, **common)
+    for made in (batched, chunks, tight):
+        assert run(made, given, seed=4) == alone
+    assert run(batched, given) == alone
+
+
+@pytest.mark.parametrize("family", [n for n in FAMILIES if not n.startswith("deepseek")])
 def test_on_the_cpu_bits_are_those_of_the_request_alone(
     write_model: WriteModel, family: str
 ) -> None:

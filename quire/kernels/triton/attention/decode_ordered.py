@@ -133,7 +133,8 @@ def decode_ordered_kernel(
             places = block.to(tl.int64)
             k = tl.load(k_head + ((places * K_STRIDE)[:, None] + inner), mask=inside, other=0)
             v = tl.load(v_head + ((places * V_STRIDE)[:, None] + inner), mask=inside, other=0)
-            k_scale, v_scale = None, None
+            k_scale = None
+            v_scale = None
             if FP8:
                 k_places = places * (K_STRIDE // SCALE_BYTES)
                 v_places = places * (V_STRIDE // SCALE_BYTES)

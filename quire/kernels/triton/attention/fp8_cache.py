@@ -1,5 +1,4 @@
-"""Codes and scales of a cache in e4m3: quire/kernels/reference/attention/fp8_cache.py has the
-layout of its blocks."""
+"""Scales of a cache in e4m3. quire/kernels/reference/attention/fp8_cache.py has the layout."""
 
 from __future__ import annotations
 
@@ -7,21 +6,6 @@ import triton
 import triton.language as tl
 
 SCALE_BYTES = tl.constexpr(4)
-
-
-@triton.jit
-def e4m3_codes(values):
-    """float32 as e4m3 in uint8: to nearest, ties to even, what is larger than 448 cut. By integers,
-    since not every GPU has an instruction for it."""
-    # The minimum also keeps a product that made the values out of the sum below.
-    size = tl.minimum(tl.abs(values), 448.0)
-    bits = size.to(tl.int32, bitcast=True)
-    # 3 bits of mantissa stay, and exponents are 120 less.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Numbers from 2^14 on are as far apart as those of e4m3 below 2^-6.
-    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (tl.where(size < 0.015625, small, normal) | sign).to(tl.uint8)
 
 
 @triton.jit

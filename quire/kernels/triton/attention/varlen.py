@@ -83,7 +83,8 @@ def _span(
             k_rest = _load(rest_ptrs, readable, in_rest, MASKED, REST == REST_COLUMNS)
         else:
             v = _load(v_ptrs, readable, in_head, MASKED, D == D_COLUMNS)
-        k_scale, v_scale = None, None
+        k_scale = None
+        v_scale = None
         if FP8:
             k_ptrs = k_scales + (places * (K_STRIDE // SCALE_BYTES) + key % BLOCK)
             v_ptrs = v_scales + (places * (V_STRIDE // SCALE_BYTES) + key % BLOCK)
@@ -191,7 +192,8 @@ def varlen_kernel(
         q_rest = tl.load(q_rows + (D + rest)[None, :], mask=in_rest, other=0.0)
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     k_head, v_head = k_ptr, v_ptr
-    k_scales, v_scales = None, None
+    k_scales = None
+    v_scales = None
     if not REST:
         k_head += head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))
         v_head += head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))

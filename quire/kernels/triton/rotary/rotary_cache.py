@@ -15,12 +15,12 @@ from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of
 from quire.kernels.reference.packed import BLOCK
 from quire.kernels.triton.attention.fp8_cache import (
     SCALE_BYTES,
-    e4m3_codes,
     largest_magnitude,
     scale_of,
     scales_at,
 )
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.quantized.encode import e4m3_codes
 from quire.kernels.triton.rows import row_stride
 
 
@@ -148,11 +148,19 @@ def rotary_cache_kernel(
         v_scales = scales_at(v_cache_ptr, v_head, D, BLOCK) + block * (V_STRIDE // SCALE_BYTES)
         tl.store(k_scales + row, scale, mask=is_k)
         tl.store(v_scales + row, scale, mask=is_v)
-    kinds = (is_q, is_k, is_v)
-    _store(q_ptrs + first, k_ptrs + first, v_ptrs + first, a, inverse, *kinds, in_half, FP8)
-    _store(q_ptrs + second, k_ptrs + second, v_ptrs + second, b, inverse, *kinds, in_half, FP8)
+    _store(
+        q_ptrs + first, k_ptrs + first, v_ptrs + first, a, inverse,
+        is_q, is_k, is_v, in_half, FP8,
+    )  # fmt: skip
+    _store(
+        q_ptrs + second, k_ptrs + second, v_ptrs + second, b, inverse,
+        is_q, is_k, is_v, in_half, FP8,
+    )  # fmt: skip
     if D > 2 * HALF:
-        _store(q_ptrs + rest, k_ptrs + rest, v_ptrs + rest, c, inverse, *kinds, in_rest, FP8)
+        _store(
+            q_ptrs + rest, k_ptrs + rest, v_ptrs + rest, c, inverse,
+            is_q, is_k, is_v, in_rest, FP8,
+        )  # fmt: skip
 
 
 def block_sizes(heads: int, half: int, rest: int) -> dict[str, int]:

@@ -245,6 +245,11 @@ def test_of_compressed_entries_few_are_read_and_all_are_scored() -> None:
     assert seen.flops == (windows + chosen + pooled) * 4 * 64 * 512 + scored * 2 * 64 * 128
 
 
+def test_an_fp8_cache_is_read_with_its_scales() -> None:
+    """Of 2 layers, keys and values of 2 heads: 16 bytes and a scale of 4."""
+    assert work_of(config(), 1, "fp8").decoding(10).bytes == 10 * 2 * 2 * 2 * (16 + 4)
+
+
 def test_latents_are_read_once_for_all_heads() -> None:
     """DeepSeek-V3: 61 layers of 576 values a token; 128 heads multiply with 576 and mix 512."""
     seen = work_of(PUBLISHED).decoding(1000)

@@ -103,10 +103,8 @@ class Work:
             part["name"]: Matrices(part["values"], part["nbytes"], part["e4m3_values"])
             for part in parts
         }
-        every = found["experts"]
-        experts = getattr(config, "experts", 0) if every.values else 0
-        names = [t.name for w in build.weights for t in w.tensors() if ".experts." in t.name]
-        sparse = len({name.split(".experts.")[0] for name in names}) if experts else 0
+        every, sparse = found["experts"], sum(part["layers"] for part in parts)
+        experts = getattr(config, "experts", 0) if sparse else 0
         return cls(
             layers=found["layers"],
             head=found["head"],

@@ -18,12 +18,13 @@ class WeightPart:
     """`name`: "layers", which every token needs; "experts", of which it needs the chosen ones;
     "head", for sampled tokens (an embedding that is also the head counts here); "embedding", of
     which rows are looked up. `nbytes` as this rank holds them; `values` of all ranks, of which
-    `e4m3_values` are multiplied in e4m3 where there are many tokens."""
+    `e4m3_values` are multiplied in e4m3 where there are many tokens. Experts are in `layers`."""
 
     name: str
     nbytes: int
     values: int
     e4m3_values: int
+    layers: int = 0
 
 
 def weight_parts(
@@ -39,7 +40,12 @@ def weight_parts(
         for tensor in weight.tensors():
             sums[1] += prod(tensor.shape)
             sums[2] += prod(tensor.shape) if in_e4m3(tensor.name) else 0
-    return tuple(WeightPart(name, *sums) for name, sums in found.items())
+    names = [tensor.name for weight in weights for tensor in weight.tensors()]
+    layers = len({name.partition(".experts.")[0] for name in names if ".experts." in name})
+    return tuple(
+        WeightPart(name, nbytes, values, e4m3, layers if name == EXPERTS else 0)
+        for name, (nbytes, values, e4m3) in found.items()
+    )
 
 
 def _part_of(weight: Weight, tied: bool) -> str:

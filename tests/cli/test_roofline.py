@@ -72,11 +72,13 @@ def work_of(hf: dict[str, Any], value_bytes: int = 2, kv_dtype: str = "auto", **
     values = dict.fromkeys(("layers", "experts", "head", "embedding"), 0)
     for tensor in tensors:
         values[part_of(tensor.name, tied)] += prod(tensor.shape)
+    sparse = {t.name.partition(".experts.")[0] for t in tensors if ".experts." in t.name}
     parts = []
     for name, count in values.items():
         size, fast = held.get(name, (value_bytes, False))
-        e4m3 = count if fast else 0
-        parts.append({"name": name, "values": count, "nbytes": size * count, "e4m3_values": e4m3})
+        part = {"name": name, "values": count, "nbytes": size * count}
+        part |= {"e4m3_values": count if fast else 0}
+        parts.append(part | {"layers": len(sparse) if name == "experts" else 0})
     return Work.of(build, read_config(hf), parts, value_bytes)
 
 

@@ -234,7 +234,7 @@ def test_weights_by_how_often_they_are_read() -> None:
     # 64 rows of gate and of up, with 4096 columns; 4096 rows with 64, padded to 128.
     wide, high = 64 * (2048 + 256 + 4), 4096 * (64 + 8 + 4)
     assert parts["experts"].nbytes == 36 * 16 * (2 * wide + high)
-    assert parts["experts"].values == 36 * 16 * 3 * 64 * 4096
+    assert parts["experts"].values == 36 * 16 * 3 * 64 * 4096 and parts["experts"].layers == 36
     matrices, norms = 4096 * (6144 + 4096 + 16), 2 * 4096 + 2 * 128
     assert parts["layers"].nbytes == 36 * (2 * matrices + 4 * norms) + 4 * 4096
     assert parts["head"].nbytes == parts["embedding"].nbytes == 2 * 151936 * 4096

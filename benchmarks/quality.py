@@ -5,6 +5,11 @@
 
 --text is encoded with MODEL's tokenizer; --sample N makes N texts of MODEL's own at temperature 1,
 seeds 0 to N - 1, from the beginning-of-sequence token, on the CPU. Files go to --directory.
+
+The GPU's kernels, which compute with codes in bfloat16, against float32 on the GPU:
+
+    python -m benchmarks.quality MODEL --text FILE -- \\
+        --device cuda --dtype bfloat16 --baseline dtype=float32
 """
 
 from __future__ import annotations

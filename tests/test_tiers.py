@@ -32,8 +32,12 @@ def eager_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(model: str, dtype: str, **options: Any) -> LLM:
-    given = SMALL | options
-    return load(model, dtype=dtype, kv_cache_memory=tight_memory(model, dtype, SMALL), **given)
+    """`dtype` "fp8": of the cache, under float32."""
+    sizes: dict[str, Any] = SMALL
+    if dtype == "fp8":
+        dtype, sizes = "float32", SMALL | {"kv_cache_dtype": "fp8"}
+    room = tight_memory(model, dtype, sizes)
+    return load(model, dtype=dtype, kv_cache_memory=room, **sizes | options)
 
 
 def close(llm: LLM) -> None:
@@ -50,6 +54,7 @@ def loaded(llm: LLM) -> dict[str, int]:
     [
         ("tiny_llama", "bfloat16", "lru"),
         ("tiny_gemma", "float32", "arc"),
+        ("tiny_llama", "fp8", "lru"),
         pytest.param("tiny_llama", "float32", "arc", marks=pytest.mark.full),
         pytest.param("tiny_gemma", "bfloat16", "lru", marks=pytest.mark.full),
         pytest.param("tiny_moe", "float32", "lru", marks=pytest.mark.full),
@@ -149,7 +154,13 @@ def test_a_second_start_reports_the_cached_tokens_of_its_first_request(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 1}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "float32"}, {"kernels": "reference"}],
+    [
+        {"seed": 1},
+        {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "float32"},
+        {"kv_cache_dtype": "fp8"},
+        {"kernels": "reference"},
+    ],
     ids=str,
 )
 def test_another_identity_finds_nothing(

@@ -1,4 +1,5 @@
-"""Paged attention: decode against the memory bus, prompts against the MMAs, in both modes.
+"""Paged attention: decode against the memory bus, prompts against the MMAs, in both modes, with
+caches in bfloat16 and in e4m3.
 
 python -m benchmarks.gpu.attention            # all models
 python -m benchmarks.gpu.attention Qwen3-8B   # those with this in their name
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.gpu.harness import Timed, report
 from benchmarks.gpu.shapes import DEVICE, copies, random
+from quire.kernels.reference.attention.fp8_cache import codes_and_scales, encode_heads, packed_width
 from quire.kernels.reference.packed import BLOCK
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 
@@ -65,14 +67,30 @@ def block_tables(blocks: list[int]) -> torch.Tensor:
     return tables
 
 
-def case(model: Model, batch: Batch, deterministic: bool) -> Timed:
+def cache(blocks: int, model: Model, fp8: bool) -> torch.Tensor:
+    """Keys or values."""
+    shape = blocks, model.kv_heads, BLOCK
+    if not fp8:
+        return random(*shape, model.head_size)
+    width = packed_width(model.head_size)
+    packed = torch.empty(*shape, width, dtype=torch.uint8, device=DEVICE)
+    codes, scales = codes_and_scales(packed)
+    for block in range(0, blocks, 1024):
+        part = slice(block, block + 1024)
+        coded = encode_heads(torch.randn(*codes[part].shape, device=DEVICE))
+        codes[part], scales[part] = coded
+    return packed
+
+
+def case(model: Model, batch: Batch, deterministic: bool, fp8: bool) -> Timed:
     """Bytes are counted where every request has one new token; else operations, of causal pairs."""
     counts = [new for requests, new, _ in batch for _ in range(requests)]
     contexts = [tokens for requests, _, tokens in batch for _ in range(requests)]
     rows, tokens, d = len(counts), sum(counts), model.head_size
     decode = rows == tokens
     blocks = [-(-c // BLOCK) for c in contexts]
-    nbytes = 2 * 2 * d * (sum(contexts) * model.kv_heads + tokens * model.heads)
+    cached = packed_width(d) if fp8 else 2 * d
+    nbytes = 2 * (cached * sum(contexts) * model.kv_heads + 2 * d * tokens * model.heads)
     pairs = sum(n * c - n * (n - 1) // 2 for n, c in zip(counts, contexts, strict=True))
     scratch = Scratch.allocate(
         rows, model.heads, model.kv_heads, d, total_tokens=sum(contexts), dtype=torch.bfloat16,
@@ -82,7 +100,7 @@ def case(model: Model, batch: Batch, deterministic: bool) -> Timed:
     length = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     runs = []
     for _ in range(copies(nbytes)):
-        k_cache, v_cache = (random(sum(blocks) + 1, model.kv_heads, BLOCK, d) for _ in range(2))
+        k_cache, v_cache = (cache(sum(blocks) + 1, model, fp8) for _ in range(2))
         tables = block_tables(blocks)
         runs.append(
             partial(
@@ -91,7 +109,7 @@ def case(model: Model, batch: Batch, deterministic: bool) -> Timed:
                 scratch=scratch,
             )
         )  # fmt: skip
-    name = f"{model.name} {describe(batch)}{' deterministic' * deterministic}"
+    name = f"{model.name} {describe(batch)}{' e4m3' * fp8}{' deterministic' * deterministic}"
     if decode:
         return Timed(name, runs, nbytes=nbytes)
     return Timed(name, runs, flops=4.0 * pairs * model.heads * d)
@@ -102,4 +120,5 @@ if __name__ == "__main__":
         if sys.argv[1:] and sys.argv[1] not in model.name:
             continue
         for deterministic in (False, True):
-            report([case(model, batch, deterministic) for batch in BATCHES])
+            for fp8 in (False, True):
+                report([case(model, batch, deterministic, fp8) for batch in BATCHES])

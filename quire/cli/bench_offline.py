@@ -190,7 +190,7 @@ class Bench:
         plan, engine = self.engine.info.plan, self.engine.engine
         config = read_config(engine.files.config())
         itemsize = KV_DTYPES[plan["kv_dtype"]].itemsize
-        return Work.of(engine.build, config, plan["weight_bytes"], itemsize)
+        return Work.of(engine.build, config, plan["weight_parts"], itemsize)
 
     def experts(self, scenario: Scenario) -> Metrics:
         """Distinct experts of a layer's step, counted in a pass that is long enough for all

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 BANDWIDTH_BYTES = 256 * 2**20
 _KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
-max_num_seqs max_num_batched_tokens context_tokens deterministic speculation fingerprint"""
+weight_parts max_num_seqs max_num_batched_tokens context_tokens deterministic speculation
+fingerprint"""
 
 
 class Record:
@@ -164,7 +165,7 @@ def peak_memory() -> int:
 
 def ceilings(device: str) -> dict[str, float]:
     """What the device can do at most, measured: reading memory on a CPU; on a GPU a copy (bytes
-    read and written) and a bfloat16 product of random matrices."""
+    read and written) and products of random matrices in bfloat16 and, where there are, in e4m3."""
     if device == "cpu":
         return {"memory_read_gb_s": read_bandwidth()}
     import torch
@@ -175,7 +176,18 @@ def ceilings(device: str) -> dict[str, float]:
     product = _device_seconds(lambda: torch.mm(a, b))
     copy = _device_seconds(lambda: target.copy_(source))
     rates = {"memory_copy_gb_s": 2 * source.nbytes / copy / 1e9}
-    return rates | {"bf16_tflop_s": 2 * 8192**3 / product / 1e12}
+    rates |= {"bf16_tflop_s": 2 * 8192**3 / product / 1e12}
+    if torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9):
+        codes, others = (x.to(torch.float8_e4m3fn) for x in (a, b))
+        one = torch.ones((), device="cuda")
+        product = _device_seconds(
+            lambda: torch._scaled_mm(
+                codes, others.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        )  # fmt: skip
+        rates |= {"e4m3_tflop_s": 2 * 8192**3 / product / 1e12}
+    return rates
 
 
 def _device_seconds(work: Callable[[], object]) -> float:

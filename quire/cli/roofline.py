@@ -11,8 +11,8 @@ engine could be a little faster than this estimate.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
@@ -23,74 +23,96 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes to read and operations to do (a multiplication and an addition are two)."""
+    """Bytes to read and operations to do (a multiplication and an addition are two): in bfloat16,
+    and in e4m3."""
 
     bytes: float = 0.0
     flops: float = 0.0
+    e4m3_flops: float = 0.0
 
     def times(self, count: float) -> Need:
-        return Need(self.bytes * count, self.flops * count)
+        return Need(self.bytes * count, self.flops * count, self.e4m3_flops * count)
+
+    def plus(self, more: Need) -> Need:
+        e4m3_flops = self.e4m3_flops + more.e4m3_flops
+        return Need(self.bytes + more.bytes, self.flops + more.flops, e4m3_flops)
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Bytes and operations per second; `flops_s` 0 where it was not measured: then arithmetic
-    counts nothing."""
+    counts nothing. `e4m3_flops_s` 0: e4m3 counts like bfloat16."""
 
     bytes_s: float
     flops_s: float = 0.0
+    e4m3_flops_s: float = 0.0
 
     @classmethod
     def of(cls, measured: dict[str, float]) -> Ceilings:
         """From a record's ceilings (quire/cli/bench_record.py)."""
         rate = measured.get("memory_copy_gb_s") or measured["memory_read_gb_s"]
-        return cls(rate * 1e9, measured.get("bf16_tflop_s", 0.0) * 1e12)
+        flops = (measured.get(f"{kind}_tflop_s", 0.0) * 1e12 for kind in ("bf16", "e4m3"))
+        return cls(rate * 1e9, *flops)
 
     def seconds(self, *needs: Need) -> float:
         """Of what cannot run at the same time."""
-        arithmetic = 1 / self.flops_s if self.flops_s else 0.0
-        return sum(max(need.bytes / self.bytes_s, need.flops * arithmetic) for need in needs)
+        each = 1 / self.flops_s if self.flops_s else 0.0
+        fast = 1 / self.e4m3_flops_s if self.e4m3_flops_s else each
+        return sum(
+            max(need.bytes / self.bytes_s, need.flops * each + need.e4m3_flops * fast)
+            for need in needs
+        )
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Weights that are read and used together; `e4m3_values` of the `values` are multiplied in
+    e4m3, which few tokens are not: there it is bytes that count."""
+
+    values: float = 0.0
+    nbytes: float = 0.0
+    e4m3_values: float = 0.0
+
+    def share(self, count: int) -> Matrices:
+        return Matrices(self.values / count, self.nbytes / count, self.e4m3_values / count)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What of a model counts. Values of its matrices by how often they are read and used: `layers`
-    once and for every token, `head` once and for every sampled token, of `experts` only the chosen
-    ones, `per_expert` in each of `sparse` layers, `per_token` of them for every token. An embedding
-    that is not the head is looked up, which counts nothing. `value_bytes` is the size of one."""
+    """What of a model counts. Its weights by how often they are read and used: `layers` once and
+    for every token, `head` once and for every sampled token, of `experts` only the chosen ones,
+    `expert` in each of `sparse` layers, `per_token` of them for every token. An embedding that is
+    not the head is looked up, which counts nothing. `kv_bytes`: of a cached value."""
 
-    layers: int
-    head: int
+    layers: Matrices
+    head: Matrices
     attention: tuple[Reads, ...]
-    value_bytes: float
     kv_bytes: int
     experts: int = 0
     per_token: int = 0
-    per_expert: int = 0
+    expert: Matrices = Matrices()
     sparse: int = 0
 
     @classmethod
-    def of(cls, build: Build, config: Any, weight_bytes: int, kv_itemsize: int) -> Work:
-        """Of a built model. `weight_bytes`: of all weights as held, from the plan; weights of mixed
-        formats count their mean, also where an embedding that is only looked up has another."""
-        sizes = {t.name: prod(t.shape) for w in build.weights for t in w.tensors()}
-        total = sum(sizes.values())
-        expert = sum(size for name, size in sizes.items() if ".experts." in name)
-        embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name)
-        own_head = sizes.get("lm_head.weight")
-        head = embedding if own_head is None else own_head
-        experts = getattr(config, "experts", 0) if expert else 0
-        layers = {name.split(".experts.")[0] for name in sizes if ".experts." in name}
-        sparse = len(layers) if experts else 0
+    def of(
+        cls, build: Build, config: Any, parts: Sequence[Mapping[str, Any]], kv_itemsize: int
+    ) -> Work:
+        """Of a built model. `parts`: Plan.weight_parts as data, so that each part of a model counts
+        the bytes that it has indeed, whatever their formats are."""
+        found = {
+            part["name"]: Matrices(part["values"], part["nbytes"], part["e4m3_values"])
+            for part in parts
+        }
+        every, sparse = found["experts"], sum(part["layers"] for part in parts)
+        experts = getattr(config, "experts", 0) if sparse else 0
         return cls(
-            layers=total - expert - embedding - (own_head or 0),
-            head=head,
+            layers=found["layers"],
+            head=found["head"],
             attention=tuple(reads for cache in build.caches for reads in cache.reading()),
-            value_bytes=weight_bytes / total,
             kv_bytes=kv_itemsize,
             experts=experts,
             per_token=config.experts_per_token if experts else 0,
-            per_expert=expert // (experts * sparse) if experts else 0,
+            expert=every.share(experts * sparse) if experts else Matrices(),
             sparse=sparse,
         )
 
@@ -99,9 +121,13 @@ class Work:
         random routing reads on average."""
         if distinct is None:
             distinct = self.spread(tokens)
-        read = self.layers + self.head + self.sparse * distinct * self.per_expert
-        used = self.layers + self.sparse * self.per_token * self.per_expert
-        return Need(read * self.value_bytes, 2.0 * (used * tokens + self.head * sampled))
+        read = self.layers.nbytes + self.head.nbytes + self.sparse * distinct * self.expert.nbytes
+        uses = (self.layers, tokens), (self.expert, self.sparse * self.per_token * tokens)
+        flops = [0.0, 0.0]
+        for matrices, count in (*uses, (self.head, sampled)):
+            flops[0] += 2.0 * (matrices.values - matrices.e4m3_values) * count
+            flops[1] += 2.0 * matrices.e4m3_values * count
+        return Need(read, *flops)
 
     def spread(self, tokens: int) -> float:
         """Distinct experts that `tokens` tokens choose on average, each evenly at random."""
@@ -160,7 +186,9 @@ def roofline(
     tokens = scenario.requests * new
     steps = -(-tokens // plan["max_num_batched_tokens"])
     each = work.products(-(-tokens // steps), 0, counted.get("prompt"))
-    products = Need(each.bytes * steps, each.flops * steps + 2.0 * work.head * scenario.requests)
+    sampled = work.products(0, scenario.requests, 0.0)
+    arithmetic = Need(0.0, sampled.flops, sampled.e4m3_flops)  # its bytes are in each step's
+    products = each.times(steps).plus(arithmetic)
     prompt = (products, work.reading(scenario.shared, round(length)).times(scenario.requests))
     return Roofline(
         rows=rows,
@@ -199,6 +227,8 @@ def to_record(
             continue
         kept[f"{name}_gb"] = (products.bytes + attention.bytes) / 1e9
         kept[f"{name}_tflop"] = (products.flops + attention.flops) / 1e12
+        if products.e4m3_flops:
+            kept[f"{name}_e4m3_tflop"] = products.e4m3_flops / 1e12
         kept[f"{name}_ms"] = seconds * 1e3
     best = ideal(found, scenario)
     if best is not None:

@@ -73,8 +73,9 @@ class ModelOptions:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "number format of the KV cache; auto is the model's on a GPU; on a CPU float32 with "
-        "--dtype float32, else bfloat16; fp8 is for DeepSeek V4, whose training rounded to it",
+        "number format of the KV cache; fp8 is e4m3 with scales (not e5m2); auto is fp8 for "
+        "checkpoints that were made for it, else the model's on a GPU; on a CPU float32 with "
+        "--dtype float32, else bfloat16",
         choices=("auto", "float32", "bfloat16", "fp8"),
     )
     max_model_len: int | None = option(

@@ -18,7 +18,13 @@ from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Limits, Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
 from quire.engine.tiering import Tiering
-from quire.engine.weights import asked_quantization, dummy_source, kv_cache_format, open_weights
+from quire.engine.weights import (
+    asked_quantization,
+    dummy_source,
+    kv_cache_format,
+    kv_cache_scales,
+    open_weights,
+)
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
@@ -130,12 +136,19 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
         formats = declared_formats(hf, scheme, online, options.engine.mtp)
     if source is not None:
         formats = {name: source.info(name).format for name in source.names()}
+    fp8 = [name for name, format in formats.items() if format.startswith("fp8")]
     facts = ModelFacts(
         files.name,
         hf,
         formats,
         f"{fingerprint} {config_digest(hf)}" + ("" if online is None else f" {online}"),
         kv_cache=kv_cache_format(scheme, source),
+        kv_scales=bool(kv_cache_scales(source)),
+        e4m3_tokens=frozenset(
+            name
+            for name in fp8
+            if scheme is None or scheme.quantises_tokens(name.rpartition(".")[0])
+        ),
     )
     if scheme is not None:
         facts = replace(facts, scheme=scheme.name)
@@ -190,6 +203,7 @@ def assemble(
         device=device,
         moe_routing=options.engine.moe_routing,
         kv_dtype=plan.kv_dtype,
+        kv_scales=kv_cache_scales(source),
     )
     say("loading weights", 0.0)
     with explained(plan, "weights were loaded"), torch.inference_mode():
@@ -235,6 +249,8 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
         max_len=target.max_len,
         device=target.device,
         moe_routing=target.moe_routing,
+        kv_dtype=target.kv_dtype,
+        kv_scales=kv_cache_scales(source),
         first_layer=len(target.caches),
     )
     model = build_model(files.config(), build)

@@ -32,10 +32,15 @@ def asked_quantization(options: Options, files: ModelFiles) -> Online | None:
 
 def kv_cache_format(scheme: Scheme | None, source: WeightSource | None) -> str:
     """The format of the KV cache that a checkpoint was made for, "" for the model's own."""
-    if isinstance(source, QuantizedSource) and source.has_kv_scales:
-        source.kv_scales()  # they must make sense, although nothing uses them
+    if kv_cache_scales(source):
         return (scheme.kv_cache if scheme is not None else "") or "fp8"
     return "" if scheme is None else scheme.kv_cache
+
+
+def kv_cache_scales(source: WeightSource | None) -> dict[str, torch.Tensor]:
+    """A checkpoint's scales for an FP8 KV cache by tensor name. Raises ModelError for one that
+    makes no sense."""
+    return source.kv_scales() if isinstance(source, QuantizedSource) else {}
 
 
 def open_weights(options: Options, files: ModelFiles) -> WeightSource | None:

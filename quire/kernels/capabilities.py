@@ -1,4 +1,5 @@
-"""Which kernels hold which quantised weights as codes, and what becomes of the others.
+"""Which kernels hold which quantised weights, keys and values as codes, and what becomes of the
+others.
 
 The one table that kernel sets, the plan and docs/quantization.md follow.
 """
@@ -66,6 +67,12 @@ CAPABILITIES = (
         "codes; decoded in registers for bf16 products, grouped by expert",
     ),
 )
+# How keys and values are kept in fp8, by kernel set; latents, which all heads share, are not.
+KV_CACHES = {
+    "native": "e4m3 and a scale for each head of a token; widened to float32 as they are read",
+    "reference": "e4m3 and a scale for each head of a token; widened to float32 as they are read",
+    "triton": "e4m3 and a scale for each head of a token; decoded in registers for bf16 products",
+}
 # Of integers; whole rows, too.
 GROUPS, GROUPS_OF_MANY = (32, 64), 128
 
@@ -108,12 +115,15 @@ def served_by(kernels: str, format: str, layer: str) -> str:
 
 def matrix_markdown() -> str:
     """The table of docs/quantization.md: formats that are alike share a row."""
-    lines = ["| format | layers | device | kernels | weights |", "|---|---|---|---|---|"]
+    lines = ["| format | layers | device | kernels | held as |", "|---|---|---|---|---|"]
     for formats in (tuple(QUANT_FORMATS), GGUF_FORMATS):
         for kernels, device in KERNELS.items():
             for served, names, layers in _alike(kernels, formats):
                 cells = ", ".join(names), ", ".join(layers), device, kernels, served
                 lines.append(f"| {' | '.join(cells)} |")
+    for kernels, device in KERNELS.items():
+        cells = "fp8", "KV cache, but for latents", device, kernels, KV_CACHES[kernels]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

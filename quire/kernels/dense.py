@@ -12,6 +12,7 @@ from quire.formats.gguf import dequantize
 from quire.formats.layout import is_quantized
 from quire.formats.quantized import QuantTensor
 from quire.kernels import capabilities
+from quire.kernels.reference.attention.fp8_cache import packed_width
 from quire.kernels.reference.packed import (
     BLOCK,
     DENSE_TYPES,
@@ -84,9 +85,10 @@ class DenseWeights:
         return stacked
 
     @staticmethod
-    def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:
-        """One block of keys and of values: a head's 16 tokens lie together."""
-        shape = (kv_heads, BLOCK, head_size)
+    def cache_page(kv_heads: int, head_size: int, fp8: bool = False) -> tuple[tuple[int, ...], ...]:
+        """One block of keys and of values: a head's 16 tokens lie together; `fp8`: in bytes, with
+        scales."""
+        shape = (kv_heads, BLOCK, packed_width(head_size) if fp8 else head_size)
         return shape, shape
 
     def packed_nbytes(self, format: str, n: int, k: int) -> int:

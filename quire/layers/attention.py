@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quire.layers.build import Build
+from quire.layers.cache_scales import fixed_scales
 from quire.layers.inputs import StepInputs
 from quire.layers.linear import Linear
 from quire.layers.norm import ResidualStream, RMSNorm
@@ -62,8 +63,10 @@ class Attention:
         share = build.group.shard(kv_heads, f"KV heads of {name}")
         build.add_width(self.qkv.local_out + 2 * width // build.group.size)
         kv_share = share.stop - share.start
+        fp8, build.packs_fp8 = build.kv_dtype == "fp8", True
+        self.fixed_scales = fixed_scales(build, name, kv_heads, share) if fp8 else None
         self.cache = build.add_cache(
-            build.kernels.cache_page(kv_share, head_size),
+            build.kernels.cache_page(kv_share, head_size, fp8),
             window,
             heads=heads * kv_share // kv_heads,
             kv_heads=kv_share,
@@ -89,6 +92,7 @@ class Attention:
             keys,
             values,
             group.slots,
+            self.fixed_scales,
         )
         out_TD = self.kernels.attention(
             q_TD,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -170,7 +170,8 @@ class Build:
     quantised weights that the kernels do not have `widened`), device, ranks, the longest context
     in tokens (the size of rotary tables), whether experts are chosen by the "model" or evenly
     at random ("uniform", for benchmarks), and the format of the caches, of which "fp8" is packed by
-    layers of some families (`packs_fp8`, once they are built), in bytes. Caches are numbered from
+    layers of most families (`packs_fp8`, once they are built), in bytes. `kv_scales`: those of the
+    checkpoint for that, by tensor name. Caches are numbered from
     `first_layer` on, behind those of a model whose blocks are shared.
 
     Building allocates nothing: weights come with `load`, caches with the runner, so that a plan
@@ -190,6 +191,7 @@ class Build:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     moe_routing: str = "model"
     kv_dtype: str = "auto"
+    kv_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     widened: torch.dtype = torch.bfloat16
     tables: dict[str, torch.Tensor] = field(default_factory=dict)
     rotary_bytes: dict[str, int] = field(default_factory=dict)

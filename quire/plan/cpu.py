@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from quire.comm.group import Group
 from quire.config.options import Options
@@ -12,7 +11,8 @@ from quire.hardware.machine import Machine
 from quire.layers.build import Build, CacheLayer, Kernels
 from quire.models.registry import read_config
 from quire.plan import memory
-from quire.plan.facts import DTYPES, KernelFacts, declared_dtype
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.kv_format import choose_kv_dtype
 from quire.plan.place import (
     Place,
     build_all,
@@ -23,6 +23,7 @@ from quire.plan.place import (
 )
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
+from quire.plan.weight_parts import weight_parts
 
 # Decode steps of up to this many rows are recorded and run again (quire/runner/recorded.py).
 RECORDED_ROWS = 8
@@ -39,7 +40,7 @@ SMALLER = {
 
 def place(
     options: Options,
-    hf: dict[str, Any],
+    model: ModelFacts,
     formats: Callable[[str], str],
     machine: Machine,
     found: KernelFacts,
@@ -47,23 +48,18 @@ def place(
     choices: list[Choice],
 ) -> Place:
     """Raises PlanError or ModelError."""
-    engine = options.engine
+    engine, hf = options.engine, model.hf_config
     if engine.runner == "graph":
         raise PlanError(
             "no_graphs",
             "--runner graph: there is nothing to capture on a CPU",
             fix="use --runner auto",
         )
-    dtype, kv_dtype = DTYPES.get(options.model.dtype), _choose_kv_dtype(options)
-    shapes = Build(found.reference, dtype=dtype, group=group, kv_dtype=kv_dtype)
+    dtype = DTYPES.get(options.model.dtype)
+    shapes = Build(found.reference, dtype=dtype, group=group)
     build_all(hf, shapes, engine.mtp)
-    if kv_dtype == "fp8" and not shapes.packs_fp8:
-        raise PlanError(
-            "unsupported_kv_dtype",
-            "--kv-cache-dtype fp8: this model's layers do not pack their cache",
-            why="of the families here DeepSeek V4 has a packed form of its cache",
-            fix="use --kv-cache-dtype auto",
-        )
+    plain = "float32" if options.model.dtype == "float32" else "bfloat16"
+    kv_dtype = choose_kv_dtype(options, model, plain, shapes, choices)
     read = [cache for cache in shapes.caches if cache.by_kernels]
     name, kernels = _choose_kernels(options, found, read, choices)
     build = Build(kernels, dtype=dtype, group=group, kv_dtype=kv_dtype)
@@ -125,15 +121,10 @@ def place(
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
         max_sampled=sampled,
+        weight_parts=weight_parts(build.weights[:own], formats, lambda name: False),
         ahead=engine.speculation.ahead if engine.speculation is not None and engine.mtp else 0,
         draft_bytes=drafting,
     )
-
-
-def _choose_kv_dtype(options: Options) -> str:
-    if options.model.kv_cache_dtype != "auto":
-        return options.model.kv_cache_dtype
-    return "float32" if options.model.dtype == "float32" else "bfloat16"
 
 
 def _choose_kernels(

@@ -50,10 +50,11 @@ def plan_draft_model(
         place.build.kernels,
         dtype=DTYPES.get(place.dtype),
         group=place.build.group,
+        kv_dtype=place.kv_dtype,
         first_layer=len(place.build.caches),
     )
     build_model(draft.hf_config, build)
-    if build.states or place.kv_dtype not in DTYPES:
+    if build.states or (place.kv_dtype == "fp8" and not build.packs_fp8):
         raise PlanError(
             "unsupported_draft_model",
             f"{draft.name} cannot draft",

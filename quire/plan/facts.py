@@ -10,7 +10,8 @@ import torch
 from quire.layers.build import CpuKernels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of caches; in fp8 their layers count bytes (quire/kernels/reference/compressed/entries.py).
+# Of caches; in fp8 their layers count bytes (quire/kernels/reference/attention/fp8_cache.py and
+# quire/kernels/reference/compressed/entries.py).
 KV_DTYPES = {**DTYPES, "fp8": torch.uint8}
 
 
@@ -19,7 +20,8 @@ class ModelFacts:
     """What the plan must know of a model: its config.json, the format of each tensor by
     checkpoint name (the config's dtype is assumed for others), its fingerprint. `scheme`: how it
     is quantised, for people, and `scheme_from`: who says so; `kv_cache`: the format of the KV cache
-    that it was quantised for."""
+    that it was quantised for, and `kv_scales`: whether it has scales for that. `e4m3_tokens`: the
+    FP8 weights that are meant for activations in e4m3."""
 
     name: str
     hf_config: dict[str, Any]
@@ -28,6 +30,8 @@ class ModelFacts:
     scheme: str = ""
     scheme_from: str = "its quantisation config"
     kv_cache: str = ""
+    kv_scales: bool = False
+    e4m3_tokens: frozenset[str] = frozenset()
 
 
 def declared_dtype(hf: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ from quire.layers.linear import Linear
 from quire.models.registry import ModelConfig, read_config
 from quire.plan import memory
 from quire.plan.architectures import describe
-from quire.plan.facts import DTYPES, KernelFacts
+from quire.plan.facts import DTYPES, KernelFacts, ModelFacts
+from quire.plan.kv_format import choose_kv_dtype
 from quire.plan.place import (
     Place,
     build_all,
@@ -34,6 +35,7 @@ from quire.plan.place import (
 )
 from quire.plan.plan import Choice
 from quire.plan.speculation import sampled_rows
+from quire.plan.weight_parts import weight_parts
 
 DENSE = ("f32", "f16", "bf16")
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 8192
@@ -91,7 +93,7 @@ def _unsupported(gpu: Gpu, found: KernelFacts) -> str:
 
 def place(
     options: Options,
-    hf: dict[str, Any],
+    model: ModelFacts,
     formats: Callable[[str], str],
     machine: Machine,
     found: KernelFacts,
@@ -99,14 +101,13 @@ def place(
     choices: list[Choice],
 ) -> Place:
     """Raises PlanError or ModelError."""
-    gpu, engine = machine.gpu, options.engine
+    gpu, engine, hf = machine.gpu, options.engine, model.hf_config
     assert gpu is not None
-    asked = options.model.kv_cache_dtype
-    build, own = _build(hf, "bfloat16", group, asked, engine.mtp)
+    build, _ = _build(hf, "bfloat16", group, "auto", engine.mtp)
     quantized = any(is_quantized(formats(name)) for name in matrices(build))
     dtype = _choose_dtype(options, hf, quantized, choices)
-    if dtype != "bfloat16":
-        build, own = _build(hf, dtype, group, asked, engine.mtp)
+    kv_dtype = _choose_kv_dtype(options, model, dtype, build, choices)
+    build, own = _build(hf, dtype, group, kv_dtype, engine.mtp)
     check_head_sizes(build)
     formats = held_formats(build, formats, dtype, choices)
     check_experts(read_config(hf), build, formats)
@@ -160,7 +161,7 @@ def place(
         device_name=gpu.name,
         threads=engine.threads or machine.cores,
         dtype=dtype,
-        kv_dtype=_choose_kv_dtype(asked, dtype, build),
+        kv_dtype=kv_dtype,
         kernels="triton",
         isa=f"{gpu.architecture}, triton {found.triton}",
         runner=runner,
@@ -177,6 +178,13 @@ def place(
         room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
         fill=True,
         max_sampled=sampled,
+        weight_parts=weight_parts(
+            build.weights[:own],
+            formats,
+            lambda name: (
+                multiplied_in_e4m3(formats(name), gpu, deterministic) and name in model.e4m3_tokens
+            ),
+        ),
         decode_graphs=decode,
         mixed_graphs=mixed,
         ahead=0 if mtp is None else mtp.ahead,
@@ -240,18 +248,19 @@ def _choose_dtype(
     return "bfloat16"
 
 
-def _choose_kv_dtype(asked: str, dtype: str, build: Build) -> str:
-    if asked == "fp8" and build.packs_fp8:
-        return asked
-    if asked not in ("auto", dtype) and (dtype, asked) != ("float32", "bfloat16"):
+def _choose_kv_dtype(
+    options: Options, model: ModelFacts, dtype: str, build: Build, choices: list[Choice]
+) -> str:
+    asked = options.model.kv_cache_dtype
+    if asked not in ("auto", "fp8", dtype) and (dtype, asked) != ("float32", "bfloat16"):
         raise PlanError(
             "unsupported_kv_dtype",
             f"--kv-cache-dtype {asked} does not go with --dtype {dtype} on a GPU",
-            why="the attention kernels read a cache of the model's own number format, or bfloat16 "
-            "under float32",
+            why="the attention kernels read a cache of the model's own number format, or fp8, or "
+            "bfloat16 under float32",
             fix="use --kv-cache-dtype auto",
         )
-    return dtype if asked == "auto" else asked
+    return choose_kv_dtype(options, model, dtype, build, choices)
 
 
 def check_experts(config: ModelConfig, build: Build, formats: Callable[[str], str]) -> None:
@@ -350,6 +359,12 @@ def widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
     return 2 * max(sizes, default=0)
 
 
+def multiplied_in_e4m3(format: str, gpu: Gpu, deterministic: bool) -> bool:
+    """Whether many tokens are quantised for weights of a format, where the scheme does that."""
+    hopper = gpu.architecture.startswith("sm_90")
+    return hopper and not deterministic and format in ("fp8", "fp8_block")
+
+
 def _decoded(name: str) -> bool:
     return is_quantized(name) and not name.startswith("fp8")
 
@@ -368,7 +383,7 @@ def _served(kind: type, name: str, deterministic: bool, gpu: Gpu) -> tuple[str, 
             f"{decoded}; for more than 64 tokens decoded to memory, then cuBLAS",
             "few tokens wait for the weight, many for arithmetic",
         )
-    if not gpu.architecture.startswith("sm_90"):
+    if not multiplied_in_e4m3(name, gpu, deterministic):
         return decoded, f"e4m3 products are used on sm_90, not on {gpu.architecture}"
     many = "e4m3 products of many tokens where the scheme quantises activations"
     return f"{decoded}; {many}", "few tokens wait for the weight, many for arithmetic"

@@ -19,6 +19,7 @@ from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.models.registry import build_model, build_mtp
 from quire.plan.facts import ModelFacts, declared_dtype
 from quire.plan.plan import Choice, format_bytes
+from quire.plan.weight_parts import WeightPart
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")
@@ -55,6 +56,7 @@ class Place:
     room: int
     fill: bool
     max_sampled: int
+    weight_parts: tuple[WeightPart, ...]
     decode_graphs: tuple[int, ...] = ()
     mixed_graphs: tuple[int, ...] = ()
     ahead: int = 0

@@ -11,6 +11,7 @@ import msgspec
 from quire.config.speculation import Speculation
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
+from quire.plan.weight_parts import WeightPart
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Plan:
     `tier_slots`: pages of each pool in host memory, where there are tiers; they take `tier_bytes`.
     `tier_rates`: bytes a second that each of --kv-tiers gives, 0 where that is not known.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
-    `recomputed_tokens`: so many before a prefix hit are computed again.
+    `recomputed_tokens`: so many before a prefix hit are computed again. `weight_parts`: what
+    `weight_bytes` consists of, by how often steps read it.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Plan:
     choices: tuple[Choice, ...]
     numerics_version: int
     max_sampled: int
+    weight_parts: tuple[WeightPart, ...] = ()
     speculation: Speculation | None = None
     draft_bytes: int = 0
     draft_fingerprint: str = ""

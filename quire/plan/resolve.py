@@ -49,10 +49,7 @@ def resolve(
     formats = tensor_formats(model, options)
     device = gpu.choose_device(options, machine, found, choices)
     make = gpu.place if device == "cuda" else cpu.place
-    place = make(options, model.hf_config, formats, machine, found, group or Group(), choices)
-    if model.kv_cache:
-        reason = f"the checkpoint was made for {model.kv_cache}, which no kernel here keeps"
-        choices.append(Choice("kv cache format", place.kv_dtype, reason, downgrade=True))
+    place = make(options, model, formats, machine, found, group or Group(), choices)
     caches, table_bytes = list(place.build.caches), sum(place.build.rotary_bytes.values())
     speculation, drafter = options.engine.speculation, None
     if speculation is not None and draft is not None:
@@ -103,6 +100,7 @@ def resolve(
         choices=tuple(choices),
         numerics_version=NUMERICS_VERSION,
         max_sampled=place.max_sampled,
+        weight_parts=place.weight_parts,
         speculation=speculation,
         draft_bytes=draft_bytes,
         draft_fingerprint="" if drafter is None else drafter.fingerprint,

@@ -6,7 +6,7 @@ from typing import Any
 
 from quire.formats.layout import FP8_BLOCK, QUANT_FORMATS
 from quire.quant.errors import bad_quantization, unknown_quantization
-from quire.quant.fields import flag, strings, table, whole
+from quire.quant.fields import flag, kv_cache_scheme, strings, table, whole
 from quire.quant.integers import PackedIntegers, PlainIntegers
 from quire.quant.scheme import Rule, Scheme
 from quire.quant.storage import Fp8, Mxfp4, Nvfp4, Storage
@@ -33,7 +33,7 @@ def compressed_tensors(config: dict[str, Any]) -> Scheme:
         names = tuple(target for target in targets if target not in CLASSES)
         if names:
             named.append(Rule(names, storage))
-    kv_cache = "fp8" if table(config, "kv_cache_scheme") else ""
+    kv_cache = kv_cache_scheme(config)
     if not named and not by_class and not kv_cache:
         raise bad_quantization("config_groups names no module")
     return Scheme(

@@ -54,6 +54,15 @@ def choice(config: dict[str, Any], key: str, default: str, known: tuple[str, ...
     return value if isinstance(value, str) and value in known else None
 
 
+def kv_cache_scheme(config: dict[str, Any]) -> str:
+    """The format of the KV cache that `kv_cache_scheme` tells, "" where there is none."""
+    scheme = table(config, "kv_cache_scheme")
+    if not scheme:
+        return ""
+    kind, bits = str(scheme.get("type") or "float"), whole(scheme, "num_bits", 8)
+    return "fp8" if (kind, bits) == ("float", 8) else f"{kind} of {bits} bits"
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

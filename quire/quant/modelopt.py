@@ -6,7 +6,7 @@ from typing import Any
 
 from quire.formats.layout import QUANT_FORMATS
 from quire.quant.errors import bad_quantization, unknown_quantization
-from quire.quant.fields import strings, table, whole
+from quire.quant.fields import kv_cache_scheme, strings, table, whole
 from quire.quant.scheme import Rule, Scheme
 from quire.quant.storage import Fp8, Nvfp4, Storage
 
@@ -37,13 +37,13 @@ def modelopt(config: dict[str, Any]) -> Scheme:
             raise bad_quantization("quant_algo is MIXED_PRECISION and quantized_layers is empty")
     else:
         rules = (Rule(("*",), _storage(inner)),)
-    scheme = table(inner, "kv_cache_scheme")
+    kv_cache = str(inner.get("kv_cache_quant_algo") or kv_cache_scheme(inner)).lower()
     return Scheme(
         f"modelopt {algorithm}",
         rules,
         strings(inner, "exclude_modules") + strings(inner, "ignore"),
         everything=True,
-        kv_cache=str(inner.get("kv_cache_quant_algo") or ("fp8" if scheme else "")).lower(),
+        kv_cache="" if kv_cache == "none" else kv_cache,
     )
 
 

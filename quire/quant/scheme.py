@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quire.quant.names import Patterns, is_embedding, usually_dense
-from quire.quant.storage import Storage
+from quire.quant.storage import Fp8, Storage
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Scheme:
         if place is not None:
             return self._storages[place]
         return next((rule.storage for rule in self.rules if "*" in rule.targets), None)
+
+    def quantises_tokens(self, module: str) -> bool:
+        """Whether a module's products are meant for activations in e4m3."""
+        storage = self.find(module) or self.storage_of(module)
+        return isinstance(storage, Fp8) and storage.activation != "none"
 
     @cached_property
     def _found(self) -> dict[str, Storage | None]:

@@ -17,8 +17,9 @@ from quire.quant.scheme import Scheme
 from quire.quant.storage import Storage
 from quire.weights.source import TensorInfo, WeightSource, bounds
 
-# Last parts of the names of KV-cache scales, of which a module may have one more for queries.
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
+# Last parts of the names of KV-cache scales, of which a module may have one more for queries, and
+# which may be called those of a projection's output.
+KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "output_scale")
 # Companions that may be left over beside an unquantised weight and say nothing of it.
 _HARMLESS = (
     "input_scale", "activation_scale", "input_global_scale", "input_scale_ub", "input_zero_point",
@@ -100,22 +101,18 @@ class QuantizedSource(WeightSource):
         head = f"{self._source.fingerprint()} {self.scheme}"
         return hashlib.blake2b(head.encode(), digest_size=32).hexdigest()
 
-    def kv_scales(self) -> dict[str, float]:
-        """The scales for a quantised KV cache by their names. ModelError for one that is not a
-        positive number."""
+    def kv_scales(self) -> dict[str, torch.Tensor]:
+        """The scales for a quantised KV cache by their names, float32, one or one for each head.
+        ModelError for one that is not a positive number."""
         found = {}
         for name in self._kv_scales:
             tensor = self._source.read(name)
             assert isinstance(tensor, torch.Tensor)
-            value = float(tensor) if tensor.numel() == 1 else float("nan")
-            if not 0 < value < float("inf"):
+            values = tensor.float()
+            if not ((values > 0) & values.isfinite()).all():
                 raise bad_values(name.rpartition(".")[0], f"{name} is {tensor.tolist()}")
-            found[name] = value
+            found[name] = values
         return found
-
-    @property
-    def has_kv_scales(self) -> bool:
-        return bool(self._kv_scales)
 
     def close(self) -> None:
         self._source.close()

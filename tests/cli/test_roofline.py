@@ -2,6 +2,7 @@
 for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
 
 from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -49,18 +50,36 @@ SMOLLM2 = {
 }
 
 
-def work_of(hf: dict[str, Any], value_bytes: int = 2) -> Work:
-    """Of a model whose weights and KV cache have values of that many bytes."""
-    build = Build(ops)
+# Bytes of a value, and whether many tokens are multiplied with it in e4m3.
+Held = tuple[float, bool]
+
+
+def part_of(name: str, tied: bool) -> str:
+    if "embed_tokens" in name:
+        return "head" if tied else "embedding"
+    if name == "lm_head.weight":
+        return "head"
+    return "experts" if ".experts." in name else "layers"
+
+
+def work_of(hf: dict[str, Any], value_bytes: int = 2, kv_dtype: str = "auto", **held: Held) -> Work:
+    """Of a model whose weights and KV cache have values of that many bytes; `held`: parts that
+    have others."""
+    build = Build(ops, kv_dtype=kv_dtype)
     build_model(hf, build)
-    elements = 0
-    for weight in build.weights:
-        for tensor in weight.tensors():
-            size = 1
-            for each in tensor.shape:
-                size *= each
-            elements += size
-    return Work.of(build, read_config(hf), value_bytes * elements, value_bytes)
+    tensors = [tensor for weight in build.weights for tensor in weight.tensors()]
+    tied = all(tensor.name != "lm_head.weight" for tensor in tensors)
+    values = dict.fromkeys(("layers", "experts", "head", "embedding"), 0)
+    for tensor in tensors:
+        values[part_of(tensor.name, tied)] += prod(tensor.shape)
+    sparse = {t.name.partition(".experts.")[0] for t in tensors if ".experts." in t.name}
+    parts = []
+    for name, count in values.items():
+        size, fast = held.get(name, (value_bytes, False))
+        part = {"name": name, "values": count, "nbytes": size * count}
+        part |= {"e4m3_values": count if fast else 0}
+        parts.append(part | {"layers": len(sparse) if name == "experts" else 0})
+    return Work.of(build, read_config(hf), parts, value_bytes)
 
 
 def figure(hf: dict[str, Any], name: str) -> float:
@@ -74,13 +93,14 @@ def test_a_tiny_model_by_hand() -> None:
     """Two layers of hidden 64, 4 heads of 16 over 2 KV heads, intermediate 128; head of 272."""
     work = work_of(config(), 4)
     attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64
-    assert work.layers == 2 * (attention + mlp + norms) + 64
-    assert work.head == 272 * 64 and work.value_bytes == 4
-    assert work_of(config(tie_word_embeddings=False), 4).head == 272 * 64
+    layers, head = 2 * (attention + mlp + norms) + 64, 272 * 64
+    assert (work.layers.values, work.layers.nbytes) == (layers, 4 * layers)
+    assert (work.head.values, work.head.nbytes) == (head, 4 * head)
+    assert work_of(config(tie_word_embeddings=False), 4).head == work.head
     # One decode step of 3 rows: every weight once, 2 operations per weight and row.
     need = work.products(3, 3)
-    assert need.bytes == 4 * (work.layers + work.head)
-    assert need.flops == 2 * 3 * (work.layers + work.head)
+    assert need.bytes == 4 * (layers + head)
+    assert need.flops == 2 * 3 * (layers + head) and need.e4m3_flops == 0
     # 10 tokens of context: keys and values of 2 layers x 2 heads x 16 x 4 bytes; two products.
     seen = work.decoding(10)
     assert seen.bytes == 10 * 2 * 2 * 2 * 16 * 4 and seen.flops == 10 * 2 * 2 * 2 * 4 * 16
@@ -107,12 +127,54 @@ def test_experts_count_as_chosen() -> None:
     )  # fmt: skip
     work = work_of(hf)
     assert (work.experts, work.per_token, work.sparse) == (8, 2, 2)
-    assert work.per_expert == 3 * 64 * 32
+    assert work.expert.values == 3 * 64 * 32
     assert work.spread(1) == pytest.approx(2) and work.spread(1000) == pytest.approx(8)
     assert work.spread(2) == pytest.approx(2 + 2 * 6 / 8)  # the second token's that are new
-    rest = work.layers + work.head
-    assert work.products(5, 5, 4.5).bytes == 2 * (rest + 2 * 4.5 * work.per_expert)
-    assert work.products(5, 5).flops == 2 * 5 * (rest + 2 * 2 * work.per_expert)
+    rest, expert = work.layers.values + work.head.values, 3 * 64 * 32
+    assert work.products(5, 5, 4.5).bytes == 2 * (rest + 2 * 4.5 * expert)
+    assert work.products(5, 5).flops == 2 * 5 * (rest + 2 * 2 * expert)
+
+
+def test_parts_of_other_formats_count_their_own_bytes_and_arithmetic() -> None:
+    """Experts of four bits and a scale for 16, in bfloat16 layers; layers in FP8 below a bfloat16
+    head."""
+    hf = config(
+        architectures=["Qwen3MoeForCausalLM"], num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=32, norm_topk_prob=True,
+    )  # fmt: skip
+    plain, four = work_of(hf), work_of(hf, experts=(0.5625, False))
+    rest, expert = plain.layers.nbytes + plain.head.nbytes, 3 * 64 * 32
+    # 3 distinct experts in each of 2 layers.
+    assert four.products(2, 2, 3.0).bytes == rest + 2 * 3 * expert * 0.5625
+    assert four.products(2, 2, 3.0).flops == plain.products(2, 2, 3.0).flops
+    fast = work_of(config(), layers=(1.0, True))
+    layers, head = fast.layers.values, 272 * 64
+    need = fast.products(100, 7)
+    assert need.bytes == layers + 2 * head
+    assert need.e4m3_flops == 2 * 100 * layers and need.flops == 2 * 7 * head
+    ceilings = Ceilings(1e30, 1000.0, 4000.0)
+    assert ceilings.seconds(need) == need.flops / 1000 + need.e4m3_flops / 4000
+    assert Ceilings(1e30, 1000.0).seconds(need) == (need.flops + need.e4m3_flops) / 1000
+    measured = {"memory_copy_gb_s": 4000.0, "bf16_tflop_s": 800.0, "e4m3_tflop_s": 1500.0}
+    assert Ceilings.of(measured) == Ceilings(4e12, 8e14, 1.5e15)
+
+
+def test_prompts_in_e4m3_have_a_floor_of_their_own() -> None:
+    """16 prompts of 8192 in FP8, whose head is computed once for each."""
+    pre = next(s for s in SCENARIOS if s.name == "pre")
+    both = Ceilings(4.27e12, 794e12, 1500e12)
+    work, plain = work_of(QWEN3_8B, layers=(1.0, True)), work_of(QWEN3_8B)
+    found, slow = roofline(work, pre, PLAN, both), roofline(plain, pre, PLAN, both)
+    tokens, values = 16 * 8192, work.layers.values
+    products, attention = found.prompt
+    assert products.e4m3_flops == 2 * tokens * values
+    assert products.flops == 2 * 16 * work.head.values
+    assert slow.prompt_s - found.prompt_s == pytest.approx(
+        2 * tokens * values * (1 / 794e12 - 1 / 1500e12)
+    )
+    assert attention == slow.prompt[1]
+    kept = to_record(found, pre, {"prefill_tok_s": 1.0})
+    assert kept["prompt_e4m3_tflop"] == pytest.approx(2 * tokens * values / 1e12)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +241,15 @@ def test_every_family_with_experts_is_counted() -> None:
 
 def test_of_compressed_entries_few_are_read_and_all_are_scored() -> None:
     """DeepSeek-V4-Flash after 32,768 tokens, in FP8."""
-    build = Build(ops, kv_dtype="fp8")
-    build_model(FLASH | {"n_routed_experts": 8}, build)
-    seen = Work.of(build, read_config(FLASH), 1, 1).decoding(32768)
+    seen = work_of(FLASH | {"n_routed_experts": 8}, 1, "fp8").decoding(32768)
     windows, chosen, scored, pooled = 43 * 128, 21 * 512, 21 * 8192, 20 * 256
     assert seen.bytes == (windows + chosen + pooled) * 584 + scored * 132
     assert seen.flops == (windows + chosen + pooled) * 4 * 64 * 512 + scored * 2 * 64 * 128
+
+
+def test_an_fp8_cache_is_read_with_its_scales() -> None:
+    """Of 2 layers, keys and values of 2 heads: 16 bytes and a scale of 4."""
+    assert work_of(config(), 1, "fp8").decoding(10).bytes == 10 * 2 * 2 * 2 * (16 + 4)
 
 
 def test_latents_are_read_once_for_all_heads() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from quire.formats.layout import QUANT_FORMATS
-from quire.kernels import capabilities
+from quire.kernels import capabilities, native
 from quire.kernels.capabilities import (
     KERNELS,
+    KV_CACHES,
     LAYERS,
     WIDENED,
     Capability,
@@ -40,6 +43,20 @@ def test_kernel_sets_take_what_the_table_says() -> None:
             dense = DenseWeights(torch.bfloat16, torch.device("meta"))
             assert codes == (dense.why_widened(format, 256, layer) == "")
             assert "no CPU kernels" in reference.why_widened(format, 256, layer)
+
+
+def test_kernel_sets_have_pages_for_the_caches_that_the_table_says() -> None:
+    dense = DenseWeights(torch.bfloat16, torch.device("meta"))
+    sets: dict[str, Any] = {"triton": dense, "reference": reference}
+    if native.available():
+        from quire.kernels.native import ops
+
+        sets["native"] = ops
+    assert set(sets) <= set(KV_CACHES) == set(KERNELS)
+    for kernels in sets.values():
+        plain, coded = kernels.cache_page(2, 64), kernels.cache_page(2, 64, True)
+        assert [prod(shape) for shape in plain] == 2 * [2 * 16 * 64]
+        assert [prod(shape) for shape in coded] == 2 * [2 * 16 * 68]
 
 
 def test_groups_and_dtypes_that_the_kernels_lack_are_named() -> None:

@@ -11,8 +11,24 @@ import torch
 native = pytest.importorskip("quire.kernels.native._native", reason="the extension is not built")
 from quire.kernels.native import ops  # noqa: E402
 from quire.kernels.reference import ops as reference  # noqa: E402
+from quire.kernels.reference.attention.fp8_cache import (  # noqa: E402
+    FP8_CACHE,
+    codes_and_scales,
+    decode_heads,
+    encode_heads,
+)
 
 BLOCK = ops.BLOCK
+
+
+def empty_caches(
+    blocks: int, heads: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that are all NaN."""
+    page, fp8 = ops.cache_page(heads, size, dtype == FP8_CACHE), dtype == FP8_CACHE
+    poison = 255 if fp8 else torch.nan
+    k, v = (torch.full((blocks, *shape), poison, dtype=dtype) for shape in page)
+    return k, v
 
 
 @dataclass
@@ -27,18 +43,25 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = self.kv_heads, self.head_size
+        heads, size = self.kv_heads, self.head_size
         needed = [-(-context // BLOCK) for _, context in self.lengths]
         total = sum(needed) + 3
-        self.k = torch.full((total, *shape, BLOCK), float("nan"), dtype=self.dtype)
-        self.v = torch.full((total, shape[0], BLOCK, shape[1]), float("nan"), dtype=self.dtype)
+        self.k, self.v = empty_caches(total, heads, size, self.dtype)
         self.tables = torch.full((len(needed), max(needed) + 2), -1, dtype=torch.int32)
         free = torch.randperm(total).tolist()
         for b, (_, context) in enumerate(self.lengths):
             for i in range(needed[b]):
                 block, used = free.pop(), min(BLOCK, context - i * BLOCK)
-                self.k[block, :, :, :used] = torch.randn(*shape, used).to(self.dtype)
-                self.v[block, :, :used] = torch.randn(shape[0], used, shape[1]).to(self.dtype)
+                keys, values = torch.randn(2, used, heads, size)
+                if self.dtype == FP8_CACHE:
+                    for cache, written in ((self.k, keys), (self.v, values)):
+                        codes, scales = codes_and_scales(cache, tokens_last=cache is self.k)
+                        codes = codes.transpose(2, 3) if cache is self.k else codes
+                        coded, scale = encode_heads(written.transpose(0, 1))
+                        codes[block, :, :used], scales[block, :, :used] = coded, scale
+                else:
+                    self.k[block, :, :, :used] = keys.permute(1, 2, 0).to(self.dtype)
+                    self.v[block, :, :used] = values.transpose(0, 1).to(self.dtype)
                 self.tables[b, i] = block
         self.starts = torch.tensor([0, *(n for n, _ in self.lengths)]).cumsum(0).int()
         self.contexts = torch.tensor([c for _, c in self.lengths], dtype=torch.int32)
@@ -85,7 +108,7 @@ SEQUENCES = [[(1, 1)], [(5, 5), (1, 40), (17, 33), (0, 9), (64, 64)], [(1, 1300)
 def test_attention_matches_the_reference_with_nan_in_all_other_memory(
     isa: str, lengths: list[tuple[int, int]], options: dict[str, Any]
 ) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, FP8_CACHE):
         case = Case(lengths, dtype=dtype, options=options)
         out = torch.full_like(case.q, float("nan"))
         assert case.run(ops, out) is out
@@ -99,15 +122,20 @@ def test_attention_matches_the_reference_with_nan_in_all_other_memory(
 def test_attention_matches_the_reference_for_head_shapes(
     isa: str, query_heads: int, kv_heads: int, head_size: int
 ) -> None:
-    case = Case([(19, 150), (1, 77)], query_heads, kv_heads, head_size)
-    torch.testing.assert_close(case.run(ops), case.run(reference), atol=5e-6, rtol=1e-5)
+    for dtype in (torch.float32, FP8_CACHE):
+        case = Case([(19, 150), (1, 77)], query_heads, kv_heads, head_size, dtype)
+        torch.testing.assert_close(case.run(ops), case.run(reference), atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((some, torch.float32) for some in OPTIONS.values()), (OPTIONS["window"], FP8_CACHE)],
+    ids=[*OPTIONS, "e4m3"],
+)
 def test_attention_bits_do_not_depend_on_chunks_batch_or_threads(
-    isa: str, options: dict[str, Any]
+    isa: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    case = Case([(70, 70), (3, 1100), (40, 560)], options=options)
+    case = Case([(70, 70), (3, 1100), (40, 560)], dtype=dtype, options=options)
     ops.set_num_threads(1)
     whole = case.run(ops)
     for threads in (1, 2, 3):
@@ -208,6 +236,39 @@ def test_rotary_cache_matches_the_reference_and_writes_only_its_slots(
         )
         torch.testing.assert_close(case[6], plain[6], **tolerance)
         assert torch.equal(case[7], plain[7])  # values are only rounded
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("head_size", "rotary_size"), [(64, 64), (72, 40), (8, None)])
+def test_rotary_cache_writes_codes_and_scales_like_the_reference(
+    isa: str, head_size: int, rotary_size: int | None, fixed: bool
+) -> None:
+    case = rotary_case(64, head_size, rotary_size, True, torch.float32)
+    case[0][5, -1] = torch.inf
+    case[0][6, -head_size:] = 0.0
+    case.append(torch.linspace(0.001, 0.01, 4).view(2, 2) if fixed else None)
+    found, expected = (empty_caches(len(case[6]), 2, head_size, FP8_CACHE) for _ in range(2))
+    q = ops.rotary_cache(*case[:6], *found, *case[8:])
+    wanted = reference.rotary_cache(*case[:6], *expected, *case[8:])
+    torch.testing.assert_close(q, wanted, atol=1e-6, rtol=1e-5)
+    for mine, theirs, tokens_last in zip(found, expected, (True, False), strict=True):
+        (codes, scales), (other, theirs) = (
+            codes_and_scales(cache, tokens_last) for cache in (mine, theirs)
+        )
+        torch.testing.assert_close(scales, theirs, equal_nan=True)
+        same = codes == other
+        if tokens_last:  # keys are rotated, and a value near the middle of two codes gets either
+            assert same[~scales.isnan()[:, :, None].expand_as(same)].float().mean() > 0.99
+            codes, other = codes.transpose(2, 3), other.transpose(2, 3)
+        else:
+            assert same[~scales.isnan()[..., None].expand_as(same)].all()
+        torch.testing.assert_close(
+            decode_heads(codes, scales), decode_heads(other, theirs), rtol=0.13, atol=1e-5,
+            equal_nan=True,
+        )  # fmt: skip
+    assert codes_and_scales(found[1])[1].isnan().sum() == found[1].shape[0] * 32 - 2 * int(
+        (case[8] >= 0).sum()
+    ) + int(case[8][5] >= 0)
 
 
 def test_rotary_cache_of_a_row_does_not_depend_on_the_others(isa: str) -> None:

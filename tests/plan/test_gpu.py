@@ -150,8 +150,36 @@ def test_limits_of_the_kernels_are_refused_before_loading() -> None:
     with pytest.raises(PlanError, match="--kv-cache-dtype float32 does not go with"):
         plan(kv_cache_dtype="float32")
     assert plan(dtype="float32", kv_cache_dtype="bfloat16").kv_dtype == "bfloat16"
+    with pytest.raises(PlanError, match="do not pack their cache") as caught:
+        plan(PUBLISHED, kv_cache_dtype="fp8")
+    assert caught.value.code == "unsupported_kv_dtype" and "latents" in caught.value.why
     with pytest.raises(PlanError, match="8 of 1024 experts"):
         plan({**QWEN_MOE, "num_experts": 1024})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_an_fp8_cache_takes_a_byte_for_each_value_and_four_for_each_head(dtype: str) -> None:
+    found, half = plan(dtype=dtype, kv_cache_dtype="fp8", strict=True), plan(dtype="auto")
+    layers, heads, size = 36, 8, 128
+    assert [group.page_bytes for group in found.groups] == [2 * 16 * layers * heads * (size + 4)]
+    assert [group.page_bytes for group in half.groups] == [2 * 16 * layers * heads * size * 2]
+    assert found.kv_dtype == "fp8"
+    assert "each head of each token" in reasons(found)["kv cache format"]
+    assert found.cache_fingerprint != half.cache_fingerprint
+
+
+def test_a_checkpoint_that_was_made_for_an_fp8_cache_gets_it() -> None:
+    def made(hf: dict[str, Any] = QWEN, made_for: str = "fp8", **options: Any) -> Plan:
+        facts = ModelFacts("m", hf, None, kv_cache=made_for, kv_scales=True)
+        return resolve(build_options(options), facts, MACHINE, FOUND)
+
+    assert made(strict=True).kv_dtype == "fp8"
+    assert reasons(made())["kv cache format"] == "fp8, the checkpoint's scales"
+    assert made(kv_cache_dtype="bfloat16", strict=True).kv_dtype == "bfloat16"
+    few = {**PUBLISHED, "num_hidden_layers": 4}
+    for found in (made(few), made(made_for="nvfp4")):
+        assert found.kv_dtype == reasons(found)["kv cache format"] == "bfloat16"
+        assert why(found, "kv cache format").startswith("the checkpoint was made for")
 
 
 def test_the_plan_says_what_is_known_of_the_architecture() -> None:
@@ -193,6 +221,42 @@ def test_codes_are_planned_and_what_serves_them_is_said() -> None:
     for format in ("fp8", "nvfp4"):
         said = reasons(quantized(QWEN_MOE, format))[f"experts in {format}"]
         assert "grouped by expert" in said and ("e4m3" in said) == (format == "fp8")
+
+
+def test_weights_by_how_often_they_are_read() -> None:
+    """By hand: 36 layers of 16 experts in NVFP4, everything else in bfloat16, norms in float32."""
+    build = Build(ops)
+    build_model(QWEN_MOE, build)
+    names = [tensor.name for weight in build.weights for tensor in weight.tensors()]
+    formats = {n: "nvfp4" if ".experts." in n else "bf16" for n in names}
+    found = plan(QWEN_MOE, formats=formats)
+    parts = {part.name: part for part in found.weight_parts}
+    # 64 rows of gate and of up, with 4096 columns; 4096 rows with 64, padded to 128.
+    wide, high = 64 * (2048 + 256 + 4), 4096 * (64 + 8 + 4)
+    assert parts["experts"].nbytes == 36 * 16 * (2 * wide + high)
+    assert parts["experts"].values == 36 * 16 * 3 * 64 * 4096 and parts["experts"].layers == 36
+    matrices, norms = 4096 * (6144 + 4096 + 16), 2 * 4096 + 2 * 128
+    assert parts["layers"].nbytes == 36 * (2 * matrices + 4 * norms) + 4 * 4096
+    assert parts["head"].nbytes == parts["embedding"].nbytes == 2 * 151936 * 4096
+    assert sum(part.nbytes for part in found.weight_parts) == found.weight_bytes
+    assert not any(part.e4m3_values for part in found.weight_parts)
+
+
+def test_what_is_multiplied_in_e4m3_is_counted() -> None:
+    names = [f"model.layers.{i}.self_attn.o_proj.weight" for i in range(36)]
+    formats = dict.fromkeys(names, "fp8")
+
+    def counted(meant: list[str], **given: Any) -> int:
+        facts = ModelFacts("m", QWEN, formats, e4m3_tokens=frozenset(meant))
+        gpu = given.pop("gpu", H200)
+        machine = replace(MACHINE, gpu=gpu)
+        found = resolve(build_options(given), facts, machine, FOUND)
+        return {part.name: part.e4m3_values for part in found.weight_parts}["layers"]
+
+    assert counted(names) == 36 * 4096 * 4096
+    assert counted(names[:2]) == 2 * 4096 * 4096
+    assert counted([]) == counted(names, deterministic=True) == counted(names, dtype="float32") == 0
+    assert counted(names, gpu=replace(H200, architecture="sm_80", capability=(8, 0))) == 0
 
 
 def test_a_quantised_checkpoint_in_half_precision_gets_the_dtype_of_the_kernels() -> None:

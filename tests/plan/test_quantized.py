@@ -150,10 +150,16 @@ def _held_bytes(weight: Any) -> int:
 
 def test_a_quantised_kv_cache_is_recognised_and_the_plan_says_what_is_kept(tmp_path: Path) -> None:
     config, _, _ = SCHEMES["ct fp8 channel"]
-    config = {**config, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
-    path = config_only(tmp_path / "m", BF16, quantization_config=config)
-    said = choice(plan_of(path), "kv cache format")
-    assert said.downgrade and said.chosen == "bfloat16" and "fp8" in said.reason
+    for scheme, kept in (({"num_bits": 8, "type": "float"}, "fp8"), ({"num_bits": 4}, "bfloat16")):
+        both = {**config, "kv_cache_scheme": scheme}
+        path = config_only(tmp_path / kept, BF16, quantization_config=both)
+        found = plan_of(path)
+        said = choice(found, "kv cache format")
+        assert found.kv_dtype == kept and said.downgrade == (kept != "fp8")
+        assert kept in said.chosen and "the checkpoint was made for" in said.reason
+        asked = plan_of(path, kv_cache_dtype="float32")
+        assert asked.kv_dtype == "float32"
+        assert all(choice.what != "kv cache format" for choice in asked.choices)
 
 
 def test_the_file_of_modelopt_counts_where_the_config_is_silent(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_a_config_may_stand_inside_the_text_config_or_have_its_old_name_or_a_fil
     ],
 )
 def test_algorithms_of_modelopt(algorithm: str, format: str) -> None:
-    assert format_of(scheme({**MODELOPT, "quant_algo": algorithm}), Q) == format
+    found = scheme({**MODELOPT, "quant_algo": algorithm})
+    assert format_of(found, Q) == format
+    assert found.quantises_tokens(Q) == (algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"))
 
 
 def test_mixed_precision_tells_each_layer() -> None:

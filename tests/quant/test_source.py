@@ -134,12 +134,14 @@ def test_kv_scales_are_read_and_do_not_reach_the_model() -> None:
         f"{attention}.v_proj.v_scale": torch.tensor(2.0),
     }
     source = opened(SCHEMES["ct fp8 channel"][0], {**tensors, **scales})
-    assert source.has_kv_scales and not any("_scale" in name for name in source.names())
-    assert source.kv_scales() == {f"{attention}.k_scale": 0.5, f"{attention}.v_proj.v_scale": 2.0}
-    bad = opened(SCHEMES["ct fp8 channel"][0], {**tensors, f"{attention}.k_scale": torch.zeros(1)})
-    with pytest.raises(ModelError) as caught:
-        bad.kv_scales()
-    assert caught.value.code == "quantized_values"
+    assert not any("_scale" in name for name in source.names())
+    found = {name: scale.tolist() for name, scale in source.kv_scales().items()}
+    assert found == {f"{attention}.k_scale": [0.5], f"{attention}.v_proj.v_scale": 2.0}
+    for wrong in (torch.zeros(1), torch.tensor([1.0, torch.nan]), torch.tensor([-1.0])):
+        bad = opened(SCHEMES["ct fp8 channel"][0], {**tensors, f"{attention}.k_scale": wrong})
+        with pytest.raises(ModelError) as caught:
+            bad.kv_scales()
+        assert caught.value.code == "quantized_values"
 
 
 def test_a_quantised_head_is_read_although_tools_usually_leave_it() -> None:

@@ -17,13 +17,25 @@ constexpr float kLowest = -3.4028234663852886e38f;
 
 struct CacheF32 {
     using Stored = float;
+    static constexpr Index kScaleBytes = 0;
     static F read(const float* p) { return load(p); }
     static F read_part(const float* p, Index n) { return load_part(p, n); }
 };
 struct CacheBF16 {
     using Stored = uint16_t;
+    static constexpr Index kScaleBytes = 0;
     static F read(const uint16_t* p) { return load_bf16(p); }
     static F read_part(const uint16_t* p, Index n) { return load_bf16_part(p, n); }
+};
+struct CacheE4M3 {  // reads 2^-8 of the codes; their keys' scales make up for it
+    using Stored = uint8_t;
+    static constexpr Index kScaleBytes = quire::kScaleBytes;
+    static F read(const uint8_t* p) { return load_e4m3(p); }
+    static F read_part(const uint8_t* p, Index n) {
+        uint8_t copy[kLanes] = {};
+        std::memcpy(copy, p, size_t(n));
+        return load_e4m3(copy);
+    }
 };
 
 // Online softmax of the rows of a tile: largest score, sums by position modulo 16, weighted values.
@@ -205,6 +217,21 @@ void weigh(const quire::AttentionArgs& a, const Tile& t, int base, float* scores
     }
 }
 
+// rows[R][kStep] times the scales of the blocks' keys, where a cache has them.
+template <class Cache, int R>
+inline void scale_keys(const Step<Cache>& step, const typename Cache::Stored* const* blocks, Index head_size, float* rows) {
+    if constexpr (Cache::kScaleBytes > 0)
+        for (int block = step.first; block < step.last; ++block) {
+            alignas(64) float scales[kCacheBlock];
+            std::memcpy(scales, blocks[block] + head_size * kCacheBlock, sizeof scales);
+            const F scale = mul(load(scales), splat(256.0f));
+            QUIRE_UNROLL for (int r = 0; r < R; ++r) {
+                float* at = rows + r * kStep + block * kCacheBlock;
+                store(at, mul(load(at), scale));
+            }
+        }
+}
+
 template <class Cache, int R>
 void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>& step, Softmax state) {
     const Index padded = state.padded;
@@ -213,11 +240,15 @@ void attend_step(const quire::AttentionArgs& a, const Tile& t, const Step<Cache>
     for (; block + kScoreBlocks <= step.last; block += kScoreBlocks) score_blocks<Cache, kScoreBlocks, R>(t, step, block, a.head_size, weights);
     for (; block < step.last; ++block) score_blocks<Cache, 1, R>(t, step, block, a.head_size, weights);
 
+    scale_keys<Cache, R>(step, step.keys, a.head_size, weights);
+
     alignas(64) float correction[kLanes], none[kLanes];
     store(none, splat(1.0f));
     const int start = step.first * kCacheBlock;
     if (step.last - step.first == kStepBlocks) weigh<kStepBlocks>(a, t, step.base + start, weights + start, state, correction);
     else weigh<1>(a, t, step.base + start, weights + start, state, correction);
+
+    scale_keys<Cache, R>(step, step.values, a.head_size, weights);
 
     // Keys that all rows see go together. The others must not reach a row even as 0 * NaN: each row
     // takes its own before and after.
@@ -259,7 +290,8 @@ void attend_piece(const quire::AttentionArgs& a, const Strip& strip, Index piece
         const int first = int(first_block > block ? first_block - block : 0);
         const int last = int(last_block - block < kStepBlocks ? last_block - block : kStepBlocks);
         for (int i = first; i < last; ++i) {
-            const Index at = (table[block + i] * a.kv_heads + strip.kv_head) * a.head_size * kCacheBlock;
+            const Index head = table[block + i] * a.kv_heads + strip.kv_head;
+            const Index at = head * (a.head_size + Cache::kScaleBytes) * kCacheBlock;
             step.keys[i] = static_cast<const Stored*>(a.k_cache) + at;
             step.values[i] = static_cast<const Stored*>(a.v_cache) + at;
         }
@@ -386,7 +418,8 @@ void attention_with(const quire::AttentionArgs& a) {
 }
 
 void attention(const quire::AttentionArgs& a) {
-    a.cache_is_bf16 ? attention_with<CacheBF16>(a) : attention_with<CacheF32>(a);
+    if (a.cache_type == quire::kCacheE4M3) attention_with<CacheE4M3>(a);
+    else a.cache_type == quire::kCacheBF16 ? attention_with<CacheBF16>(a) : attention_with<CacheF32>(a);
 }
 
 }  // namespace

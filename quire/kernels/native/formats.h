@@ -93,6 +93,16 @@ inline uint16_t float_to_bf16(float value) {  // to nearest even; a NaN stays a 
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// To nearest, ties to even; what is larger than 448, a NaN too, becomes 448.
+inline uint8_t float_to_e4m3(float value) {
+    const uint32_t bits = float_to_bits(value), size = bits & 0x7fffffffu;
+    const uint8_t sign = uint8_t(bits >> 24 & 0x80);
+    if (size >= 0x43e00000u) return uint8_t(sign | 0x7e);
+    if (size < 0x3c800000u)  // below 2^-6 codes are 2^-9 apart, as are numbers from 2^14 on
+        return uint8_t(sign | (float_to_bits(bits_to_float(size) + 16384.0f) - 0x46800000u));
+    return uint8_t(sign | (((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
 inline float f16_to_float(uint16_t half) {
     const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
     if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ff) << 13);

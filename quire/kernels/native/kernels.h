@@ -9,6 +9,11 @@ namespace quire {
 
 using Index = std::ptrdiff_t;
 
+// How a cache holds keys and values. E4M3: of each head in a block the codes, where other caches
+// have values, then 16 fp32 scales.
+enum CacheType { kCacheF32, kCacheBF16, kCacheE4M3 };
+constexpr Index kScaleBytes = 4;  // for each head of a token
+
 struct LinearArgs {  // out[rows, n] = x[rows, k] * weight[n, k]^T + bias
     const float* x;
     Index x_stride;
@@ -38,15 +43,16 @@ struct RotaryArgs {
     const float *q_norm, *k_norm;  // [head_size] or null
     double epsilon;
     void *k_cache, *v_cache;  // [blocks, kv_heads, head_size, 16] and [blocks, kv_heads, 16, head_size]
-    Index cache_is_bf16;
+    Index cache_type;
     const int64_t* slots;  // negative: not written
+    const float* fixed;    // [2, kv_heads] scales of e4m3 for keys and values, or null: the heads' own
     Index rows, query_heads, kv_heads, head_size;
 };
 
 struct AttentionArgs {
     const float* q;
     const void *k_cache, *v_cache;
-    Index cache_is_bf16;
+    Index cache_type;
     const int32_t* block_tables;
     Index table_stride;
     const int32_t *query_start, *context_len;

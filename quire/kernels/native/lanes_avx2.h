@@ -45,6 +45,12 @@ inline F load_bf16_part(const uint16_t* p, Index n) {
     std::memcpy(copy, p, size_t(n) * 2);
     return load_bf16(copy);
 }
+// 2^-8 of e4m3 codes, which are those of f16 without an exponent's highest bit.
+inline F load_e4m3(const uint8_t* p) {
+    const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
 inline F load_u8(const uint8_t* p) {
     const __m128i x = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)))};

@@ -126,6 +126,14 @@ inline F load_bf16_part(const uint16_t* p, Index n) {
     std::memcpy(copy, p, size_t(n) * 2);
     return load_bf16(copy);
 }
+// 2^-8 of e4m3 codes: their bits are those of 2^-120 of them in fp32.
+inline F load_e4m3(const uint8_t* p) {
+    return each_four([=](int i) {
+        const FourInt code = widen(p + 4 * i);
+        const FourInt size = (code & four_integers(0x7f)) << four_integers(20), sign = (code & four_integers(0x80)) << four_integers(24);
+        return from_bits(size | sign) * from_bits(four_integers(0x77800000));
+    });
+}
 inline F load_u8(const uint8_t* p) {
     return each_four([=](int i) { return to_float(widen(p + 4 * i)); });
 }

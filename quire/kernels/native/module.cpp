@@ -129,7 +129,7 @@ const char* write_problem(const int64_t* positions, Index position_limit, const 
 
 QUIRE_OP(op_rotary_cache) {
     Arguments in(values, count);
-    RotaryArgs a{in, in, in, in, in, in, in, in.real(), in, in, in, in, in, in, in, in};
+    RotaryArgs a{in, in, in, in, in, in, in, in.real(), in, in, in, in, in, in, in, in, in};
     const Index position_limit = in, slot_limit = in;
     if (!in.done()) return nullptr;
     const char* problem = write_problem(a.rotary_size ? a.positions : nullptr, position_limit, a.slots, slot_limit, a.rows);

@@ -12,6 +12,7 @@ from quire.kernels import capabilities
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, limit_of
+from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of, packed_width
 from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
 from quire.kernels.reference.moe.route_groups import route_groups
@@ -43,7 +44,8 @@ set_isa = _native.set_isa
 _FORMATS = _native.FORMATS
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_LATENT = 1024  # as in latent.h
-_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, FP8_CACHE: 2}  # as in kernels.h
+_LATENT_TYPES = (torch.float32, torch.bfloat16)
 
 
 def _reject(name: str, tensor: torch.Tensor, expected: str) -> ValueError:
@@ -193,15 +195,17 @@ def add_rms_norm(
 
 def _cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int, int, int]:
     """Addresses of the two caches, then blocks, KV heads and head size."""
-    blocks, kv_heads, head_size, _ = k_cache.shape
+    blocks, kv_heads, width, _ = k_cache.shape
+    head_size = head_size_of(width, k_cache.dtype)
     if k_cache.dtype not in _CACHE_TYPES or head_size % 8 or not 8 <= head_size <= 256:
         raise _reject(
             "k_cache",
             k_cache,
-            f"fp32 or bf16 [blocks, Hkv, D, {BLOCK}] with D a multiple of 8 up to 256",
+            f"fp32 or bf16 [blocks, Hkv, D, {BLOCK}] with D a multiple of 8 up to 256, or uint8 "
+            f"[blocks, Hkv, D + 4, {BLOCK}]",
         )
-    k_address = _address("k_cache", k_cache, k_cache.dtype, blocks, kv_heads, head_size, BLOCK)
-    v_address = _address("v_cache", v_cache, k_cache.dtype, blocks, kv_heads, BLOCK, head_size)
+    k_address = _address("k_cache", k_cache, k_cache.dtype, blocks, kv_heads, width, BLOCK)
+    v_address = _address("v_cache", v_cache, k_cache.dtype, blocks, kv_heads, BLOCK, width)
     return k_address, v_address, blocks, kv_heads, head_size
 
 
@@ -215,6 +219,7 @@ def rotary_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    fixed: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Queries made ready for attention, keys and values written to the cache: returns q [T, Hq*D].
@@ -223,6 +228,8 @@ def rotary_cache(
     weight [D] is given, then the rotary embedding of their position (int64 [T]): rotate-half pairs
     within the first R elements, cos_sin [P, R] being R/2 cosines then R/2 sines, or None for no
     rotation. Token t goes to slot slots[t] (int64; block * 16 + offset); a negative one nowhere.
+    uint8 caches hold e4m3 and scales (quire/kernels/reference/attention/fp8_cache.py), the heads'
+    own or `fixed` ones, float32 [2, Hkv], of keys and of values.
     """
     k_address, v_address, blocks, kv_heads, head_size = _cache(k_cache, v_cache)
     rows, width = qkv.shape
@@ -236,6 +243,8 @@ def rotary_cache(
         )
     if out is None:
         out = torch.empty(rows, query_heads * head_size)
+    if fixed is not None and k_cache.dtype is not FP8_CACHE:
+        raise ValueError(f"fixed: a cache of {k_cache.dtype} has no scales")
     call(
         _native.rotary_cache,
         _address("qkv", qkv, torch.float32, rows, width),
@@ -245,6 +254,7 @@ def rotary_cache(
         rotary_size, _optional("q_norm", q_norm, head_size),
         _optional("k_norm", k_norm, head_size), eps, k_address, v_address,
         _CACHE_TYPES[k_cache.dtype], _address("slots", slots, torch.int64, rows),
+        0 if fixed is None else _address("fixed", fixed, torch.float32, 2, kv_heads),
         rows, query_heads, kv_heads, head_size, limit, blocks * BLOCK,
     )  # fmt: skip
     return out
@@ -300,7 +310,7 @@ def attention(
 def _latents(cache: torch.Tensor, rank: int) -> tuple[int, int, int]:
     """Address of a cache of latents, its blocks, values of a latent."""
     blocks, _, _, width = cache.shape
-    if cache.dtype not in _CACHE_TYPES or not 0 < rank < width <= MAX_LATENT:
+    if cache.dtype not in _LATENT_TYPES or not 0 < rank < width <= MAX_LATENT:
         expected = f"fp32 or bf16 [blocks, 1, {BLOCK}, W] with {rank} < W <= {MAX_LATENT}"
         raise _reject("cache", cache, expected)
     return _address("cache", cache, cache.dtype, blocks, 1, BLOCK, width), blocks, width
@@ -437,9 +447,10 @@ def gated_linear(
     return gated_activation(linear(x, weight, bias), kind, limit=limit)
 
 
-def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of one block of keys and of values."""
-    return (kv_heads, head_size, BLOCK), (kv_heads, BLOCK, head_size)
+def cache_page(kv_heads: int, head_size: int, fp8: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one block of keys and of values; `fp8`: in bytes, with scales."""
+    width = packed_width(head_size) if fp8 else head_size
+    return (kv_heads, width, BLOCK), (kv_heads, BLOCK, width)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 // Operations on single rows: norms, rotary embedding with the cache write, activations, reductions.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 namespace {
@@ -69,6 +70,30 @@ inline void rotate(float* head, const float* cosine, const float* sine, Index ha
 inline void put(float* to, float value) { *to = value; }
 inline void put(uint16_t* to, float value) { *to = float_to_bf16(value); }
 
+// Writes values `step` apart into head `head` of the cache, counted over blocks, from `first` on.
+template <class Stored>
+inline void put_head(void* cache, Index head, Index first, Index step, Index, const float*, const float* x, Index d) {
+    Stored* to = static_cast<Stored*>(cache) + head * d * kCacheBlock + first;
+    for (Index i = 0; i < d; ++i) put(to + i * step, x[i]);
+}
+
+// As codes, and the scale of the `token` of the block, which is NaN where a value is not finite.
+template <>
+inline void put_head<uint8_t>(void* cache, Index head, Index first, Index step, Index token, const float* fixed, const float* x, Index d) {
+    uint8_t* block = static_cast<uint8_t*>(cache) + head * (d + quire::kScaleBytes) * kCacheBlock;
+    float largest = 0;
+    for (Index i = 0; i < d; ++i) {
+        const float size = std::fabs(x[i]);
+        if (size > largest || size != size) largest = size;
+    }
+    float scale = fixed ? *fixed : largest / 448.0f;
+    if (scale < FLT_MIN) scale = FLT_MIN;
+    if (!(largest <= FLT_MAX)) scale = NAN;
+    const float inverse = 1.0f / scale;
+    for (Index i = 0; i < d; ++i) block[first + i * step] = float_to_e4m3(x[i] * inverse);
+    std::memcpy(block + d * kCacheBlock + token * quire::kScaleBytes, &scale, quire::kScaleBytes);
+}
+
 template <class Stored>
 void rotary_row(const quire::RotaryArgs& a, Index row) {
     const Index d = a.head_size;
@@ -86,17 +111,19 @@ void rotary_row(const quire::RotaryArgs& a, Index row) {
     for (Index h = 0; h < a.kv_heads; ++h) {
         alignas(64) float key[256];
         prepare(keys + h * d, a.k_norm, key);
-        const Index base = (slot / kCacheBlock * a.kv_heads + h) * d * kCacheBlock, offset = slot % kCacheBlock;
-        Stored* k = static_cast<Stored*>(a.k_cache) + base + offset;
-        Stored* v = static_cast<Stored*>(a.v_cache) + base + offset * d;
-        for (Index i = 0; i < d; ++i) put(k + i * kCacheBlock, key[i]);
-        for (Index i = 0; i < d; ++i) put(v + i, values[h * d + i]);
+        const Index head = slot / kCacheBlock * a.kv_heads + h, token = slot % kCacheBlock;
+        const float *k_fixed = a.fixed ? a.fixed + h : nullptr, *v_fixed = a.fixed ? k_fixed + a.kv_heads : nullptr;
+        put_head<Stored>(a.k_cache, head, token, kCacheBlock, token, k_fixed, key, d);
+        put_head<Stored>(a.v_cache, head, token * d, 1, token, v_fixed, values + h * d, d);
     }
 }
 
 void rotary_cache(const quire::RotaryArgs& a) {
     parallel_rows(a.rows, (a.query_heads + 4 * a.kv_heads) * a.head_size, [&](Index first, Index last) {
-        for (Index row = first; row < last; ++row) a.cache_is_bf16 ? rotary_row<uint16_t>(a, row) : rotary_row<float>(a, row);
+        for (Index row = first; row < last; ++row) {
+            if (a.cache_type == quire::kCacheE4M3) rotary_row<uint8_t>(a, row);
+            else a.cache_type == quire::kCacheBF16 ? rotary_row<uint16_t>(a, row) : rotary_row<float>(a, row);
+        }
     });
 }
 

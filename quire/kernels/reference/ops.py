@@ -12,6 +12,14 @@ from torch.nn import functional
 from quire.kernels import capabilities
 from quire.kernels.reference.activation import gated_activation as activation
 from quire.kernels.reference.activation.gated_activation import limit_of
+from quire.kernels.reference.attention.fp8_cache import (
+    FP8_CACHE,
+    codes_and_scales,
+    decode_heads,
+    encode_heads,
+    head_size_of,
+    packed_width,
+)
 from quire.kernels.reference.attention.latent_attention import latent_attention
 from quire.kernels.reference.compressed.ops import CompressedKernels
 from quire.kernels.reference.moe.route import route
@@ -133,9 +141,11 @@ def rotary_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    fixed: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    blocks, kv_heads, head_size, _ = k_cache.shape
+    blocks, kv_heads, width, _ = k_cache.shape
+    head_size = head_size_of(width, k_cache.dtype)
     heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_size, head_size)
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
@@ -149,8 +159,16 @@ def rotary_cache(
         raise ValueError("slots: beyond the cache")
     written = slots >= 0
     block, offset = slots[written] // BLOCK, slots[written] % BLOCK
-    k_cache[block, :, :, offset] = k[written].to(k_cache.dtype)
-    v_cache[block, :, offset, :] = v[written].to(v_cache.dtype)
+    k, v = k[written], v[written]
+    if k_cache.dtype == FP8_CACHE:
+        for part, (cache, values) in enumerate(((k_cache, k), (v_cache, v))):
+            codes, scales = codes_and_scales(cache, tokens_last=cache is k_cache)
+            memory = codes.transpose(2, 3) if cache is k_cache else codes
+            given = None if fixed is None else fixed[part]
+            memory[block, :, offset], scales[block, :, offset] = encode_heads(values, given)
+    else:
+        k_cache[block, :, :, offset] = k.to(k_cache.dtype)
+        v_cache[block, :, offset, :] = v.to(v_cache.dtype)
     return _into(out, q.flatten(1))
 
 
@@ -173,7 +191,8 @@ def attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _, kv_heads, head_size, _ = k_cache.shape
+    _, kv_heads, width, _ = k_cache.shape
+    head_size = head_size_of(width, k_cache.dtype)
     result = torch.empty_like(q)
     for b in range(block_tables.shape[0]):
         first, last, context = int(query_start[b]), int(query_start[b + 1]), int(context_len[b])
@@ -182,10 +201,10 @@ def attention(
         oldest = max(0, context - (last - first) + 1 - window) if window else 0
         start = oldest // BLOCK * BLOCK
         table = block_tables[b, oldest // BLOCK : -(-context // BLOCK)].long()
-        k = (
-            k_cache[table].float().permute(1, 0, 3, 2).flatten(1, 2)[:, : context - start]
-        )  # [Hkv, keys, D]
-        v = v_cache[table].float().permute(1, 0, 2, 3).flatten(1, 2)[:, : context - start]
+        k, v = (  # [Hkv, keys, D]
+            blocks.transpose(0, 1).flatten(1, 2)[:, : context - start]
+            for blocks in (_read(k_cache[table], True), _read(v_cache[table], False))
+        )
         heads = (
             q[first:last].view(last - first, kv_heads, -1, head_size).permute(1, 2, 0, 3)
         )  # [Hkv, G, T, D]
@@ -210,6 +229,15 @@ def attention(
     return _into(out, result)
 
 
+def _read(blocks: torch.Tensor, tokens_last: bool) -> torch.Tensor:
+    """Blocks of a cache as float32 [blocks, Hkv, 16, D]; `tokens_last`: they are stored with the
+    last two dimensions the other way."""
+    if blocks.dtype == FP8_CACHE:
+        codes, scales = codes_and_scales(blocks, tokens_last)
+        return decode_heads(codes.transpose(2, 3) if tokens_last else codes, scales)
+    return (blocks.transpose(2, 3) if tokens_last else blocks).float()
+
+
 def gated_activation(
     x: torch.Tensor, kind: str, out: torch.Tensor | None = None, limit: float = 0.0
 ) -> torch.Tensor:
@@ -227,9 +255,10 @@ def gated_linear(
     return gated_activation(linear(x, weight, bias), kind, limit=limit)
 
 
-def cache_page(kv_heads: int, head_size: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of one block of keys and of values."""
-    return (kv_heads, head_size, BLOCK), (kv_heads, BLOCK, head_size)
+def cache_page(kv_heads: int, head_size: int, fp8: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Shapes of one block of keys and of values; `fp8`: in bytes, with scales."""
+    width = packed_width(head_size) if fp8 else head_size
+    return (kv_heads, width, BLOCK), (kv_heads, BLOCK, width)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

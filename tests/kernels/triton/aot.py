@@ -54,6 +54,11 @@ class Case:
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
 
+def instructions(target: str) -> dict[str, bool]:
+    """PACKED and CAST as quire.kernels.triton.quantized.operands has them for a GPU."""
+    return {"PACKED": target != "gfx942", "CAST": target not in ("gfx942", "sm_80")}
+
+
 def compile_case(case: Case, target: str) -> Any:
     """Compile; raises where that fails or takes more shared memory than the target has."""
     import triton

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, packed_width
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
 from quire.kernels.triton.attention.latent_attention import MERGED_AT_ONCE, merged_heads
@@ -21,9 +22,11 @@ from quire.kernels.triton.attention.tiles import (
     varlen_tiles,
 )
 from quire.kernels.triton.attention.varlen import varlen_kernel
-from tests.kernels.triton.aot import SHARED, Case
+from tests.kernels.triton.aot import SHARED, Case, instructions
 
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+NAMES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", FP8_CACHE: "*u8",
+}  # fmt: skip
 AHEAD = {
     name: Target(shared, wgmma=name == "sm_90", amd=name == "gfx942")
     for name, shared in SHARED.items()
@@ -63,15 +66,19 @@ def case(
 ) -> Case:
     """The "decode" or the "varlen" kernel as paged_attention would launch it on `target`."""
     group = heads // kv_heads
+    cache = cache or dtype
     sizes = (group, d, dtype.itemsize, AHEAD[target], deterministic)
-    tiles: Tiles = decode_tiles(*sizes) if kind == "decode" else varlen_tiles(*sizes, small)
+    tiles: Tiles = (
+        decode_tiles(*sizes, cache.itemsize) if kind == "decode" else varlen_tiles(*sizes, small)
+    )
+    width = packed_width(d) if cache == FP8_CACHE else d
     decodes = decode_ordered_kernel if deterministic else decode_kernel
     kernel = decodes if kind == "decode" else varlen_kernel
     constants = {
         "Q_STRIDE": heads * d,
         "OUT_STRIDE": heads * d,
-        "K_STRIDE": kv_heads * 16 * d,
-        "V_STRIDE": kv_heads * 16 * d,
+        "K_STRIDE": kv_heads * 16 * width,
+        "V_STRIDE": kv_heads * 16 * width,
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "D": d,
@@ -79,6 +86,8 @@ def case(
         "WINDOW": window,
         "SOFTCAP": softcap,
         "HAS_SINKS": sinks,
+        "FP8": cache == FP8_CACHE,
+        **instructions(target),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "TILE": tiles.keys,
         "TILE_ROWS": tiles.rows,
@@ -93,11 +102,12 @@ def case(
         constants |= {"DETERMINISTIC": deterministic, "REST": 0, "REST_COLUMNS": 1}
     name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
     name += " deterministic" * deterministic + " small" * small + " one row" * one_row
+    name += " e4m3" * (cache == FP8_CACHE)
     name += " mixed" * (not decode and kind == "decode") + " extras" * (softcap or sinks)
     return Case(
         name,
         kernel,
-        _types(dtype, cache or dtype, kernel),
+        _types(dtype, cache, kernel),
         constants,
         tiles.warps,
         tiles.stages,
@@ -132,7 +142,8 @@ def latents(
         "Q_STRIDE": heads * width, "OUT_STRIDE": heads * RANK, "CACHE_STRIDE": 16 * width,
         "K_STRIDE": 16 * width, "V_STRIDE": 16 * width, "HEAD_TILES": count, "KV_HEADS": count,
         "GROUP": group, "D": RANK, "REST": REST, "BLOCK": 16, "WINDOW": 0, "SOFTCAP": False,
-        "HAS_SINKS": False, "ORDERED": deterministic, "DETERMINISTIC": deterministic,
+        "HAS_SINKS": False, "FP8": False, "PACKED": False, "CAST": False,
+        "ORDERED": deterministic, "DETERMINISTIC": deterministic,
         "ONE_QUERY": decode, "ONE_ROW": False, "TILE": tiles.keys, "TILE_ROWS": tiles.rows,
         "D_COLUMNS": RANK, "REST_COLUMNS": REST, "SEARCH": 32 if decode else 256,
         "PRECISION": "tf32", "HEADS": merged_heads(1 if decode else 256, group),
@@ -176,6 +187,10 @@ def _for_target(target: str) -> list[Case]:
         case("varlen", target, 32, 8, 128, deterministic=True, small=True, **rest),
         case("decode", target, 8, 4, 256, **extras),
         case("varlen", target, 8, 4, 256, **extras),
+        case("decode", target, 32, 8, 128, cache=FP8_CACHE),
+        case("varlen", target, 32, 8, 128, cache=FP8_CACHE),
+        case("decode", target, 32, 8, 128, deterministic=True, cache=FP8_CACHE, **rest),
+        case("varlen", target, 8, 4, 256, cache=FP8_CACHE, **extras),
     ]
 
 
@@ -187,5 +202,8 @@ CASES = [new for target in AHEAD for new in _for_target(target) + _latents_for_t
     case("varlen", "sm_90", 32, 8, 128, deterministic=True, only_full=True),
     case("decode", "sm_90", 8, 4, 256, deterministic=True, only_full=True),
     case("decode", "sm_90", 4, 2, 16, dtype=torch.float32, cache=torch.bfloat16, only_full=True),
+    case("varlen", "sm_90", 64, 8, 64, deterministic=True, cache=FP8_CACHE, only_full=True),
+    case("varlen", "sm_90", 32, 8, 128, small=True, cache=FP8_CACHE, only_full=True),
+    case("decode", "sm_90", 9, 3, 64, dtype=torch.float16, cache=FP8_CACHE, only_full=True),
     case("varlen", "sm_90", 4, 2, 16, dtype=torch.float32, deterministic=True, only_full=True),
 ]

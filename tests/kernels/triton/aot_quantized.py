@@ -34,7 +34,7 @@ from quire.kernels.triton.quantized.scaled_grouped_gemm import scaled_grouped_ke
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
 from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS
 from quire.kernels.triton.quantized.widen import widen_kernel
-from tests.kernels.triton.aot import SHARED, Case
+from tests.kernels.triton.aot import SHARED, Case, instructions
 
 SIZES = ("tokens", "max_blocks", "n", "k", "blocks", "x_stride", "code_stride", "scale_stride")
 SIZES += ("scale_size", "out_stride", "groups")
@@ -50,7 +50,7 @@ def weight(format: str, target: str) -> tuple[dict[str, str], dict[str, Any]]:
     types |= {"zeros": "*u8", "codes": "*i32" if four else "*u8", "scales": SCALES.get(format, "")}
     types |= dict.fromkeys(("ids", "pairs", "experts", "starts", "ends", "count"), "*i32")
     constants: dict[str, Any] = {"FORMAT": format, "GROUP": 128, "EVEN": True, "bias": None}
-    constants |= {"PACKED": target != "gfx942", "CAST": target not in ("gfx942", "sm_80")}
+    constants |= instructions(target)
     if format == "fp8":
         constants["scales"] = None
     if format in ("fp8_block", "int4", "int8"):

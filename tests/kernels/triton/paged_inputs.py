@@ -7,13 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import (
+    FP8_CACHE,
+    codes_and_scales,
+    encode_heads,
+    packed_width,
+)
+
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 SPARE = 3  # blocks that nobody owns; the first is the null block
 
 
 class PagedRequests:
     """Requests of `contexts` tokens with queries of `width` values in `dtype`. `cache` [blocks, N,
-    16, D] has N rows of D values for every token, in blocks of random order."""
+    16, D] has N rows of D values for every token, in blocks of random order; as codes and scales
+    where `cache` is FP8_CACHE."""
 
     def __init__(
         self,
@@ -31,7 +39,12 @@ class PagedRequests:
         self.generator = torch.Generator().manual_seed(seed)
         counts = [-(-c // 16) for c in contexts]
         order = torch.randperm(sum(counts), generator=self.generator) + SPARE
-        filled = torch.full((sum(counts) + SPARE, rows, 16, size), torch.nan, dtype=cache)
+        blocks_in_all, fp8 = sum(counts) + SPARE, cache == FP8_CACHE
+        if fp8:  # of ones, a scale is NaN
+            filled = torch.full((blocks_in_all, rows, 16, packed_width(size)), 255, dtype=cache)
+            stored = codes_and_scales(filled)
+        else:
+            filled = torch.full((blocks_in_all, rows, 16, size), torch.nan, dtype=cache)
         tables = torch.full((len(counts), max([*counts, 0]) + 2), 2**30, dtype=torch.int32)
         tables[:, -1] = 0
         self.queries = []  # of every position, so that any of them can be asked for
@@ -39,7 +52,12 @@ class PagedRequests:
             tables[b, : counts[b]] = blocks
             token = torch.arange(contexts[b])
             values = torch.randn(contexts[b], rows, size, generator=self.generator)
-            filled[blocks[token // 16], :, token % 16] = values.to(cache)
+            place = blocks[token // 16], slice(None), token % 16
+            if fp8:
+                for part, coded in zip(stored, encode_heads(values), strict=True):
+                    part[place] = coded
+            else:
+                filled[place] = values.to(cache)
             queries = torch.randn(contexts[b], width, generator=self.generator)
             self.queries.append(queries.to(device, dtype))
         self.tables, self.cache = tables.to(device), filled.to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import FP8_CACHE
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
@@ -27,9 +28,11 @@ class Shape:
 
 PLAIN, ONE_HEAD = Shape(4, 2, 16), Shape(2, 1, 16)
 EXTRAS = Shape(3, 1, 24, window=70, softcap=3.0, sinks=True)
+CODES = replace(EXTRAS, cache=FP8_CACHE)
 SHAPES = [
     PLAIN,
     EXTRAS,
+    CODES,
     Shape(2, 1, 16, dtype=torch.float32, cache=torch.bfloat16),
     *(
         pytest.param(shape, marks=pytest.mark.full)
@@ -40,6 +43,9 @@ SHAPES = [
             Shape(2, 1, 80, softcap=2.0),
             Shape(4, 1, 128, window=130),
             Shape(2, 1, 256),
+            Shape(8, 2, 128, cache=FP8_CACHE),
+            Shape(2, 1, 16, dtype=torch.float32, cache=FP8_CACHE),
+            Shape(3, 3, 64, sinks=True, dtype=torch.float16, cache=FP8_CACHE),
         )
     ),
 ]
@@ -123,6 +129,27 @@ def test_mixed_steps_equal_the_reference(
     requests.check([0, 3, 0, 1, 0], deterministic=deterministic, padding=1)
 
 
+def test_codes_and_scales_mean_what_their_bytes_say(device: torch.device) -> None:
+    """Against float64 from the bytes of blocks, without the reference's own reading of them."""
+    size, context = 16, 90
+    requests = Requests(Shape(2, 1, size, cache=FP8_CACHE), [context], device)
+    found, _ = requests.step([context], padding=1)
+    tokens = torch.arange(context)
+    decoded = []
+    for cache in (requests.k_cache, requests.v_cache):
+        rows = cache[requests.tables[0, : -(-context // 16)]].cpu().contiguous().view(-1, 16 * 20)
+        codes = rows[:, : 16 * size].contiguous().view(torch.float8_e4m3fn).double()
+        scales = rows[:, 16 * size :].contiguous().view(torch.float32).double()
+        values = codes.view(-1, 16, size) * scales[:, :, None]
+        decoded.append(values.reshape(-1, size)[tokens])
+    keys, values = decoded
+    queries = requests.queries[0].cpu().double().view(context, 2, size)
+    scores = torch.einsum("thd,kd->htk", queries, keys) * size**-0.5
+    scores = scores.masked_fill(tokens[None, :] > tokens[:, None], -torch.inf)
+    expected = torch.einsum("htk,kd->thd", scores.softmax(-1), values).flatten(1)
+    torch.testing.assert_close(found.cpu().double(), expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_work_is_split_over_programs_and_merged(deterministic: bool, device: torch.device) -> None:
     requests = Requests(ONE_HEAD, [1400, 5, 300], device)
@@ -172,9 +199,11 @@ def test_padded_requests_are_skipped(deterministic: bool, device: torch.device) 
     [
         ONE_HEAD,
         EXTRAS,
+        replace(ONE_HEAD, cache=FP8_CACHE),
         *(
             pytest.param(shape, marks=pytest.mark.full)
             for shape in (
+                CODES,
                 Shape(4, 1, 128, window=200, sinks=True),
                 Shape(2, 2, 80, dtype=torch.float16),
                 Shape(2, 1, 256),
@@ -271,6 +300,7 @@ def test_what_does_not_fit_is_an_error(device: torch.device) -> None:
         ({"q": q.float(), "v_cache": requests.v_cache.half()}, "caches"),
         ({"q": q.half()}, "caches"),
         ({"k_cache": requests.k_cache[..., :8]}, "caches"),
+        ({"k_cache": requests.k_cache.view(FP8_CACHE)}, "caches"),
         ({"k_cache": requests.k_cache.transpose(1, 2).contiguous().transpose(1, 2)}, "caches"),
         ({"block_tables": requests.tables[:1]}, "block_tables"),
         ({"q": q[:1]}, "decode"),

@@ -8,6 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from quire.formats.float8 import E4M3_MAX
+from quire.kernels.reference.attention.fp8_cache import (
+    FP8_CACHE,
+    codes_and_scales,
+    decode_heads,
+    encode_heads,
+    packed_width,
+)
 from quire.kernels.reference.rotary import rotary_cache as reference
 from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
@@ -146,10 +154,85 @@ def test_other_layouts_are_refused(device: torch.device) -> None:
         (0, inputs.qkv[:, :256], "do not fit together"),
         (2, torch.ones(POSITIONS, 3, device=device), "cannot rotate"),
         (0, inputs.qkv.repeat_interleave(2, dim=1)[:, ::2], "contiguous rows"),
+        (9, torch.ones(2, 2, device=device), "e4m3 cache"),
     ):
         arguments = [*good[:index], value, *good[index + 1 :]]
         with pytest.raises(ValueError, match=message):
             rotary_cache(*arguments)
+
+
+def _coded(inputs: Inputs, shape: Shape) -> None:
+    """Caches of codes and scales, whose bytes are all ones: every scale is NaN."""
+    size = BLOCKS, shape.kv_heads, 16, packed_width(shape.d)
+    both = torch.full((2, *size), 255, dtype=FP8_CACHE, device=inputs.qkv.device)
+    inputs.k_cache, inputs.v_cache = both.transpose(0, 1).contiguous().unbind(1)
+
+
+def _decoded(cache: torch.Tensor) -> torch.Tensor:
+    return decode_heads(*codes_and_scales(cache))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[6], SHAPES[8]], ids=str)
+def test_codes_and_scales_equal_the_references(
+    shape: Shape, fixed: bool, device: torch.device
+) -> None:
+    inputs = Inputs(shape, 7, torch.bfloat16, torch.bfloat16, device)
+    inputs.qkv[3, -shape.d :] = 0.0  # the last value head
+    scales = torch.linspace(0.001, 0.01, 2 * shape.kv_heads, device=device).view(2, -1)
+    given = scales if fixed else None
+    _coded(inputs, shape)
+    found = inputs.k_cache, inputs.v_cache
+    q = rotary_cache(*inputs.tokens(0, 7), given)
+    _coded(inputs, shape)
+    expected_q = reference.rotary_cache(*inputs.tokens(0, 7), given)
+    torch.testing.assert_close(q, expected_q, rtol=1e-2, atol=1e-2)
+    written = inputs.slots[inputs.slots >= 0]
+    for mine, wanted in zip(found, (inputs.k_cache, inputs.v_cache), strict=True):
+        # NaN equals only NaN: nothing else is written. A value near the middle of two codes may get
+        # either, which are an eighth apart.
+        torch.testing.assert_close(
+            _decoded(mine), _decoded(wanted), rtol=0.13, atol=1e-5, equal_nan=True
+        )
+        assert int((~codes_and_scales(mine)[1].isnan()).any(1).sum()) == len(written)
+        if not fixed:
+            codes, scale = codes_and_scales(mine)
+            largest = codes.view(torch.float8_e4m3fn).float().abs().amax(-1)[~scale.isnan()]
+            assert ((largest == E4M3_MAX) | (largest == 0)).all()
+
+
+def test_every_value_gets_the_nearest_code(device: torch.device) -> None:
+    """All codes, halfway between neighbours and a hair to both sides, and beyond the range."""
+    shape, heads = Shape(2, 2, 256, 0), 2
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (codes[1:] + codes[:-1]) / 2
+    some = torch.cat([codes, middle, middle.nextafter(codes[1:]), middle.nextafter(codes[:-1])])
+    some = torch.cat([some, -some, torch.tensor([449.0, -1e30])])
+    rows = torch.nn.functional.pad(some, (0, -len(some) % 512)).view(-1, heads, 256)
+    t = len(rows)
+    inputs = Inputs(shape, t, torch.float32, torch.float32, device)
+    inputs.slots = torch.arange(t, device=device)
+    inputs.qkv[:, -512:] = rows.flatten(1).to(device)
+    _coded(inputs, shape)
+    rotary_cache(*inputs.tokens(0, t), torch.ones(2, heads, device=device))
+    found = codes_and_scales(inputs.v_cache)[0][0, :, :t].transpose(0, 1)
+    expected, _ = encode_heads(rows, torch.ones(heads))
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_head_that_is_not_finite_is_nan_when_it_is_read(
+    bad: float, fixed: bool, device: torch.device
+) -> None:
+    shape = SHAPES[0]
+    inputs = Inputs(shape, 1, torch.bfloat16, torch.bfloat16, device)
+    inputs.slots[0] = 5
+    inputs.qkv[0, -1] = bad
+    _coded(inputs, shape)
+    rotary_cache(*inputs.tokens(0, 1), torch.ones(2, 2, device=device) if fixed else None)
+    read = _decoded(inputs.v_cache)[0, :, 5]
+    assert read[1].isnan().all() and read[0].isfinite().all()
 
 
 @pytest.mark.gpu

@@ -124,9 +124,3 @@ def test_checkpoints_may_be_closer_and_end_where_hits_do() -> None:
     with pytest.raises(PlanError) as caught:
         llama_plan(checkpoint_tokens=300)
     assert caught.value.code == "no_checkpoints"
-
-
-def test_other_families_do_not_pack_their_cache() -> None:
-    with pytest.raises(PlanError) as caught:
-        llama_plan(kv_cache_dtype="fp8")
-    assert caught.value.code == "unsupported_kv_dtype"

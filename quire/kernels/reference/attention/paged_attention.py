@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import (
+    FP8_CACHE,
+    codes_and_scales,
+    decode_heads,
+    head_size_of,
+)
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -24,7 +31,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """As quire.kernels.triton.attention.paged_attention; rows of padding are left as they are, or
     0 in a new result. It has no use for `deterministic` and `scratch`."""
-    _, kv_heads, block, head_size = k_cache.shape
+    _, kv_heads, block, width = k_cache.shape
+    head_size = head_size_of(width, k_cache.dtype)
     if out is None:
         out = torch.zeros_like(q)
     for b in range(context_len.shape[0]):
@@ -38,8 +46,8 @@ def paged_attention(
         position = torch.arange(earliest, context, device=q.device)
         key = torch.arange(oldest, context, device=q.device)
         blocks, offsets = block_tables[b, key // block].long(), key % block
-        k_KHD = k_cache[blocks, :, offsets].float()
-        v_KHD = v_cache[blocks, :, offsets].float()
+        k_KHD = _read(k_cache, blocks, offsets)
+        v_KHD = _read(v_cache, blocks, offsets)
         q_THGD = q[first:last].float().view(last - first, kv_heads, -1, head_size)
         logits_HGTK = torch.einsum("thgd,khd->hgtk", q_THGD, k_KHD) * scale
         if softcap is not None:
@@ -55,3 +63,10 @@ def paged_attention(
         mixed_THGD = torch.einsum("hgtk,khd->thgd", weights_HGTK, v_KHD)
         out[first:last] = mixed_THGD.reshape(last - first, -1).to(out.dtype)
     return out
+
+
+def _read(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """float32 [K, Hkv, D] of tokens."""
+    if cache.dtype == FP8_CACHE:
+        return decode_heads(*(part[blocks, :, offsets] for part in codes_and_scales(cache)))
+    return cache[blocks, :, offsets].float()

@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import (
+    FP8_CACHE,
+    codes_and_scales,
+    encode_heads,
+    head_size_of,
+)
+
 
 def rotary_cache(
     qkv: torch.Tensor,
@@ -18,15 +25,22 @@ def rotary_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    fixed: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    kv_heads, head_size = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, head_size = k_cache.shape[1], head_size_of(k_cache.shape[3], k_cache.dtype)
     heads = qkv.float().reshape(len(qkv), qkv.shape[1] // head_size, head_size)
     q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     q = _rotate(_norm(q, q_norm, eps), positions, cos_sin)
     k = _rotate(_norm(k, k_norm, eps), positions, cos_sin)
-    write_cache(k_cache, k, slots)
-    write_cache(v_cache, v, slots)
+    for part, (cache, values) in enumerate(((k_cache, k), (v_cache, v))):
+        if cache.dtype == FP8_CACHE:
+            stored = codes_and_scales(cache)
+            coded = encode_heads(values, None if fixed is None else fixed[part])
+            for memory, new in zip(stored, coded, strict=True):
+                write_cache(memory, new, slots)
+        else:
+            write_cache(cache, values, slots)
     q = q.flatten(1).to(qkv.dtype)
     return q if out is None else out.copy_(q)
 
@@ -50,7 +64,7 @@ def _rotate(
 
 
 def write_cache(cache: torch.Tensor, heads: torch.Tensor, slots: torch.Tensor) -> None:
-    """Heads [T, Hkv, D] to their slots of a cache [blocks, Hkv, 16, D], none to negative ones.
+    """Heads [T, Hkv, ...] to their slots of a cache [blocks, Hkv, 16, ...], none to negative ones.
 
     Without asking the device which slots are negative: those rows repeat a row that is not,
     or, where there is none, what the first slot holds already."""

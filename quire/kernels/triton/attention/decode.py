@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.kernels.triton.attention.fp8_cache import SCALE_BYTES, scales_at
 from quire.kernels.triton.attention.line import head_of, last_to_arrive, leave, run_of, write
 from quire.kernels.triton.attention.tile import extend, finite
 from quire.kernels.triton.launch import let_next_start, wait_for_inputs
@@ -87,6 +88,9 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    FP8: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAST: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     ONE_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,8 +127,11 @@ def decode_kernel(
         q_row = q_ptr + token.to(tl.int64) * Q_STRIDE + head * (GROUP * D)
         q = tl.load(q_row + member[:, None] * D + d[None, :], mask=q_inside, other=0.0)
         table_ptr = tables_ptr + row.to(tl.int64) * table_stride
-        k_head = k_ptr + head * (BLOCK * D)
-        v_head = v_ptr + head * (BLOCK * D)
+        k_head = k_ptr + head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))
+        v_head = v_ptr + head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))
+        if FP8:
+            k_scales = scales_at(k_ptr, head, D, BLOCK) + key % BLOCK
+            v_scales = scales_at(v_ptr, head, D, BLOCK) + key % BLOCK
         oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
         first_key = (skipped + begin) * PIECE
         last_key = tl.minimum((skipped + stop) * PIECE, length)
@@ -141,13 +148,21 @@ def decode_kernel(
             seen = (at + key >= oldest) & (at + key < last_key)
             inside = seen[:, None] & in_head[None, :]
             places = block.to(tl.int64)
-            k = tl.load(k_head + ((places * K_STRIDE)[:, None] + inner), mask=inside, other=0.0)
-            v = tl.load(v_head + ((places * V_STRIDE)[:, None] + inner), mask=inside, other=0.0)
+            k = tl.load(k_head + ((places * K_STRIDE)[:, None] + inner), mask=inside, other=0)
+            v = tl.load(v_head + ((places * V_STRIDE)[:, None] + inner), mask=inside, other=0)
+            k_scale = None
+            v_scale = None
+            if FP8:
+                k_places = places * (K_STRIDE // SCALE_BYTES)
+                v_places = places * (V_STRIDE // SCALE_BYTES)
+                k_scale = tl.load(k_scales + k_places, mask=seen, other=0.0)
+                v_scale = tl.load(v_scales + v_places, mask=seen, other=0.0)
             after = at + TILE + key
             block = tl.load(table_ptr + after // BLOCK, mask=after < last_key, other=0)
             m, weight, acc = extend(
                 q, k, v, seen[None, :], m, weight, acc, factor, inner_scale,
-                True, SOFTCAP, PRECISION,
+                True, SOFTCAP, PRECISION, k_scale=k_scale, v_scale=v_scale,
+                PACKED=PACKED, CAST=CAST,
             )  # fmt: skip
 
         out_head = out_ptr + token.to(tl.int64) * OUT_STRIDE + head * (GROUP * D)

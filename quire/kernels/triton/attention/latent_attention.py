@@ -97,7 +97,7 @@ def latent_attention(
         device, q, cache, cache, block_tables, query_start, context_len, context_len, out, rows,
         block_tables.stride(0), factor, 1.0, DETERMINISTIC=deterministic, KV_HEADS=count,
         K_STRIDE=cache.stride(0), V_STRIDE=cache.stride(0), WINDOW=0, SOFTCAP=False,
-        HAS_SINKS=False, **shared,
+        HAS_SINKS=False, FP8=False, PACKED=False, CAST=False, **shared,
     )  # fmt: skip
     return out
 

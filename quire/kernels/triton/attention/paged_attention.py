@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
 from quire.kernels.triton.attention.scratch import Scratch, decode_programs
@@ -19,6 +20,7 @@ from quire.kernels.triton.attention.tiles import (
 )
 from quire.kernels.triton.attention.varlen import varlen_kernel
 from quire.kernels.triton.launch import launch, num_sms
+from quire.kernels.triton.quantized.operands import instructions
 from quire.kernels.triton.rows import empty_rows, row_stride
 
 __all__ = ["Scratch", "paged_attention"]
@@ -46,11 +48,13 @@ def paged_attention(
     """Attention of queries q [T, Hq * D] to their requests' keys and values: [T, Hq * D].
 
     k_cache, v_cache [blocks, Hkv, 16, D], a block's heads contiguous, of q's dtype or bfloat16
-    under float32. block_tables int32 [B, max_blocks], rows contiguous; query_start int32 [B + 1],
-    not decreasing; context_len int32 [B]. Request b has the queries query_start[b] to
-    query_start[b + 1] - 1, which are its last positions; a query sees the keys up to its own
-    position, of these the last `window` where given. scale > 0 multiplies logits; then `softcap`:
-    softcap * tanh(logit / softcap). sinks float32 [Hq]: one more logit per head, without a value.
+    under float32; or uint8 with D + 4 bytes: e4m3 and scales
+    (quire/kernels/reference/attention/fp8_cache.py). block_tables int32 [B, max_blocks], rows
+    contiguous; query_start int32 [B + 1], not decreasing; context_len int32 [B]. Request b has the
+    queries query_start[b] to query_start[b + 1] - 1, which are its last positions; a query sees the
+    keys up to its own position, of these the last `window` where given. scale > 0 multiplies
+    logits; then `softcap`: softcap * tanh(logit / softcap). sinks float32 [Hq]: one more logit per
+    head, without a value.
 
     Requests with context_len 0 or no queries, and rows of q beyond query_start[B], are padding:
     their rows of the result are left as they are or get something finite. Blocks and table entries
@@ -62,7 +66,8 @@ def paged_attention(
     Raises ValueError for shapes or options that do not fit, and a scratch for fewer requests.
     """
     tokens, rows = q.shape[0], context_len.shape[0]
-    _, kv_heads, block, head_size = k_cache.shape
+    _, kv_heads, block, width = k_cache.shape
+    head_size, fp8 = head_size_of(width, k_cache.dtype), k_cache.dtype == FP8_CACHE
     heads = q.shape[1] // head_size
     _check(q, k_cache, v_cache, block_tables, sinks, decode, rows)
     if not scale > 0 or (softcap is not None and not softcap > 0):
@@ -93,18 +98,19 @@ def paged_attention(
         "WINDOW": window or 0,
         "SOFTCAP": softcap is not None,
         "HAS_SINKS": sinks is not None,
+        "FP8": fp8,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "D_COLUMNS": columns(head_size),
         # One for all mixed steps: a variant more would compile while serving.
         "SEARCH": 32 if rows <= 32 and decode else 256,
-    }
+    } | instructions(device)
     tensors = (
         q, k_cache, v_cache, block_tables, query_start, context_len,
         context_len if sinks is None else sinks, out,
     )  # fmt: skip
     sizes = (group, head_size, q.dtype.itemsize, target_of(device), deterministic)
 
-    tiles = decode_tiles(*sizes)
+    tiles = decode_tiles(*sizes, cached=k_cache.dtype.itemsize)
     capacity = scratch.capacity(group, head_size)
     pieces = rows * kv_heads * -(-block_tables.shape[1] * block // tiles.piece)
     programs = min(decode_programs(tiles, device), pieces)
@@ -148,7 +154,8 @@ def _check(
     rows: int,
 ) -> None:
     """ValueError where shapes or number formats do not go together."""
-    _, kv_heads, block, head_size = k_cache.shape
+    _, kv_heads, block, width = k_cache.shape
+    head_size = head_size_of(width, k_cache.dtype)
     if block != BLOCK or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"caches: expected [blocks, heads, {BLOCK}, D] twice, not {list(k_cache.shape)} and "
@@ -159,7 +166,8 @@ def _check(
     if q.dim() != 2 or q.shape[1] % (kv_heads * head_size):
         raise ValueError(f"q: {list(q.shape)} has no multiple of {kv_heads} heads of {head_size}")
     cached = {k_cache.dtype, v_cache.dtype}
-    if cached != {q.dtype} and not (q.dtype == torch.float32 and cached == {torch.bfloat16}):
+    fits = cached in ({q.dtype}, {FP8_CACHE})
+    if not fits and not (q.dtype == torch.float32 and cached == {torch.bfloat16}):
         raise ValueError(f"caches: cannot serve queries of {q.dtype} from {k_cache.dtype}")
     if block_tables.shape[0] != rows or block_tables.stride(1) != 1:
         raise ValueError(f"block_tables: expected {rows} contiguous rows")

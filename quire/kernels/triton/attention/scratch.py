@@ -128,8 +128,9 @@ class _Need:
             kv_heads = head_tiles(heads, target, deterministic)
             tiles = latent_tiles(heads // kv_heads, dtype.itemsize, target, deterministic)
         else:
+            # Of a cache in e4m3, which has the most programs.
             tiles = decode_tiles(
-                heads // kv_heads, head_size, dtype.itemsize, target, deterministic
+                heads // kv_heads, head_size, dtype.itemsize, target, deterministic, 1
             )
         states = 2 * decode_programs(tiles, device)
         if deterministic:

@@ -12,6 +12,7 @@ in tiles.py see to that). Keys that the query does not see have weight +0, whate
 States are then merged in order of pieces by one formula. A compiler may fuse a product and the sum
 it goes into, or not, and a * b + c * d in two ways; so every product that is added to something is
 written as a fused multiply-add, or rounds before it passes through a maximum, as part of none.
+Scales of keys and values only enter products that are factors or operands of others.
 A piece of which a row sees nothing merges as m, fma(weight, 1, 0) and fma(acc, 1, +-0), and the
 first piece as fma(0, 0, acc * 1): both change at most the sign of a zero, and `normalised` gives
 every zero the same sign. So it does not matter with which other rows, from which piece on, or by
@@ -24,6 +25,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.launch import INTERPRETED
+from quire.kernels.triton.quantized.decode import fp8_values
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 values.
 WIDEN = tl.constexpr(INTERPRETED)
@@ -37,10 +39,26 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    s = _dot(q, tl.trans(k.to(q.dtype)), None, PRECISION)
+def _cached(
+    x, dtype: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr, PURE: tl.constexpr
+):  # fmt: skip
+    """Keys or values of the cache in `dtype`; uint8 are codes of e4m3. PURE False for values: an
+    MMA takes them transposed, which shared memory does for 16 bits, but not for 8."""
+    if x.dtype == tl.uint8:
+        x = fp8_values(x, PACKED, CAST, PURE)
+    return x.to(dtype)
+
+
+@triton.jit
+def _scores(
+    q, k, q_rest, k_rest, k_scale, inner_scale,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    s = _dot(q, tl.trans(_cached(k, q.dtype, PACKED, CAST, True)), None, PRECISION)
     if q_rest is not None:
         s = _dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), s, PRECISION)
+    if k_scale is not None:
+        s = s * k_scale[None, :]
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2 x) - 1; its error of 1e-7 is far below that of s.
         s = 2.0 * tl.sigmoid(s * (2.0 * inner_scale)) - 1.0
@@ -60,22 +78,32 @@ def _weights(s, reference, factor):
 
 
 @triton.jit
+def _weighted(p, v_scale):
+    """Weights of values that are to be multiplied by their keys' scales."""
+    return p if v_scale is None else p * v_scale[None, :]
+
+
+@triton.jit
 def piece_state(
     q, k, v, visible, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    q_rest=None, k_rest=None,
+    q_rest=None, k_rest=None, k_scale=None, v_scale=None,
+    PACKED: tl.constexpr = False, CAST: tl.constexpr = False,
 ):  # fmt: skip
     """(m, weight, acc) of queries [rows, D] over keys and values [keys, D], from nothing.
 
     `visible` [rows, keys] counts where MASKED. Values of keys that nobody sees must be finite.
-    q_rest, k_rest: more values of queries and keys, for which there are none of v.
+    q_rest, k_rest: more values of queries and keys, for which there are none of v. k_scale, v_scale
+    [keys]: what k and v are to be multiplied by, where these are codes. PACKED, CAST: see
+    fp8_values.
     """
-    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, k_scale, inner_scale, SOFTCAP, PRECISION, PACKED, CAST)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m = tl.max(s, 1)
     p = _weights(s, finite(m) if MASKED else m, factor)
-    return m, tl.sum(p, 1), _dot(p.to(q.dtype), v.to(q.dtype), None, PRECISION)
+    total, p = tl.sum(p, 1), _weighted(p, v_scale).to(q.dtype)
+    return m, total, _dot(p, _cached(v, q.dtype, PACKED, CAST, False), None, PRECISION)
 
 
 @triton.jit
@@ -93,10 +121,11 @@ def merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor):
 def extend(
     q, k, v, visible, m, weight, acc, factor, inner_scale,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    q_rest=None, k_rest=None,
+    q_rest=None, k_rest=None, k_scale=None, v_scale=None,
+    PACKED: tl.constexpr = False, CAST: tl.constexpr = False,
 ):  # fmt: skip
     """As piece_state and merge together, but values add up within the MMA's own accumulator."""
-    s = _scores(q, k, q_rest, k_rest, inner_scale, SOFTCAP, PRECISION)
+    s = _scores(q, k, q_rest, k_rest, k_scale, inner_scale, SOFTCAP, PRECISION, PACKED, CAST)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 1))
@@ -104,7 +133,8 @@ def extend(
     p = _weights(s, reference, factor)
     shrink = tl.exp2((m - reference) * factor)
     weight = tl.fma(weight, shrink, tl.sum(p, 1))
-    acc = _dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], PRECISION)
+    p = _weighted(p, v_scale).to(q.dtype)
+    acc = _dot(p, _cached(v, q.dtype, PACKED, CAST, False), acc * shrink[:, None], PRECISION)
     return top, weight, acc
 
 

@@ -78,9 +78,10 @@ def _deterministic_keys(head_size: int) -> int:
 
 
 def decode_tiles(
-    group: int, head_size: int, itemsize: int, target: Target, deterministic: bool
+    group: int, head_size: int, itemsize: int, target: Target, deterministic: bool, cached: int = 0
 ) -> Tiles:
-    """Tiles of the decode kernels.
+    """Tiles of the decode kernels. `cached`: bytes of a value in the cache where they are not
+    `itemsize`, those of queries: more programs fit then, each with a tile of decoded values more.
 
     One warp and tiles of 8 KiB of keys and as much of values, three of them in flight: four
     programs fill a Hopper multiprocessor's shared memory. With four warps and tiles twice as large
@@ -106,7 +107,9 @@ def decode_tiles(
     keys = min(128, max(16, 8192 // width))
     stages = 1 if target.amd else 4
     buffered = 2 * keys * max(1, stages - 1)
-    together = min(8, max(1, target.shared // ((buffered + rows) * width + 1024)))
+    taken = buffered * columns(head_size) * (cached or itemsize) + rows * width
+    taken += keys * width if 0 < cached < itemsize else 0
+    together = min(8, max(1, target.shared // (taken + 1024)))
     return Tiles(rows, keys, max(64, keys), 1, stages, together)
 
 

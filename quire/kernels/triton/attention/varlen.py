@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.kernels.triton.attention.fp8_cache import SCALE_BYTES, scales_at
 from quire.kernels.triton.attention.tile import extend, merge, normalised, piece_state
 from quire.kernels.triton.launch import let_next_start, wait_for_inputs
 
@@ -19,17 +20,17 @@ from quire.kernels.triton.launch import let_next_start, wait_for_inputs
 def _load(pointers, readable, inside, MASKED: tl.constexpr, WHOLE: tl.constexpr):
     """Rows of the cache, where MASKED those that are `readable`; WHOLE: all columns are inside."""
     if MASKED:
-        rows = tl.load(pointers, mask=readable[:, None] & inside, other=0.0)
+        rows = tl.load(pointers, mask=readable[:, None] & inside, other=0)
     elif WHOLE:
         rows = tl.load(pointers)
     else:
-        rows = tl.load(pointers, mask=inside, other=0.0)
+        rows = tl.load(pointers, mask=inside, other=0)
     return rows
 
 
 @triton.jit
 def _span(
-    m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
+    m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head, k_scales, v_scales,
     begin, end, oldest, newest, factor, inner_scale,
     MASKED: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -39,6 +40,9 @@ def _span(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAST: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
@@ -79,6 +83,16 @@ def _span(
             k_rest = _load(rest_ptrs, readable, in_rest, MASKED, REST == REST_COLUMNS)
         else:
             v = _load(v_ptrs, readable, in_head, MASKED, D == D_COLUMNS)
+        k_scale = None
+        v_scale = None
+        if FP8:
+            k_ptrs = k_scales + (places * (K_STRIDE // SCALE_BYTES) + key % BLOCK)
+            v_ptrs = v_scales + (places * (V_STRIDE // SCALE_BYTES) + key % BLOCK)
+            if MASKED:
+                k_scale = tl.load(k_ptrs, mask=readable, other=0.0)
+                v_scale = tl.load(v_ptrs, mask=readable, other=0.0)
+            else:
+                k_scale, v_scale = tl.load(k_ptrs), tl.load(v_ptrs)
         after = at + TILE
         if MASKED:
             more = (after + key >= oldest) & (after + key <= last)
@@ -89,13 +103,14 @@ def _span(
             block = tl.load(table_ptr + (ahead // BLOCK + key // BLOCK))
         if DETERMINISTIC:
             m_piece, weight_piece, acc_piece = piece_state(
-                q, k, v, visible, factor, inner_scale, MASKED, SOFTCAP, PRECISION, q_rest, k_rest
-            )
+                q, k, v, visible, factor, inner_scale, MASKED, SOFTCAP, PRECISION,
+                q_rest, k_rest, k_scale, v_scale, PACKED, CAST,
+            )  # fmt: skip
             m, weight, acc = merge(m, weight, acc, m_piece, weight_piece, acc_piece, factor)
         else:
             m, weight, acc = extend(
                 q, k, v, visible, m, weight, acc, factor, inner_scale, MASKED, SOFTCAP, PRECISION,
-                q_rest, k_rest,
+                q_rest, k_rest, k_scale, v_scale, PACKED, CAST,
             )  # fmt: skip
     return m, weight, acc
 
@@ -126,6 +141,9 @@ def varlen_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    FP8: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAST: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
@@ -174,9 +192,13 @@ def varlen_kernel(
         q_rest = tl.load(q_rows + (D + rest)[None, :], mask=in_rest, other=0.0)
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     k_head, v_head = k_ptr, v_ptr
+    k_scales = None
+    v_scales = None
     if not REST:
-        k_head += head * (BLOCK * D)
-        v_head += head * (BLOCK * D)
+        k_head += head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))
+        v_head += head * (BLOCK * (D + (SCALE_BYTES if FP8 else 0)))
+        if FP8:
+            k_scales, v_scales = scales_at(k_ptr, head, D, BLOCK), scales_at(v_ptr, head, D, BLOCK)
 
     # Some row of the tile sees keys oldest to newest; all rows see all_from to all_to - 1.
     first_position = length - queries + first_token
@@ -195,22 +217,22 @@ def varlen_kernel(
     acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
     if WINDOW:
         m, weight, acc = _span(
-            m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
+            m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head, k_scales, v_scales,
             begin, all_from, oldest, newest, factor, inner_scale, True,
-            K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
-            D_COLUMNS, REST_COLUMNS,
+            K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, FP8, PACKED, CAST,
+            DETERMINISTIC, PRECISION, TILE, D_COLUMNS, REST_COLUMNS,
         )  # fmt: skip
     m, weight, acc = _span(
-        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
+        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head, k_scales, v_scales,
         all_from, all_to, oldest, newest, factor, inner_scale, False,
-        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
-        D_COLUMNS, REST_COLUMNS,
+        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, FP8, PACKED, CAST,
+        DETERMINISTIC, PRECISION, TILE, D_COLUMNS, REST_COLUMNS,
     )  # fmt: skip
     m, weight, acc = _span(
-        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head,
+        m, weight, acc, q, q_rest, position, table_ptr, k_head, v_head, k_scales, v_scales,
         all_to, end, oldest, newest, factor, inner_scale, True,
-        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, DETERMINISTIC, PRECISION, TILE,
-        D_COLUMNS, REST_COLUMNS,
+        K_STRIDE, V_STRIDE, D, REST, BLOCK, WINDOW, SOFTCAP, FP8, PACKED, CAST,
+        DETERMINISTIC, PRECISION, TILE, D_COLUMNS, REST_COLUMNS,
     )  # fmt: skip
 
     sinks = m

@@ -17,6 +17,7 @@ from quire.kernels.reference.compressed.entries import (
     PackedKeys,
     Plain,
 )
+from quire.kernels.triton.quantized.encode import e4m3_codes
 
 KINDS = (Plain, PackedKeys, PackedIndex)
 _PLAIN, _KEYS = tl.constexpr(0), tl.constexpr(1)
@@ -42,20 +43,6 @@ def _inverse(code):
 
 
 @triton.jit
-def _to_e4m3(values):
-    """float32 to the bits of the nearest e4m3, ties to even; what is larger than 448 becomes it."""
-    bits = values.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    # Three bits of mantissa stay, and the exponent counts from -7 instead of -127.
-    code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes count 2^-9s, the last place of a float32 just above 2^14.
-    counted = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)
-    code = tl.where(size < (121 << 23), counted - (141 << 23), tl.minimum(code, 0x7E))
-    code = tl.where(size > _INFINITY, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
 def store_entry(
     y, cache_ptr, slot,
     KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, WIDTH: tl.constexpr,
@@ -74,7 +61,7 @@ def store_entry(
         largest = tl.max(tl.reshape(size, (BLOCK // SIZE, SIZE)), axis=1, keep_dims=True)
         code = _scale_code(largest)
         scaled = tl.reshape(y, (BLOCK // SIZE, SIZE)) * _inverse(code)
-        tl.store(place + column, tl.reshape(_to_e4m3(scaled), (1, BLOCK)), mask=column < CODES)
+        tl.store(place + column, tl.reshape(e4m3_codes(scaled), (1, BLOCK)), mask=column < CODES)
         if KIND == _KEYS:
             END: tl.constexpr = CODES + 2 * ROTARY
             GROUPS: tl.constexpr = (CODES + SIZE - 1) // SIZE

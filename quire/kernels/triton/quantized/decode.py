@@ -128,11 +128,12 @@ _SHIFT = tl.constexpr("""{
 
 
 @triton.jit
-def fp8_values(codes, PACKED: tl.constexpr, CAST: tl.constexpr):
-    """uint8 codes of e4m3 as bfloat16, exactly. CAST: the GPU has an instruction for it."""
+def fp8_values(codes, PACKED: tl.constexpr, CAST: tl.constexpr, PURE: tl.constexpr = True):
+    """uint8 codes of e4m3 as bfloat16, exactly. CAST: the GPU has an instruction for it. PURE: the
+    compiler may exchange codes, instead of values, between threads."""
     if PACKED:
         values = tl.inline_asm_elementwise(
-            _CAST if CAST else _SHIFT, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            _CAST if CAST else _SHIFT, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=PURE, pack=4
         )
     else:
         bits = codes.to(tl.uint32)

@@ -11,8 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of
 from quire.kernels.reference.packed import BLOCK
+from quire.kernels.triton.attention.fp8_cache import (
+    SCALE_BYTES,
+    largest_magnitude,
+    scale_of,
+    scales_at,
+)
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.quantized.encode import e4m3_codes
 from quire.kernels.triton.rows import row_stride
 
 
@@ -24,9 +32,14 @@ def _load_norm(q_ptr, k_ptr, k_head, column, mask):
 
 
 @triton.jit
-def _store(q_ptrs, k_ptrs, v_ptrs, x, is_q, is_k, is_v, inside):
-    """Each head of x [HEADS, columns] to where its kind goes, in that tensor's dtype."""
+def _store(
+    q_ptrs, k_ptrs, v_ptrs, x, inverse_scale, is_q, is_k, is_v, inside, FP8: tl.constexpr
+):  # fmt: skip
+    """Each head of x [HEADS, columns] to where its kind goes, in that tensor's dtype; FP8: keys and
+    values as codes of what they are times `inverse_scale`."""
     tl.store(q_ptrs, x.to(q_ptrs.dtype.element_ty), mask=is_q & inside)
+    if FP8:
+        x = e4m3_codes(x * inverse_scale)
     tl.store(k_ptrs, x.to(k_ptrs.dtype.element_ty), mask=is_k & inside)
     tl.store(v_ptrs, x.to(v_ptrs.dtype.element_ty), mask=is_v & inside)
 
@@ -41,6 +54,7 @@ def rotary_cache_kernel(
     k_cache_ptr,
     v_cache_ptr,
     slots_ptr,
+    fixed_ptr,
     out_ptr,
     eps,
     QKV_STRIDE: tl.constexpr,
@@ -54,6 +68,8 @@ def rotary_cache_kernel(
     ROTATE: tl.constexpr,
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
+    FP8: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -115,12 +131,36 @@ def rotary_cache_kernel(
     is_v = (v_head >= 0) & (v_head < written)
     block, row = slot // BLOCK, slot % BLOCK
     q_ptrs = out_ptr + token * OUT_STRIDE + head * D
-    k_ptrs = k_cache_ptr + block * K_STRIDE + (k_head * BLOCK + row) * D
-    v_ptrs = v_cache_ptr + block * V_STRIDE + (v_head * BLOCK + row) * D
-    _store(q_ptrs + first, k_ptrs + first, v_ptrs + first, a, is_q, is_k, is_v, in_half)
-    _store(q_ptrs + second, k_ptrs + second, v_ptrs + second, b, is_q, is_k, is_v, in_half)
+    head_stride: tl.constexpr = BLOCK * (D + (SCALE_BYTES if FP8 else 0))
+    k_ptrs = k_cache_ptr + block * K_STRIDE + k_head * head_stride + row * D
+    v_ptrs = v_cache_ptr + block * V_STRIDE + v_head * head_stride + row * D
+    inverse = 1.0
+    if FP8:
+        largest = largest_magnitude(b, largest_magnitude(a, 0))
+        if D > 2 * HALF:
+            largest = largest_magnitude(c, largest)
+        fixed = largest
+        if FIXED:  # those of values follow those of keys
+            fixed = tl.load(fixed_ptr + k_head, mask=exists & (k_head >= 0), other=1.0)
+        scale = scale_of(largest, fixed, FIXED)
+        inverse = tl.div_rn(1.0, scale)
+        k_scales = scales_at(k_cache_ptr, k_head, D, BLOCK) + block * (K_STRIDE // SCALE_BYTES)
+        v_scales = scales_at(v_cache_ptr, v_head, D, BLOCK) + block * (V_STRIDE // SCALE_BYTES)
+        tl.store(k_scales + row, scale, mask=is_k)
+        tl.store(v_scales + row, scale, mask=is_v)
+    _store(
+        q_ptrs + first, k_ptrs + first, v_ptrs + first, a, inverse,
+        is_q, is_k, is_v, in_half, FP8,
+    )  # fmt: skip
+    _store(
+        q_ptrs + second, k_ptrs + second, v_ptrs + second, b, inverse,
+        is_q, is_k, is_v, in_half, FP8,
+    )  # fmt: skip
     if D > 2 * HALF:
-        _store(q_ptrs + rest, k_ptrs + rest, v_ptrs + rest, c, is_q, is_k, is_v, in_rest)
+        _store(
+            q_ptrs + rest, k_ptrs + rest, v_ptrs + rest, c, inverse,
+            is_q, is_k, is_v, in_rest, FP8,
+        )  # fmt: skip
 
 
 def block_sizes(heads: int, half: int, rest: int) -> dict[str, int]:
@@ -152,6 +192,7 @@ def rotary_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    fixed: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The queries of `qkv`, normed and rotated, [T, Hq * D]; keys and values go to the cache.
@@ -160,18 +201,23 @@ def rotary_cache(
     int64 [T]; cos_sin float32 [positions, rotary_dim], cosines then sines, for the first
     rotary_dim values of a head, of which value i rotates with value i + rotary_dim / 2; None
     rotates nothing. q_norm, k_norm float32 [D]: RMS norm of each head before it rotates. k_cache,
-    v_cache [blocks, Hkv, 16, D] of one dtype or another, contiguous within a block. slots int64
+    v_cache [blocks, Hkv, 16, D] of one dtype or another, contiguous within a block; uint8: e4m3 and
+    scales, of D + 4 bytes (quire/kernels/reference/attention/fp8_cache.py). slots int64
     [T]: block * 16 + offset to write to; a negative one writes nothing. Two tokens never share a
-    slot. All in float32, rounded once. Positions and slots past the tables are not checked.
+    slot. `fixed` float32 [2, Hkv]: scales of keys and values for e4m3, instead of each head's own.
+    All in float32, rounded once. Positions and slots past the tables are not checked.
     Raises ValueError for other layouts.
     """
-    t = qkv.shape[0]
-    _, kv_heads, block, d = k_cache.shape
+    t, fp8 = qkv.shape[0], k_cache.dtype == FP8_CACHE
+    _, kv_heads, block, width = k_cache.shape
+    d = head_size_of(width, k_cache.dtype)
     q_heads = qkv.shape[1] // d - 2 * kv_heads
     rotary_dim = d if cos_sin is None else cos_sin.shape[1]
-    inner = (block * d, d, 1)
+    inner = (block * width, width, 1)
     if block != BLOCK or k_cache.stride()[1:] != inner or v_cache.stride()[1:] != inner:
         raise ValueError(f"cache: blocks are not contiguous [Hkv, {BLOCK}, D]")
+    if fixed is not None and (not fp8 or fixed.shape != (2, kv_heads)):
+        raise ValueError(f"fixed: one scale for each of {kv_heads} heads, twice, of an e4m3 cache")
     if q_heads < 1 or qkv.shape[1] % d or v_cache.shape != k_cache.shape:
         raise ValueError(
             f"qkv {list(qkv.shape)}, k_cache {list(k_cache.shape)} and v_cache "
@@ -198,6 +244,7 @@ def rotary_cache(
         k_cache,
         v_cache,
         slots,
+        some_norm if fixed is None else fixed,
         out,
         eps,
         QKV_STRIDE=row_stride(qkv, "qkv"),
@@ -211,6 +258,8 @@ def rotary_cache(
         ROTATE=cos_sin is not None,
         NORM_Q=q_norm is not None,
         NORM_K=k_norm is not None,
+        FP8=fp8,
+        FIXED=fixed is not None,
         BLOCK=BLOCK,
         **sizes,
     )

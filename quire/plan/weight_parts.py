@@ -1,0 +1,60 @@
+"""A model's weights by how often its steps read them, for what a step must at least take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from quire.layers.build import Weight
+from quire.layers.embedding import Embedding
+
+LAYERS, EXPERTS, HEAD, EMBEDDING = "layers", "experts", "head", "embedding"
+_HEADS = ("lm_head", "head")
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """`name`: "layers", which every token needs; "experts", of which it needs the chosen ones;
+    "head", for sampled tokens (an embedding that is also the head counts here); "embedding", of
+    which rows are looked up. `nbytes` as this rank holds them; `values` of all ranks, of which
+    `e4m3_values` are multiplied in e4m3 where there are many tokens. Experts are in `layers`."""
+
+    name: str
+    nbytes: int
+    values: int
+    e4m3_values: int
+    layers: int = 0
+
+
+def weight_parts(
+    weights: Sequence[Weight], formats: Callable[[str], str], in_e4m3: Callable[[str], bool]
+) -> tuple[WeightPart, ...]:
+    """`formats`: those that weights are held in; `in_e4m3`: whether many tokens are multiplied with
+    a weight in e4m3."""
+    tied = not any(_is_head(weight) for weight in weights)
+    found = {name: [0, 0, 0] for name in (LAYERS, EXPERTS, HEAD, EMBEDDING)}
+    for weight in weights:
+        sums = found[_part_of(weight, tied)]
+        sums[0] += weight.nbytes(formats)
+        for tensor in weight.tensors():
+            sums[1] += prod(tensor.shape)
+            sums[2] += prod(tensor.shape) if in_e4m3(tensor.name) else 0
+    names = [tensor.name for weight in weights for tensor in weight.tensors()]
+    layers = len({name.partition(".experts.")[0] for name in names if ".experts." in name})
+    return tuple(
+        WeightPart(name, nbytes, values, e4m3, layers if name == EXPERTS else 0)
+        for name, (nbytes, values, e4m3) in found.items()
+    )
+
+
+def _part_of(weight: Weight, tied: bool) -> str:
+    if isinstance(weight, Embedding):
+        return HEAD if tied else EMBEDDING
+    if _is_head(weight):
+        return HEAD
+    return EXPERTS if any(".experts." in t.name for t in weight.tensors()) else LAYERS
+
+
+def _is_head(weight: Weight) -> bool:
+    return any(tensor.name.partition(".")[0] in _HEADS for tensor in weight.tensors())

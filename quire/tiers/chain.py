@@ -1,8 +1,9 @@
 """The tiers of one engine in a row: DRAM first, cold tiers below it.
 
-Pages come down from the device into DRAM, and from there are written to every cold tier behind the
-engine's back. They come up from a cold tier into DRAM, where the device takes them. A page is
-written to no tier that has it, and read once for all who want it.
+Pages come down from the device into DRAM, and from there are written to the cold tiers behind the
+engine's back; of tiers that hand on what they evict only to the first, as the next one takes what
+leaves it. They come up from a cold tier into DRAM, where the device takes them, and from there go
+to the first again. A page is written to no tier that has it, and read once for all who want it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 
 from quire.tiers.cold import ColdTier
 from quire.tiers.counts import Rate, TierStats
@@ -26,9 +29,10 @@ MOST_FORGOTTEN = 100_000
 class Level:
     """A cold tier as the chain sees it. `rate`: bytes a second that a request gets from it. `late`:
     lookups that were given up and not answered since; meanwhile it is not asked again, so a tier
-    that hangs delays few requests."""
+    that hangs delays few requests. `above`: the tier whose evicted pages it takes."""
 
     def __init__(self, threads: TierThreads, rate: float):
+        self.above: Level | None = None
         self.threads = threads
         self.name = threads.tier.name
         self.rate = Rate(rate)
@@ -59,9 +63,28 @@ class Chain:
             Level(TierThreads(number, tier, self._finish), rate)
             for number, (tier, rate) in enumerate(cold)
         ]
+        self._chain_levels()
         self._reading = 0  # lookups and loads under way
         self._writing = [0] * len(dram.slab.slots)  # pages by pool
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+
+    def _chain_levels(self) -> None:
+        """Let each tier that can hand on what it evicts do so to the next of these."""
+        chained = [level for level in self.levels if level.threads.tier.hands_on]
+        for above, below in pairwise(chained):
+            below.above = above
+            above.threads.tier.evicted = partial(self._evicted, below)
+
+    def _evicted(self, below: Level, identity: bytes, page: memoryview | None) -> None:
+        """On a tier's thread: it has deleted a page for room."""
+        if self.is_forgotten(identity):
+            return
+        taken = page is not None and below.stores.closed
+        if not (taken and below.threads.take(identity, page, self._is_wanted)):
+            self._finish(Outcome(below.threads.number, "take", identity, error="dropped"))
+
+    def _is_wanted(self, identity: bytes) -> bool:
+        return not self.is_forgotten(identity)
 
     def _finish(self, outcome: Outcome) -> None:
         """On a tier's thread."""
@@ -121,14 +144,17 @@ class Chain:
         if identity not in self.dram:  # dropped meanwhile
             return
         self._forgotten.pop(identity, None)
-        for level in self.levels:
-            self._write_behind(level, identity)
+        self._write_behind(self.levels, identity)
 
-    def _write_behind(self, level: Level, identity: bytes) -> None:
-        level.behind[identity] = None
-        if len(level.behind) > sum(self.dram.slab.slots):
-            level.behind.popitem(last=False)
-            level.stats.dropped += 1
+    def _write_behind(self, levels: Sequence[Level], identity: bytes) -> None:
+        """Have a page written to those of the tiers that do not take it from another."""
+        for level in levels:
+            if level.above is not None and level.above.stores.closed:
+                continue
+            level.behind[identity] = None
+            if len(level.behind) > sum(self.dram.slab.slots):
+                level.behind.popitem(last=False)
+                level.stats.dropped += 1
 
     def write(self) -> None:
         """Hand pages to the cold tiers' writers, as far as their queues take them. Pages being
@@ -199,13 +225,14 @@ class Chain:
             self.dram.fail(identity)
             return
         self.dram.fill(identity)
-        for level in self.levels[: outcome.tier]:
-            self._write_behind(level, identity)
+        self._write_behind(self.levels[: outcome.tier], identity)
 
     def _count(self, level: Level, outcome: Outcome) -> None:
         stats, seconds = level.stats, outcome.ended - outcome.begun
-        fuse = level.stores if outcome.kind in ("store", "other") else level.loads
-        if outcome.error and outcome.error != "missing":
+        fuse = level.loads if outcome.kind in ("lookup", "load") else level.stores
+        if outcome.error == "dropped":
+            stats.dropped += 1
+        elif outcome.error and outcome.error != "missing":
             stats.error(outcome.error)
         if outcome.fault:
             fuse.fault(outcome.error, f"{outcome.kind} failed")
@@ -216,7 +243,7 @@ class Chain:
             fuse.good()
             stats.loaded_bytes += outcome.size
             stats.load_seconds += seconds
-        elif outcome.kind == "store" and outcome.wrote:
+        elif outcome.kind in ("store", "take") and outcome.wrote:
             fuse.good()
             stats.stored_bytes += outcome.size
             stats.store_seconds += seconds

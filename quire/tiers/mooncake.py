@@ -85,6 +85,7 @@ class MooncakeTier:
 
     name = "mooncake"
     capacity, used, evictions = 0, 0, 0  # the store's own business
+    hands_on, evicted = False, None
 
     def __init__(self, path: str, fingerprint: bytes, largest: int, workers: int = 8):
         self._config = read_config(path)

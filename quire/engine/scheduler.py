@@ -381,7 +381,9 @@ class Scheduler:
             if request.inflight_steps:
                 skipped.append(entry)
                 break  # preempted just now; nobody overtakes it
-            if self.tiering is not None and not self.tiering.ready(request, len(self._free_slots)):
+            # A suspect runs alone: it must not wait for what is loaded for others.
+            tiering = self.tiering if only is None else None
+            if tiering is not None and not tiering.ready(request, len(self._free_slots)):
                 skipped.append(entry)
                 continue
             hit = self.kv.admit(

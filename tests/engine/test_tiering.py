@@ -257,6 +257,22 @@ def test_loading_that_would_take_longer_than_computing_is_left_out() -> None:
         assert cached(driver, prompt(1)) == {"flaky": 48}
 
 
+def test_a_suspect_does_not_wait_for_what_was_loaded_for_others() -> None:
+    """It runs alone, so they would wait for it in turn."""
+    with closing(plain(slots=1, dram_slots=40)) as driver:
+        flood(driver, 1, 4)
+        driver.settle()
+        driver.kv.clear_cache()
+        loaded, suspect = (driver.add(prompt(seed), FOREVER) for seed in (1, 2))
+        first, second = driver.scheduler.requests.values()
+        while not driver.tiering.ready(first, 1):
+            driver.tiering.advance()
+        assert not driver.tiering.ready(second, 1), "there is one slot"
+        driver.scheduler._suspects.add(second)  # as if a step with it had raised
+        driver.drain()
+        assert suspect.tokens == suspect.ref.tokens and loaded.tokens == loaded.ref.tokens
+
+
 def test_two_requests_with_the_same_beginning_load_it_once() -> None:
     tier = FlakyTier(random.Random(0))
     with closing(plain(pool_blocks=[30], tiers=[tier], dram_slots=8, slots=4)) as driver:

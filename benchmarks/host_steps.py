@@ -7,8 +7,8 @@ CUDA graphs; copies run, between places in memory), and every sampled token is 5
 in flight, as an engine does. Must: schedule, submit and commit together under 1 ms at 256 rows
 (issue 3), launches included. With `--wait 10` the thread sleeps 10 ms before each step, as one does
 that waits for a large model: its data has left the processor's caches by then, and the same work
-takes two to three times as long. Figures are medians of this thread's processor time; how fast a shared
-machine is just then, a loop that does nothing shows.
+takes two to three times as long. Figures are medians of this thread's processor time; how fast a
+shared machine is just then, a loop that does nothing shows.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print what takes the time")
     given = parser.parse_args()
     with nothing_launched():
-        spent = measure(engine(given.rows), given.rows, given.steps, given.wait / 1000, given.profile)
+        spent = measure(
+            engine(given.rows), given.rows, given.steps, given.wait / 1000, given.profile
+        )
     spent["schedule, submit and commit"] = [
         sum(parts)
         for parts in zip(spent["schedule"], spent["submit"], spent["commit"], strict=True)

@@ -356,7 +356,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     talk = results["conversations"]
     found += [
         "",
-        f"{talk['count']} conversations of {talk['tokens']} tokens, {TURNS} turns each, returning in "
+        f"{talk['count']} conversations of {talk['tokens']} tokens, {TURNS} turns each, in "
         f"{talk['order']} order: first tokens of returning turns (ms)",
     ]
     for name in ("off", *POLICIES):

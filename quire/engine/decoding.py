@@ -1,4 +1,4 @@
-"""Plain decoding: requests of which a step computes the one token sampled last, and samples the next.
+"""Plain decoding: a step computes the one token that a request sampled last, and samples the next.
 
 Most rows of most steps are these, so they go to the runner and back in columns, and their ledgers
 are moved by loops that do nothing else: a step of 256 rows has a few hundred microseconds of the
@@ -91,6 +91,10 @@ def commit_tokens(
         request.tokens.append(token)
         if computed >= request.settle_at:
             settle(request)
-        name, cached, by_tier = request.add.request_id, request.cached_tokens, request.cached_by_tier
+        name, cached, by_tier = (
+            request.add.request_id,
+            request.cached_tokens,
+            request.cached_by_tier,
+        )
         deltas.append(Delta(name, [token], None, None, None, None, cached or 0, None, by_tier))
     return deltas

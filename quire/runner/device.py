@@ -98,8 +98,8 @@ class Prompt:
 
 
 class Steady(NamedTuple):
-    """A step whose rows all decoded plainly, the last one submitted: the next of the same slots
-    differs in its `starts` only. `rows`: the run of its table; that of sampling is on the device."""
+    """The last step submitted, whose rows all decoded plainly: the next of the same slots differs
+    in its `starts` only. `rows`: the run of its table; that of sampling is on the device."""
 
     columns: Columns
     shape: Shape

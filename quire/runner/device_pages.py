@@ -117,12 +117,12 @@ class DevicePages:
         """Launch what an order asks for. Raises what launching raises."""
         flight = self._free.pop()
         flight.number = order.number
-        # In any order but this, pages whose slots follow one another could lie apart in staging.
-        slots = np.array(order.slots, dtype=np.int64)
-        places = np.argsort(slots)
-        flight.blocks[: len(slots)] = np.array(order.blocks, dtype=np.int32)[places]
-        slots = slots[places]
         try:
+            # In another order, pages whose slots follow one another could lie apart in staging.
+            slots = np.array(order.slots, dtype=np.int64)
+            places = np.argsort(slots)
+            flight.blocks[: len(slots)] = np.array(order.blocks, dtype=np.int32)[places]
+            slots = slots[places]
             if not self._on_gpu:
                 self._launch(order, slots, flight)
             else:

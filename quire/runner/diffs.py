@@ -112,8 +112,10 @@ class Columns(NamedTuple):
         """Of a step of nothing else."""
         slots, count = decoding.slots, len(decoding.slots)
         places, ones, samples = list(range(count)), [1] * count, [True] * count
-        columns = (slots, decoding.starts, ones, samples, count, places, slots, places, [])
-        return cls(*columns, [0] * count, {}, {})
+        return cls(
+            slots, decoding.starts, ones, samples, count, places, slots, places, gated=[],
+            behind=[0] * count, drafts={}, propose={},
+        )  # fmt: skip
 
     @classmethod
     def of(cls, rows: Sequence[Row], drafting: bool = False, split: bool = True) -> Columns:

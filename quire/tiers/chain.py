@@ -11,8 +11,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -39,6 +39,8 @@ class Level:
         self.loads = Fuse(f"loading from tier {self.name}")
         self.stores = Fuse(f"storing in tier {self.name}")
         self.behind: OrderedDict[bytes, None] = OrderedDict()  # pages in DRAM to write here
+        # What its threads are to do besides, once their queue has room: a page in doubt must go.
+        self.jobs: deque[tuple[str, Callable[[ColdTier], object]]] = deque(maxlen=MOST_FORGOTTEN)
         self.stats = TierStats(self.name)
         self.late = 0
 
@@ -57,6 +59,7 @@ class Chain:
         """`cold`: tiers with the bytes a second they are thought to give."""
         self.dram = dram
         self.stats = TierStats(DRAM)
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._news = threading.Event()
         self.levels = [
@@ -66,7 +69,6 @@ class Chain:
         self._chain_levels()
         self._reading = 0  # lookups and loads under way
         self._writing = [0] * len(dram.slab.slots)  # pages by pool
-        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
 
     def _chain_levels(self) -> None:
         """Let each tier that can hand on what it evicts do so to the next of these."""
@@ -79,8 +81,10 @@ class Chain:
         """On a tier's thread: it has deleted a page for room."""
         if self.is_forgotten(identity):
             return
-        taken = page is not None and below.stores.closed
-        if not (taken and below.threads.take(identity, page, self._is_wanted)):
+        taken = False
+        if page is not None and below.stores.closed:
+            taken = below.threads.take(identity, page, self._is_wanted)
+        if not taken:
             self._finish(Outcome(below.threads.number, "take", identity, error="dropped"))
 
     def _is_wanted(self, identity: bytes) -> bool:
@@ -100,7 +104,7 @@ class Chain:
     def writing(self) -> bool:
         """Whether pages wait to be written or are being written."""
         return any(self._writing) or any(
-            level.behind and level.stores.closed for level in self.levels
+            level.jobs or (level.behind and level.stores.closed) for level in self.levels
         )
 
     def wait(self, seconds: float) -> None:
@@ -160,6 +164,8 @@ class Chain:
         """Hand pages to the cold tiers' writers, as far as their queues take them. Pages being
         written cannot leave DRAM, so they are never more than half of it."""
         for level in self.levels:
+            while level.jobs and level.threads.other(*level.jobs[0]):
+                level.jobs.popleft()
             while level.behind and level.stores.closed:
                 identity = next(iter(level.behind))
                 entry = self.dram.get(identity)
@@ -180,7 +186,7 @@ class Chain:
         self.dram.drop(identity)
         for level in self.levels:
             level.behind.pop(identity, None)
-            level.threads.other("forget", lambda tier: tier.forget(identity))
+            level.jobs.append(("forget", lambda tier: tier.forget(identity)))
         if self.levels:
             self._forgotten[identity] = None
             if len(self._forgotten) > MOST_FORGOTTEN:
@@ -191,7 +197,7 @@ class Chain:
         self.dram.clear()
         for level in self.levels:
             level.behind.clear()
-            level.threads.other("clear", lambda tier: tier.clear())
+            level.jobs.append(("clear", lambda tier: tier.clear()))
 
     # -- what the threads have done --------------------------------------------------------------
 

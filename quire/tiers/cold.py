@@ -18,8 +18,7 @@ class Damaged(Exception):
         self.kind = kind
 
 
-# Takes the identity of a page that was deleted for room, and the page, or None where it could not be
-# read.
+# Takes the identity of a page that was deleted for room, and the page; None: it could not be read.
 Evicted = Callable[[bytes, memoryview | None], None]
 
 

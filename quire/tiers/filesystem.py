@@ -197,6 +197,8 @@ class FileTier:
 
     def _make_room(self, size: int) -> None:
         """Delete the files used longest ago until `size` more bytes are within the bound."""
+        if size > self.capacity:
+            raise OSError(errno.EFBIG, "a page is larger than the tier")
         if self._used + size > self.capacity or self._scan_is_due():
             with self._scanning:
                 if self._scan_is_due():
@@ -207,8 +209,6 @@ class FileTier:
                     bound -= int(SLACK * bound)
                 while self._used + size > bound and self._index:
                     self._evict(next(iter(self._index)))
-        if size > self.capacity:
-            raise OSError(errno.EFBIG, "a page is larger than the tier")
 
     def _evict(self, name: str) -> None:
         """Delete a file for room; a page of this model is handed on."""

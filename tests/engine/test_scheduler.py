@@ -694,7 +694,10 @@ def test_running_ahead_sends_the_device_token_and_stops_at_max_tokens() -> None:
     first, second = driver.scheduler.schedule(), driver.scheduler.schedule()
     assert first is not None and second is not None
     assert written_out(first).rows[0].tokens == BASES[0][:4]
-    assert (written_out(second).rows[0].start, written_out(second).rows[0].tokens) == (4, [DEVICE_TOKEN])
+    assert (written_out(second).rows[0].start, written_out(second).rows[0].tokens) == (
+        4,
+        [DEVICE_TOKEN],
+    )
     assert driver.scheduler.schedule() is None, "two samples are on their way"
 
 
@@ -712,7 +715,9 @@ def test_decoding_comes_before_prompts_so_that_nobody_waits_for_a_long_one() -> 
     driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
     batch = driver.scheduler.schedule()
     assert batch is not None
-    assert [(i, len(r.tokens)) for i, r in zip(ids(driver, batch), written_out(batch).rows, strict=True)] == [
+    assert [
+        (i, len(r.tokens)) for i, r in zip(ids(driver, batch), written_out(batch).rows, strict=True)
+    ] == [
         ("r0", 1),
         ("r1", 1),
         ("r2", 6),

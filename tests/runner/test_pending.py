@@ -99,7 +99,10 @@ def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft(
         want = RowResult([], error=NAN_ERROR) if expected is None else RowResult(expected)
         assert found == [want, RowResult([]), RowResult([8])], (tokens, spoiled)
         if not spoiled:  # where all decode, logits tell
-            assert pending([rows[0], rows[2]], made, flags).result().written_out() == [want, RowResult([8])]
+            assert pending([rows[0], rows[2]], made, flags).result().written_out() == [
+                want,
+                RowResult([8]),
+            ]
 
 
 def test_log_probabilities_come_with_the_rows_that_want_them() -> None:
@@ -130,6 +133,8 @@ def test_a_held_step_is_done_and_has_a_result_only_once_it_is_open() -> None:
     with pytest.raises(AssertionError, match="opened first"):
         step.result()
     step.open({0: b"mask"})
-    assert step.done() and given == [{0: b"mask"}] and step.result().written_out() == [RowResult([4])]
+    assert (
+        step.done() and given == [{0: b"mask"}] and step.result().written_out() == [RowResult([4])]
+    )
     with pytest.raises(AssertionError, match="open already"):
         step.open({})

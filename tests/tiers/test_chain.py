@@ -155,3 +155,16 @@ def test_where_the_first_is_switched_off_the_next_gets_what_comes(tower: Tower) 
         tower.chain.levels[0].stores.fault("ENOSPC", "full")
     tower.put(1, 2)
     assert tower.there() == [set(), {1, 2}, set()]
+
+
+def test_a_page_in_doubt_is_deleted_however_full_the_queue_is(tower: Tower) -> None:
+    tower.put(0, 1)
+    level, gate = tower.chain.levels[0], threading.Event()
+    while level.threads.other("wait", lambda tier: gate.wait(20)):
+        pass
+    tower.chain.forget(identity(1))
+    tower.chain.write()
+    assert level.jobs and tower.there()[0] == {0, 1}
+    gate.set()
+    tower.settle()
+    assert not level.jobs and tower.there()[0] == {0}

@@ -354,6 +354,15 @@ def test_the_files_used_longest_ago_make_room(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_page_larger_than_the_tier_drives_nothing_out(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "kv", capacity=2 * FILE)
+    tier.store(identity(1), page(1))
+    with pytest.raises(OSError, match="larger"):
+        tier.store(identity(2), page(2, 3 * PAGE))
+    assert tier.evictions == 0 and load(tier, 1) == page(1)
+    tier.close()
+
+
 def test_what_makes_room_is_handed_on_where_somebody_takes_it(tmp_path: Path) -> None:
     other = open_tier(tmp_path / "kv", fingerprint=b"g" * 32)
     other.store(identity(9), page(9))

@@ -69,6 +69,7 @@ class Chain:
         self._chain_levels()
         self._reading = 0  # lookups and loads under way
         self._writing = [0] * len(dram.slab.slots)  # pages by pool
+        self._most_behind = sum(dram.slab.slots)
 
     def _chain_levels(self) -> None:
         """Let each tier that can hand on what it evicts do so to the next of these."""
@@ -156,7 +157,7 @@ class Chain:
             if level.above is not None and level.above.stores.closed:
                 continue
             level.behind[identity] = None
-            if len(level.behind) > sum(self.dram.slab.slots):
+            if len(level.behind) > self._most_behind:
                 level.behind.popitem(last=False)
                 level.stats.dropped += 1
 

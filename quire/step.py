@@ -93,17 +93,45 @@ def mask_of(tokens: Iterable[int], vocab_size: int) -> bytes:
     return bytes(mask)
 
 
+class Decoding(msgspec.Struct, array_like=True):
+    """Plain decoding rows, column by column: each computes the token that its slot sampled last,
+    and samples the next. `new_blocks`: those of the few rows that get any, by their index."""
+
+    slots: list[int]
+    starts: list[int]
+    new_blocks: dict[int, list[list[int]]]
+
+
 class Batch(msgspec.Struct, array_like=True):
-    """One step. Order of effects: `leave`, then `enter`, then `rows`."""
+    """One step. Order of effects: `leave`, then `enter`, then the rows: those of `decoding`, then
+    `rows`."""
 
     step: int
     leave: list[int]
     enter: list[Enter]
     rows: list[Row]
+    decoding: Decoding | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows) + (len(self.decoding.slots) if self.decoding else 0)
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
+        decoding = len(self.decoding.slots) if self.decoding else 0
+        return decoding + sum(len(row.tokens) for row in self.rows)
+
+
+def written_out(batch: Batch) -> Batch:
+    """The same step with all its rows in `rows`."""
+    decoding = batch.decoding
+    if decoding is None:
+        return batch
+    rows = [
+        Row(slot, start, [DEVICE_TOKEN], decoding.new_blocks.get(i, []), sample=True)
+        for i, (slot, start) in enumerate(zip(decoding.slots, decoding.starts, strict=True))
+    ]
+    return Batch(batch.step, batch.leave, batch.enter, rows + batch.rows)
 
 
 class Copies(msgspec.Struct, array_like=True):
@@ -146,7 +174,13 @@ class RowResult(msgspec.Struct, array_like=True, gc=False):
 
 
 class Result(msgspec.Struct, array_like=True):
-    """Results of a Batch, in the order of its rows."""
+    """Results of a Batch, in the order of its rows. `tokens`: where each row computed one token
+    and gave one and nothing else, these, and no `rows`."""
 
     step: int
     rows: list[RowResult]
+    tokens: list[int] = []
+
+    def written_out(self) -> list[RowResult]:
+        """A result for every row."""
+        return self.rows or [RowResult([token]) for token in self.tokens]

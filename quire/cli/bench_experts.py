@@ -33,8 +33,8 @@ class ExpertCount:
         self._prompt: list[int] = []
 
     def submit(self, batch: Batch) -> Pending:
-        decoding = batch.num_tokens == len(batch.rows)
-        self._rows = len(batch.rows) if decoding else 0
+        decoding = batch.num_tokens == batch.num_rows
+        self._rows = batch.num_rows if decoding else 0
         return self._runner.submit(batch)
 
     def reset(self) -> None:

@@ -22,12 +22,15 @@ from quire.cli.terminal import Phases
 from quire.cli.version import versions
 from quire.cli.workload import SPECIAL_IDS
 from quire.config.tiers import parse_tiers
+from quire.tiers.dram import DramTier
+from quire.tiers.policy import POLICIES
 
 if TYPE_CHECKING:
     from quire.cli.local import LocalEngine
 
 TURN_TOKENS, ANSWER_TOKENS = 64, 16  # what a turn adds: a question and an answer
 TURNS = 3
+ORDERS = ("random", "cyclic")
 STEADY_OUTPUT = 32
 SETTLE_SECONDS = 120.0
 
@@ -45,6 +48,14 @@ def add_flags(parser: Parser) -> None:
         metavar="X",
         help="conversations hold X times what the device does [4]",
     )
+    group.add_argument(
+        "--returns",
+        default="random",
+        metavar="ORDER",
+        help="which conversation speaks next: random, or cyclic, where each returns after all "
+        "others, the worst for an LRU tier [random]",
+    )
+    group.add_argument("--seed", default="1", metavar="N", help="of prompts and that order [1]")
     group.add_argument("--output", metavar="FILE", help="write the record as JSON")
     parser.add_sections("model", "engine")
 
@@ -58,6 +69,13 @@ def run(invocation: Invocation) -> int:
     ]
     repeat = int(number("--repeat", flags.repeat, 1, 100, whole=True))
     overcommit = number("--overcommit", flags.overcommit, 1, 1000)
+    seed = int(number("--seed", flags.seed, 0, 2**31, whole=True))
+    if flags.returns not in ORDERS:
+        raise CommandLineError(
+            "invalid_flag",
+            f"--returns {flags.returns}: there is no such order",
+            fix=f"give one of {', '.join(ORDERS)}",
+        )
     if not options.engine.kv_tiers:
         raise CommandLineError(
             "invalid_flag", "bench tiers: there are no tiers", fix="give --kv-tiers"
@@ -70,7 +88,7 @@ def run(invocation: Invocation) -> int:
     engine = LocalEngine(options, phases)
     phases.finish()
     directories = [t.path for t in parse_tiers(options.engine.kv_tiers) if t.kind == "fs"]
-    bench = Bench(engine, directories)
+    bench = Bench(engine, directories, seed)
     longest = min(engine.info.max_model_len, engine.engine.plan.context_tokens) - 256
     fitting = [length for length in lengths if length <= longest]
     if not fitting:
@@ -90,7 +108,7 @@ def run(invocation: Invocation) -> int:
         say(f"returns of {length} tokens")
         results["returns"].append(bench.returns(length, repeat))
     say(f"conversations of {fitting[0]} tokens")
-    results["conversations"] = bench.conversations(fitting[0], overcommit)
+    results["conversations"] = bench.conversations(fitting[0], overcommit, flags.returns)
     say("steady load")
     results["steady"] = bench.steady(fitting[0], repeat)
     core, plan = engine.engine.core, engine.info.plan
@@ -116,13 +134,13 @@ class Bench:
     """Runs on one engine, whose tiers can be taken away and given back: both ways are measured in
     turn on the same machine, minute by minute. `directories`: of the filesystem tiers."""
 
-    def __init__(self, engine: LocalEngine, directories: list[str]):
+    def __init__(self, engine: LocalEngine, directories: list[str], seed: int):
         self.engine, self.core = engine, engine.engine.core
         self._directories = directories
         tiering = self.core.tiering
         assert tiering is not None
         self._tiering = tiering
-        self._random = random.Random(1)
+        self._seed, self._random = seed, random.Random(seed)
 
     # -- controlled returns ------------------------------------------------------------------
 
@@ -166,38 +184,73 @@ class Bench:
 
     # -- conversations -----------------------------------------------------------------------
 
-    def conversations(self, length: int, overcommit: float) -> dict[str, Any]:
+    def conversations(self, length: int, overcommit: float, order: str) -> dict[str, Any]:
         """Conversations that take turns, with more KV together than the device holds: times to the
-        first token of returning turns, with tiers and without."""
+        first token of returning turns, without tiers and with DRAM under each policy. All have the
+        same turns in the same order, and begin with empty tiers."""
         held = self.engine.engine.plan.context_tokens
         count = max(2, round(overcommit * held / length))
-        found: dict[str, Any] = {"count": count, "tokens": length, "turns": TURNS}
-        for name in ("off", "on"):
-            with self._tiers(name == "on"):
-                found[name] = self._turns(count, length)
+        found: dict[str, Any] = {"count": count, "tokens": length, "turns": TURNS, "order": order}
+        chain = self._tiering.chain
+        own = chain.dram
+        for name in ("off", *POLICIES):
+            self._clear()
+            if name != "off":
+                chain.dram = DramTier(own.slab, name)
+            with self._tiers(name != "off"):
+                found[name] = self._turns(count, length, order)
+        self._clear()
+        chain.dram = own
         return found
 
-    def _turns(self, count: int, length: int) -> dict[str, Any]:
-        histories = [self._prompt(length) for _ in range(count)]
-        times: list[float] = []
-        cached: dict[str, int] = {}
+    def _turns(self, count: int, length: int, order: str) -> dict[str, Any]:
+        rng = random.Random(self._seed)
+        histories = [self._prompt(length, rng) for _ in range(count)]
+        speaking = list(range(count)) * TURNS
+        if order == "random":
+            rng.shuffle(speaking)
+        turns: list[tuple[float, dict[str, int]]] = []
+        before, spoken = self._pages(), set[int]()
         begun = time.perf_counter()
-        for turn in range(TURNS):
-            for history in histories:
-                seconds, sources = self._first_token(history, ANSWER_TOKENS, answer=history)
-                history += self._prompt(TURN_TOKENS)
-                if turn > 0:
-                    times.append(seconds)
-                    for source, tokens in sources.items():
-                        cached[source] = cached.get(source, 0) + tokens
-            if turn == 0:
-                begun = time.perf_counter()
+        for each in speaking:
+            history = histories[each]
+            turn = self._first_token(history, ANSWER_TOKENS, answer=history)
+            history += self._prompt(TURN_TOKENS, rng)
+            if each in spoken:
+                turns.append(turn)
+            spoken.add(each)
+        seconds, after = time.perf_counter() - begun, self._pages()
+        by_source: dict[str, list[float]] = {}
+        cached: dict[str, int] = {}
+        for taken, sources in turns:
+            by_source.setdefault(_named(sources), []).append(taken)
+            for source, tokens in sources.items():
+                cached[source] = cached.get(source, 0) + tokens
         return {
-            "ttft_ms": round(1000 * statistics.median(times), 2),
-            "ttft_worst_ms": round(1000 * max(times), 2),
-            "seconds": round(time.perf_counter() - begun, 3),
+            **_milliseconds([taken for taken, _ in turns]),
+            "seconds": round(seconds, 3),
             "cached_tokens": cached,
+            "by_source": {name: _milliseconds(times) for name, times in by_source.items()},
+            "pages": {
+                name: {kind: pages[kind] - before[name][kind] for kind in pages}
+                for name, pages in after.items()
+            },
         }
+
+    def _pages(self) -> dict[str, dict[str, int]]:
+        """Pages that requests asked each tier for, so far."""
+        stats = self._tiering.stats()
+        return {tier.name: {"hits": tier.hits, "misses": tier.misses} for tier in stats}
+
+    def _clear(self) -> None:
+        """Empty device and tiers."""
+        self._settle()
+        self.core.clear_cache()
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while any(level.threads.writing for level in self._tiering.chain.levels):
+            assert time.monotonic() < deadline, "a tier does not end"
+            time.sleep(0.002)
+        self._settle()
 
     # -- steady load ---------------------------------------------------------------------------
 
@@ -258,9 +311,10 @@ class Bench:
         while not self.core.settle() and time.monotonic() < deadline:
             self._tiering.wait(0.002)
 
-    def _prompt(self, length: int) -> list[int]:
+    def _prompt(self, length: int, rng: random.Random | None = None) -> list[int]:
         top = max(SPECIAL_IDS + 2, self.engine.info.vocab_size - SPECIAL_IDS)
-        return [self._random.randrange(SPECIAL_IDS, top) for _ in range(length)]
+        rng = rng or self._random
+        return [rng.randrange(SPECIAL_IDS, top) for _ in range(length)]
 
     def _answer(self, prompts: list[list[int]], output: int) -> None:
         from quire.params import SamplingParams
@@ -300,13 +354,24 @@ def lines(record: dict[str, Any]) -> list[str]:
         found.append(f"{row['tokens']:>8}" + "".join(f"{t:>12}" for t in row["ttft_ms"].values()))
         found.append(f"{'':20}" + "".join(f"{_named(s):>12}" for s in row["sources"].values()))
     talk = results["conversations"]
-    found += ["", f"{talk['count']} conversations of {talk['tokens']} tokens, {TURNS} turns each"]
-    for name in ("off", "on"):
+    found += [
+        "",
+        f"{talk['count']} conversations of {talk['tokens']} tokens, {TURNS} turns each, in "
+        f"{talk['order']} order: first tokens of returning turns (ms)",
+    ]
+    for name in ("off", *POLICIES):
         part = talk[name]
         found.append(
-            f"  tiers {name}: returning turns {part['ttft_ms']} ms (worst {part['ttft_worst_ms']}),"
-            f" {part['seconds']} s in all, cached {part['cached_tokens']}"
+            f"  {'no tiers' if name == 'off' else name:>8}: {part['ttft_ms']} (worst "
+            f"{part['ttft_worst_ms']}), {part['seconds']} s in all"
         )
+        for source, times in sorted(part["by_source"].items()):
+            found.append(f"{source:>20}: {times['ttft_ms']} in {times['turns']} turns")
+        if name != "off":
+            found += [
+                f"{tier:>20}: {pages['hits']} pages found, {pages['misses']} not"
+                for tier, pages in part["pages"].items()
+            ]
     steady = results["steady"]
     host = steady["host_ms_per_step"]
     found += [
@@ -318,6 +383,15 @@ def lines(record: dict[str, Any]) -> list[str]:
     if record["left_out"]:
         found.append(f"left out, longer than the context or the KV cache: {record['left_out']}")
     return found
+
+
+def _milliseconds(times: list[float]) -> dict[str, float]:
+    """Of first tokens in so many turns."""
+    return {
+        "turns": len(times),
+        "ttft_ms": round(1000 * statistics.median(times), 2),
+        "ttft_worst_ms": round(1000 * max(times), 2),
+    }
 
 
 def _named(sources: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ waits for a mask of the tokens that may come next, which takes the token before 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from quire.engine.request import Request, State
@@ -29,7 +30,7 @@ class Gates:
         self._mask_bytes = mask_bytes(vocab_size)
         self._held: dict[int, list[tuple[int, Request, Row]]] = {}
 
-    def hold(self, step: int, parts: list[tuple[Request, Row]]) -> None:
+    def hold(self, step: int, parts: Iterable[tuple[Request, Row]]) -> None:
         """A step is scheduled."""
         gated = [(i, request, row) for i, (request, row) in enumerate(parts) if row.gated]
         if gated:

@@ -33,9 +33,12 @@ class Request:
     when nothing of it is in flight; what was in flight still gives tokens but no KV. `slot` is -1
     unless it runs. `order`: smaller runs first and is preempted last. `covered`: tokens that its
     blocks have room for. `settle_at`: tokens computed at which KVManager.commit next has
-    something to do. `identities`: what KVManager.admit keeps between attempts. `longest` and
-    `earliest_end` are max_tokens and min_tokens with the prompt. `prompt_logprobs_due`:
-    log-probabilities of the prompt to send in all. `gate`: says which tokens may come next.
+    something to do. `plain_until`: promised tokens up to which its next row is a plain decoding one
+    that needs no block, and `quiet_until`: computed ones below which its commit appends a token and
+    does not end it; both 0 where that is not known. `identities`: what KVManager.admit keeps
+    between attempts. `longest` and `earliest_end` are max_tokens and min_tokens with the prompt.
+    `prompt_logprobs_due`: log-probabilities of the prompt to send in all. `gate`: says which tokens
+    may come next.
     `visit`: what the tiers do for it before it is admitted.
     `drafter`: guesses them. Of a row with drafts only the token that is sure to come is promised,
     and only the tokens before the drafts are scheduled; what is accepted is added to both once it
@@ -58,6 +61,8 @@ class Request:
     prompt_logprobs_sent: int = 0
     covered: int = 0
     settle_at: int = 0
+    plain_until: int = 0
+    quiet_until: int = 0
     blocks_sent: list[int] = field(default_factory=list)
     identities: list[list[bytes]] = field(default_factory=list)
     announced: bool = False

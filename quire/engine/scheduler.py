@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.api import EngineStats
 from quire.engine.commit import ROW_ERRORS, error_delta, take_row
+from quire.engine.decoding import Flight, commit_tokens, may_decode, take_plain
 from quire.engine.drafting import NO_DRAFTS, Drafting
 from quire.engine.gates import Gate, Gates
 from quire.engine.request import Request, State
@@ -76,7 +77,7 @@ class Scheduler:
         self._suspects: set[Request] = set()
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._leaving: list[int] = []
-        self._inflight: dict[int, list[tuple[Request, Row]]] = {}
+        self._inflight: dict[int, Flight] = {}
         self._gates = Gates(limits.vocab_size)
         self._num_gated = 0  # requests
         self._finished: list[Delta] = []
@@ -215,27 +216,28 @@ class Scheduler:
         """The next step, or None where nothing can be computed now."""
         self._steps += 1
         batch = Batch(step=self._steps, leave=[], enter=[], rows=[])
-        parts: list[tuple[Request, Row]] = []
+        flight = Flight()
         budget = self.limits.max_num_batched_tokens
         suspect = min(self._suspects, key=_order, default=None)
         if suspect is None:
-            budget = self._schedule_running(parts, budget, self._running)
-            self._schedule_waiting(batch, parts, budget, None)
+            running = self._schedule_decoding(batch, flight, budget)
+            budget = self._schedule_running(flight, budget - len(flight.decoding), running)
+            self._schedule_waiting(batch, flight, budget, None)
         elif self._inflight:
             return None  # a step that raises now must have one possible cause
         elif suspect.state is State.RUNNING:
-            self._schedule_running(parts, budget, [suspect])
+            self._schedule_running(flight, budget, [suspect])
         else:
             for request in list(self._running):
                 self._preempt(request)
-            self._schedule_waiting(batch, parts, budget, suspect)
-        if not parts:
+            self._schedule_waiting(batch, flight, budget, suspect)
+        if not (flight.decoding or flight.parts):
             return None
+        batch.rows = [row for _, row in flight.parts]
         batch.leave, self._leaving = self._leaving, []
-        batch.rows = [row for _, row in parts]
-        self._inflight[batch.step] = parts
+        self._inflight[batch.step] = flight
         if self._num_gated:
-            self._gates.hold(batch.step, parts)
+            self._gates.hold(batch.step, flight.rows())
         return batch
 
     def is_gated(self, step: int) -> bool:
@@ -255,9 +257,27 @@ class Scheduler:
             self._finished.append(error_delta(request.request_id, error))
         return masks
 
-    def _schedule_running(
-        self, parts: list[tuple[Request, Row]], budget: int, running: list[Request]
-    ) -> int:
+    def _schedule_decoding(self, batch: Batch, flight: Flight, budget: int) -> list[Request]:
+        """Give rows to those that decode plainly. Returns the running requests that are left."""
+        running = self._running
+        # Where tokens or blocks are short, rows go to requests one by one, in their order.
+        short = len(running) > budget or self.kv.available() < len(running) * len(self.kv.groups)
+        if self._drafting is not None or short:
+            return running
+        decoding, others = take_plain(running, flight, self._grow_plain)
+        if decoding.slots:
+            batch.decoding = decoding
+        return others
+
+    def _grow_plain(self, request: Request) -> list[list[int]]:
+        grown = self.kv.grow(request.request_id, request.promised)
+        assert grown is not None, "there were blocks for all"
+        for group, blocks in enumerate(grown):
+            request.blocks_sent[group] += len(blocks)
+        request.covered = -(-request.promised // BLOCK_SIZE) * BLOCK_SIZE
+        return grown
+
+    def _schedule_running(self, flight: Flight, budget: int, running: list[Request]) -> int:
         """Give rows to `running`. Returns the budget left for admissions: none where blocks are
         short."""
         # Decoding rows first, so that a long prompt never delays tokens that others wait for.
@@ -284,11 +304,12 @@ class Scheduler:
                 drafts, propose = self._speculate(request, end, room if gap == 1 else 0)
             need = end + len(drafts) + propose
             if need > request.covered:
-                if need == end and not self._make_room(request, end, parts):
+                if need == end and not self._make_room(request, end, flight):
                     short = True
                     continue
                 new_blocks = self._new_blocks(request, need)
-            parts.append((request, self._row(request, count, new_blocks, drafts, propose)))
+            row = self._row(request, count, new_blocks, drafts, propose)
+            flight.parts.append((request, row))
             budget -= count + len(drafts)
             room -= len(drafts)
         return 0 if short else budget
@@ -320,9 +341,11 @@ class Scheduler:
         if end <= request.covered:
             return True
         needed = len(self._running) * len(self.kv.groups)
-        return self.kv.available() >= needed and self.kv.grow(request.request_id, end)
+        if self.kv.available() < needed:
+            return False
+        return self.kv.grow(request.request_id, end) is not None
 
-    def _make_room(self, request: Request, end: int, parts: list[tuple[Request, Row]]) -> bool:
+    def _make_room(self, request: Request, end: int, flight: Flight) -> bool:
         """Give a running request blocks for `end` tokens, taken from later ones where needed.
 
         False where it must wait: for its own steps in flight, or for requests before it or with
@@ -330,9 +353,9 @@ class Scheduler:
         can take the blocks of all others, and alone it fits.
         """
         planned: set[Request] | None = None
-        while not self.kv.grow(request.request_id, end):
+        while self.kv.grow(request.request_id, end) is None:
             if planned is None:
-                planned = {r for r, _ in parts}
+                planned = {r for r, _ in flight.rows()}
             victim = next(r for r in reversed(self._running) if r not in planned)
             if victim is request or request.inflight_steps:
                 return False
@@ -342,7 +365,7 @@ class Scheduler:
     def _schedule_waiting(
         self,
         batch: Batch,
-        parts: list[tuple[Request, Row]],
+        flight: Flight,
         budget: int,
         only: Request | None,
     ) -> None:
@@ -358,7 +381,9 @@ class Scheduler:
             if request.inflight_steps:
                 skipped.append(entry)
                 break  # preempted just now; nobody overtakes it
-            if self.tiering is not None and not self.tiering.ready(request, len(self._free_slots)):
+            # A suspect runs alone: it must not wait for what is loaded for others.
+            tiering = self.tiering if only is None else None
+            if tiering is not None and not tiering.ready(request, len(self._free_slots)):
                 skipped.append(entry)
                 continue
             hit = self.kv.admit(
@@ -377,11 +402,11 @@ class Scheduler:
             count = min(request.gap, budget)
             end = request.computed + count
             grown = self.kv.grow(request.request_id, end)
-            assert grown, "admission looked at less than the first step needs"
+            assert grown is not None, "admission looked at less than the first step needs"
             _, propose = self._speculate(request, end, 0)
             batch.enter.append(self._enter(request, hit, end + propose))
             row = self._row(request, count, self._no_blocks, propose=propose)
-            parts.append((request, row))
+            flight.parts.append((request, row))
             budget -= count
         for entry in skipped:
             heapq.heappush(self._waiting, entry)
@@ -391,7 +416,7 @@ class Scheduler:
         request.state = State.RUNNING
         request.slot = self._free_slots.pop()
         request.computed = request.scheduled = start
-        request.settle_at = request.covered = 0
+        request.settle_at = request.covered = request.plain_until = 0
         if request.cached_tokens is None:
             request.cached_tokens = start
             if request.visit is not None:
@@ -449,6 +474,8 @@ class Scheduler:
             tokens += ON_DEVICE * (count - len(tokens))
         if sample:
             request.promised += 1
+            if request.gate is None:
+                may_decode(request)
         prompt_logprobs = request.prompt_logprobs_sent < request.prompt_logprobs_due
         gated = sample and request.gate is not None
         if drafts:
@@ -489,19 +516,27 @@ class Scheduler:
         dropped: nothing computed past an end is ever seen.
         """
         self._counts["done_steps"] += 1
-        deltas, generated = [], 0
-        for (request, row), got in zip(self._inflight.pop(result.step), result.rows, strict=True):
+        flight = self._inflight.pop(result.step)
+        if result.rows:
+            deltas = self._commit_rows(flight, result.rows)
+            generated = sum(len(delta.token_ids) for delta in deltas)
+        else:
+            deltas = commit_tokens(flight, result.tokens, self._publish, self._commit_token)
+            generated = len(deltas)
+        self._counts["generated_tokens"] += generated
+        return deltas
+
+    def _commit_rows(self, flight: Flight, results: list[RowResult]) -> list[Delta]:
+        deltas = []
+        for (request, row), got in zip(flight.rows(), results, strict=True):
             request.inflight_steps -= 1
-            if request.slot >= 0:
-                request.computed += len(row.tokens) - row.drafts
-            elif request.state is State.FINISHED:
-                continue
             delta = self._commit_row(request, row, got)
             if delta is not None:
                 deltas.append(delta)
-                generated += len(delta.token_ids)
-        self._counts["generated_tokens"] += generated
         return deltas
+
+    def _commit_token(self, request: Request, row: Row, token: int) -> Delta | None:
+        return self._commit_row(request, row, RowResult([token]))
 
     def quarantine(self, steps: list[int], error: QuireError) -> None:
         """One of these steps raised, none gave anything; the runner has dropped all its slots.
@@ -514,7 +549,7 @@ class Scheduler:
         blamed: set[Request] = set()
         for step in steps:
             self._gates.drop(step)
-            for request, row in self._inflight.pop(step):
+            for request, row in self._inflight.pop(step).rows():
                 request.inflight_steps -= 1
                 request.promised -= row.sample
                 blamed.add(request)
@@ -529,6 +564,10 @@ class Scheduler:
         self._leaving = []
 
     def _commit_row(self, request: Request, row: Row, got: RowResult) -> Delta | None:
+        if request.slot >= 0:
+            request.computed += len(row.tokens) - row.drafts
+        elif request.state is State.FINISHED:
+            return None
         if got.error is not None:
             self._finish(request, discard=got.error == NAN_ERROR)
             return error_delta(request.request_id, ROW_ERRORS[got.error])
@@ -547,12 +586,14 @@ class Scheduler:
             if request.announced:
                 self._withdraw(request)
         if request.computed >= request.settle_at and request.slot >= 0:
-            self._publish(request, confirmed=False)
+            self._publish(request)
         if delta.finish_reason is not None:
             self._finish(request)
+        elif row.sample and request.slot >= 0:
+            request.quiet_until = request.longest - 1
         return delta if delta.token_ids or delta.prompt_logprobs else None
 
-    def _publish(self, request: Request, confirmed: bool) -> None:
+    def _publish(self, request: Request, confirmed: bool = False) -> None:
         """Offer computed blocks to the prefix index.
 
         Output of a request with stop strings counts only once the frontend has confirmed its
@@ -594,6 +635,7 @@ class Scheduler:
 
     def _release_slot(self, request: Request) -> None:
         self._withdraw(request)
+        request.quiet_until = 0
         self._running.remove(request)
         self._leaving.append(request.slot)
         self._free_slots.append(request.slot)
@@ -644,8 +686,8 @@ class Scheduler:
         assert self._num_gated == sum(r.gate is not None for r in self.requests.values())
         assert all(r.announced and r.state is State.RUNNING for r in self._computing.values())
         flying: dict[int, int] = {}
-        for parts in self._inflight.values():
-            for request, row in parts:
+        for flight in self._inflight.values():
+            for request, row in flight.rows():
                 if request.state is State.RUNNING:
                     count = len(row.tokens) - row.drafts
                     flying[id(request)] = flying.get(id(request), 0) + count

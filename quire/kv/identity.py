@@ -15,6 +15,7 @@ from collections.abc import Sequence
 SCHEMA_VERSION = 1
 DIGEST_BYTES = 32
 _LENGTH = struct.Struct("<Q")
+_EMPTY = _LENGTH.pack(0)
 # Without persistent tiers nobody else ever sees an identity; a tier brings its own secret.
 DEFAULT_KEY = b"quire block identity"
 
@@ -44,10 +45,10 @@ class BlockIdentity:
     def block(self, parent: bytes, tokens: Sequence[int], media: bytes = b"") -> bytes:
         """The identity of a full block of `tokens` that follows `parent`."""
         raw = array("q", tokens).tobytes()
-        size = _LENGTH.pack
         # canonical(parent, raw, media), without its loop: this runs for every block.
-        parts = (size(len(parent)), parent, size(len(raw)), raw, size(len(media)), media)
-        return self._digest(b"".join(parts))
+        size = _LENGTH.pack
+        ends = size(len(media)) + media if media else _EMPTY
+        return self._digest(size(len(parent)) + parent + size(len(raw)) + raw + ends)
 
     def _digest(self, data: bytes) -> bytes:
         hashed = self._hash.copy()  # has taken in the key already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from quire.kv.pool import BlockPool
@@ -14,17 +13,17 @@ class Loans:
 
     def __init__(self, pools: Sequence[BlockPool]):
         self._pools = pools
-        self._lent: Counter[tuple[int, int]] = Counter()
+        self._lent: dict[tuple[int, int], int] = {}  # references by pool and block
 
     def __len__(self) -> int:
-        return self._lent.total()
+        return sum(self._lent.values())
 
     def take(self, pool: int) -> int | None:
         """A block to be written, where one is free or can be evicted."""
         if not self._pools[pool].available:
             return None
         block = self._pools[pool].allocate(1)[0]
-        self._lent[pool, block] += 1
+        self._lend(pool, block)
         return block
 
     def borrow(self, pool: int, block: int, identity: bytes) -> bool:
@@ -32,14 +31,17 @@ class Loans:
         if self._pools[pool].find(identity) != block:
             return False
         self._pools[pool].acquire(block)
-        self._lent[pool, block] += 1
+        self._lend(pool, block)
         return True
+
+    def _lend(self, pool: int, block: int) -> None:
+        self._lent[pool, block] = self._lent.get((pool, block), 0) + 1
 
     def give_back(self, pool: int, block: int, identity: bytes | None = None) -> None:
         """A copy is done. `identity`: of what was written, which others may find from now on."""
-        self._lent[pool, block] -= 1
-        if not self._lent[pool, block]:
-            del self._lent[pool, block]
+        left = self._lent.pop((pool, block)) - 1
+        if left:
+            self._lent[pool, block] = left
         if identity is not None:
             self._pools[pool].publish(block, identity)
         self._pools[pool].release(block)

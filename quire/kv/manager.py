@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from math import lcm
+from math import gcd, lcm
 from typing import NamedTuple
 
 from quire.kv import NULL_BLOCK
@@ -65,6 +65,8 @@ class KVManager:
         self.enable_caching = enable_caching
         self.hit_tokens = lcm(*(group.block_size for group in self.groups))
         self.coarsest = max(self.groups, key=lambda group: group.block_size).index
+        self._finest = gcd(*(group.block_size for group in self.groups))
+        self._windows = [group for group in self.groups if group.window is not None]
         self.loans = Loans(self.pools)
         self.published: list[tuple[int, int, bytes]] | None = None
         self.discarded: list[bytes] = []
@@ -229,23 +231,29 @@ class KVManager:
             self._extend_identities(blocks, tokens, len(tokens))
         return blocks
 
-    def grow(self, request_id: str, num_tokens: int) -> bool:
-        """Make the tables cover `num_tokens` tokens. False, and no change, where pools are full."""
-        blocks = self._running[request_id]
+    def grow(self, request_id: str, num_tokens: int) -> list[list[int]] | None:
+        """Make the tables cover `num_tokens` tokens: the blocks that are new in each, or None, and
+        no change, where pools are full."""
+        tables = self._running[request_id].tables
+        missing = [
+            max(0, group.blocks_of(num_tokens) - len(table))
+            for group, table in zip(self.groups, tables, strict=True)
+        ]
+        if sum(missing) > self.available() and not self._have_room(missing):
+            return None
+        grown = []
+        for group, table, count in zip(self.groups, tables, missing, strict=True):
+            new = self.pools[group.pool].allocate(count)
+            table += new
+            grown.append(new)
+        return grown
+
+    def _have_room(self, blocks: list[int]) -> bool:
+        """Whether pools have so many blocks for each group."""
         need = [0] * len(self.pools)
-        for group in self.groups:
-            missing = group.blocks_of(num_tokens) - len(blocks.tables[group.index])
-            if missing > 0:
-                need[group.pool] += missing
-        for count, pool in zip(need, self.pools, strict=True):
-            if count > pool.available:
-                return False
-        for group in self.groups:
-            table = blocks.tables[group.index]
-            missing = group.blocks_of(num_tokens) - len(table)
-            if missing > 0:
-                table += self.pools[group.pool].allocate(missing)
-        return True
+        for group, count in zip(self.groups, blocks, strict=True):
+            need[group.pool] += count
+        return all(count <= pool.available for count, pool in zip(need, self.pools, strict=True))
 
     def commit(self, request_id: str, tokens: Sequence[int], computed: int, valid: int) -> int:
         """KV of the first `computed` tokens is in place.
@@ -261,14 +269,13 @@ class KVManager:
             for group in self.groups:
                 self._publish(blocks, group, full)
             blocks.published = full
-        changes = []
-        for group in self.groups:
-            changes.append((computed // group.block_size + 1) * group.block_size)
-            if group.window is not None:
-                first = group.first_needed(computed)
-                self._pass_window(blocks, group, first)
-                changes.append((first + 1) * group.block_size + group.window - 1)
-        return min(changes)
+        settled = (computed // self._finest + 1) * self._finest
+        for group in self._windows:
+            first = group.first_needed(computed)
+            self._pass_window(blocks, group, first)
+            assert group.window is not None
+            settled = min(settled, (first + 1) * group.block_size + group.window - 1)
+        return settled
 
     def free(self, request_id: str) -> None:
         """Give back all blocks of a request, the last first, so that beginnings stay longest."""

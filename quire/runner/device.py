@@ -41,7 +41,7 @@ from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
 from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
 from quire.runner.watch import WatchLogits
-from quire.step import Batch, Row, TokenLogprobs
+from quire.step import Batch, Decoding, Row, TokenLogprobs, written_out
 
 # Of the attention kernels at most, beside small amounts that the number of rows decides; part of
 # the plan's reserve (quire/plan/gpu.py).
@@ -97,6 +97,16 @@ class Prompt:
     count: int
 
 
+class Steady(NamedTuple):
+    """The last step submitted, whose rows all decoded plainly: the next of the same slots differs
+    in its `starts` only. `rows`: the run of its table; that of sampling is on the device."""
+
+    columns: Columns
+    shape: Shape
+    rows: Run
+    sampling: Sampling
+
+
 class DeviceRunner:
     """Owns the slots, the steps' buffers and the graphs; the model and its caches are given
     built, loaded and allocated. What drafts: a model of its own, `draft`, or the model's `mtp`.
@@ -146,6 +156,7 @@ class DeviceRunner:
         drafts = None if self._drafter is None else self._drafter.drafts
         self._ring = [HostOutputs(self._outputs, self._spoiled, drafts) for _ in range(RING)]
         self._submitted = 0
+        self._steady: Steady | None = None
         self.clock: DeviceClock | None = None  # set by who wants to measure
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
@@ -186,6 +197,10 @@ class DeviceRunner:
         """Launch a step; where a row is gated, all but sampling."""
         if self.clock is not None:
             self.clock.begin()
+        if self._drafter is None and batch.decoding is not None and not batch.rows:
+            return self._submit_plain(batch, batch.decoding)
+        self._steady = None
+        batch = written_out(batch)
         rows = batch.rows
         columns = Columns.of(rows, self._drafter is not None, split=not self._stateful)
         shape = self._shape(columns.num_tokens, columns.num_rows)
@@ -205,7 +220,26 @@ class DeviceRunner:
         if columns.gated:
             pending.hold(self._open)
         else:
-            self._launch_sampling(pending)
+            self._launch_sampling(pending, self._sampling(pending.rows))
+        return pending
+
+    def _submit_plain(self, batch: Batch, decoding: Decoding) -> DevicePending:
+        """`submit` of a step in which all rows decode plainly: what is as in the step before is
+        neither made nor sent again."""
+        steady = self._steady
+        if steady is not None and steady.columns.slots == decoding.slots:
+            columns = steady.columns._replace(starts=decoding.starts)
+            self._apply(batch, [self._diffs.next_rows(steady.rows, columns)])
+        else:
+            columns = Columns.plain(decoding)
+            shape = self._shape(columns.num_tokens, columns.num_rows)
+            table = self._diffs.rows(columns, shape.rows)
+            self._apply(batch, [table, self._sampling_table(columns)])
+            steady = self._steady = Steady(columns, shape, table, self._sampling(columns))
+        self._run(steady.shape, lambda: self._forward(steady.shape))
+        pending = DevicePending(batch.step, columns, self._ring[self._submitted % RING], {})
+        self._submitted += 1
+        self._launch_sampling(pending, steady.sampling)
         return pending
 
     @torch.inference_mode()
@@ -218,17 +252,19 @@ class DeviceRunner:
         if any(i not in masks for i in columns.gated):
             pending.rows = columns.without({i for i in columns.gated if i not in masks})
         self._send([*runs, self._sampling_table(pending.rows)])
-        self._launch_sampling(pending)
+        self._launch_sampling(pending, self._sampling(pending.rows))
 
-    def _launch_sampling(self, pending: DevicePending) -> None:
+    def _sampling(self, columns: Columns) -> Sampling:
+        """What samples for the rows that do."""
+        flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
+        size = self._size(len(columns.sampling), self._decode_sizes)
+        return Sampling(size, variant(flags), any(each & LOGPROBS for each in flags))
+
+    def _launch_sampling(self, pending: DevicePending, sampling: Sampling) -> None:
         """Sample for the rows that do, whose table is on the device, and copy what that gives."""
         columns = pending.rows
-        sampled = len(columns.sampling)
-        flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
-        logprobs = any(each & LOGPROBS for each in flags)
+        sampled, logprobs = len(columns.sampling), sampling.logprobs
         if sampled:
-            size = self._size(sampled, self._decode_sizes)
-            sampling = Sampling(size, variant(flags), logprobs)
             self._run(sampling, lambda: self._sample(sampling))
         if self._drafter is not None:
             self._launch_drafting(self._drafter, columns)
@@ -277,6 +313,7 @@ class DeviceRunner:
 
     def reset(self) -> None:
         """Forget all requests, after a step that raised."""
+        self._steady = None
         self._prompts.clear()
         if self._kernels.scratch is not None:
             self._kernels.scratch.reset()
@@ -288,6 +325,7 @@ class DeviceRunner:
         if not self._wanted:
             return 0
         key = self._wanted.popleft()
+        self._steady = None
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
         self._prepare(key, self._compute(key))
@@ -378,7 +416,7 @@ class DeviceRunner:
             if enter.params.prompt_logprobs is not None:
                 prompt = enter.tokens[: enter.num_prompt]
                 self._prompts[enter.slot] = Prompt(prompt, enter.params.prompt_logprobs)
-        runs += self._diffs.blocks(batch.rows)
+        runs += self._diffs.blocks(batch.rows, batch.decoding)
         self._send(runs + tables)
         if counted:
             count_tokens(self.state, self._slots(counted))

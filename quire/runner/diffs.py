@@ -23,7 +23,7 @@ from quire.kernels.device_state import (
 )
 from quire.params import SamplingParams
 from quire.runner.packets import Run
-from quire.step import Enter, Row, draft_tokens, mask_bytes
+from quire.step import Decoding, Enter, Row, draft_tokens, mask_bytes
 
 # As vLLM: dividing by much less would overflow.
 LEAST_TEMPERATURE = 1e-5
@@ -108,6 +108,16 @@ class Columns(NamedTuple):
     split: bool = True
 
     @classmethod
+    def plain(cls, decoding: Decoding) -> Columns:
+        """Of a step of nothing else."""
+        slots, count = decoding.slots, len(decoding.slots)
+        places, ones, samples = list(range(count)), [1] * count, [True] * count
+        return cls(
+            slots, decoding.starts, ones, samples, count, places, slots, places, gated=[],
+            behind=[0] * count, drafts={}, propose={},
+        )  # fmt: skip
+
+    @classmethod
     def of(cls, rows: Sequence[Row], drafting: bool = False, split: bool = True) -> Columns:
         """`drafting`: whether any row may want drafts behind it."""
         slots = [row.slot for row in rows]
@@ -161,7 +171,6 @@ class Diffs:
         self.layout = layout
         self.flags = [0] * layout.slots
         self._filled = [[0] * layout.slots for _ in range(layout.groups)]
-        self._no_blocks: list[list[int]] = [[] for _ in range(layout.groups)]
         self._allowed: dict[int, npt.NDArray[np.uint8]] = {}  # by allowed_token_ids of the slot
         self._tables = [layout.offset(slot, "tables") for slot in range(layout.slots)]
 
@@ -213,13 +222,16 @@ class Diffs:
             runs.append((where, array("i", (self.flags[slot],))))
         return runs
 
-    def blocks(self, rows: Sequence[Row]) -> list[Run]:
-        """The runs of the blocks that are new in a step."""
+    def blocks(self, rows: Sequence[Row], decoding: Decoding | None = None) -> list[Run]:
+        """The runs of the blocks that are new in a step, beside those of requests that enter."""
+        grown = [(row.slot, row.new_blocks) for row in rows if row.new_blocks]
+        if decoding is not None:
+            grown += [(decoding.slots[i], blocks) for i, blocks in decoding.new_blocks.items()]
         runs: list[Run] = []
-        for row in [row for row in rows if row.new_blocks != self._no_blocks]:
-            for group, blocks in enumerate(row.new_blocks):
+        for slot, new_blocks in grown:
+            for group, blocks in enumerate(new_blocks):
                 if blocks:
-                    self._extend(runs, group, row.slot, blocks)
+                    self._extend(runs, group, slot, blocks)
         return runs
 
     def drafts(self, rows: Columns) -> list[Run]:
@@ -245,6 +257,11 @@ class Diffs:
                 "i", (rows.slots[i], rows.starts[i] + behind, 1, flags)
             )
         return self.layout.rows_offset, values
+
+    def next_rows(self, run: Run, rows: Columns) -> Run:
+        """What `rows` gave of a plain step, for the one after it of the same slots."""
+        run[1][1 : 4 * len(rows.slots) : 4] = array("i", rows.starts)
+        return run
 
     def whole_rows(self, rows: Columns, size: int, first: int) -> Run:
         """The run that sets `size` of DeviceState.rows from the `first` on: a row of the step in

@@ -30,6 +30,7 @@ from quire.step import (
     TokenLogprobs,
     draft_tokens,
     sure_tokens,
+    written_out,
 )
 
 
@@ -128,6 +129,7 @@ class EagerRunner:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> EagerPending:
         """Compute a step; where a row is gated, all but sampling."""
+        batch = written_out(batch)
         self.slots.apply(batch)
         rows = batch.rows
         results = [RowResult(tokens=[]) for _ in rows]

@@ -120,7 +120,7 @@ class DevicePending:
         tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
         special = self.wanted or self.prompts or self.drafted or self.rows.drafts
         if self.rows.decode and not (any(status) or special):
-            return Result(self.step, [RowResult([token]) for token in tokens])
+            return Result(self.step, [], tokens)
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
         chosen = Chosen(outputs, tokens, status, self.wanted)
         for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):

@@ -1,8 +1,9 @@
 """The tiers of one engine in a row: DRAM first, cold tiers below it.
 
-Pages come down from the device into DRAM, and from there are written to every cold tier behind the
-engine's back. They come up from a cold tier into DRAM, where the device takes them. A page is
-written to no tier that has it, and read once for all who want it.
+Pages come down from the device into DRAM, and from there are written to the cold tiers behind the
+engine's back; of tiers that hand on what they evict only to the first, as the next one takes what
+leaves it. They come up from a cold tier into DRAM, where the device takes them, and from there go
+to the first again. A page is written to no tier that has it, and read once for all who want it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 from quire.tiers.cold import ColdTier
 from quire.tiers.counts import Rate, TierStats
@@ -26,15 +29,18 @@ MOST_FORGOTTEN = 100_000
 class Level:
     """A cold tier as the chain sees it. `rate`: bytes a second that a request gets from it. `late`:
     lookups that were given up and not answered since; meanwhile it is not asked again, so a tier
-    that hangs delays few requests."""
+    that hangs delays few requests. `above`: the tier whose evicted pages it takes."""
 
     def __init__(self, threads: TierThreads, rate: float):
+        self.above: Level | None = None
         self.threads = threads
         self.name = threads.tier.name
         self.rate = Rate(rate)
         self.loads = Fuse(f"loading from tier {self.name}")
         self.stores = Fuse(f"storing in tier {self.name}")
         self.behind: OrderedDict[bytes, None] = OrderedDict()  # pages in DRAM to write here
+        # What its threads are to do besides, once their queue has room: a page in doubt must go.
+        self.jobs: deque[tuple[str, Callable[[ColdTier], object]]] = deque(maxlen=MOST_FORGOTTEN)
         self.stats = TierStats(self.name)
         self.late = 0
 
@@ -53,15 +59,37 @@ class Chain:
         """`cold`: tiers with the bytes a second they are thought to give."""
         self.dram = dram
         self.stats = TierStats(DRAM)
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._news = threading.Event()
         self.levels = [
             Level(TierThreads(number, tier, self._finish), rate)
             for number, (tier, rate) in enumerate(cold)
         ]
+        self._chain_levels()
         self._reading = 0  # lookups and loads under way
         self._writing = [0] * len(dram.slab.slots)  # pages by pool
-        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+        self._most_behind = sum(dram.slab.slots)
+
+    def _chain_levels(self) -> None:
+        """Let each tier that can hand on what it evicts do so to the next of these."""
+        chained = [level for level in self.levels if level.threads.tier.hands_on]
+        for above, below in pairwise(chained):
+            below.above = above
+            above.threads.tier.evicted = partial(self._evicted, below)
+
+    def _evicted(self, below: Level, identity: bytes, page: memoryview | None) -> None:
+        """On a tier's thread: it has deleted a page for room."""
+        if self.is_forgotten(identity):
+            return
+        taken = False
+        if page is not None and below.stores.closed:
+            taken = below.threads.take(identity, page, self._is_wanted)
+        if not taken:
+            self._finish(Outcome(below.threads.number, "take", identity, error="dropped"))
+
+    def _is_wanted(self, identity: bytes) -> bool:
+        return not self.is_forgotten(identity)
 
     def _finish(self, outcome: Outcome) -> None:
         """On a tier's thread."""
@@ -77,7 +105,7 @@ class Chain:
     def writing(self) -> bool:
         """Whether pages wait to be written or are being written."""
         return any(self._writing) or any(
-            level.behind and level.stores.closed for level in self.levels
+            level.jobs or (level.behind and level.stores.closed) for level in self.levels
         )
 
     def wait(self, seconds: float) -> None:
@@ -121,19 +149,24 @@ class Chain:
         if identity not in self.dram:  # dropped meanwhile
             return
         self._forgotten.pop(identity, None)
-        for level in self.levels:
-            self._write_behind(level, identity)
+        self._write_behind(self.levels, identity)
 
-    def _write_behind(self, level: Level, identity: bytes) -> None:
-        level.behind[identity] = None
-        if len(level.behind) > sum(self.dram.slab.slots):
-            level.behind.popitem(last=False)
-            level.stats.dropped += 1
+    def _write_behind(self, levels: Sequence[Level], identity: bytes) -> None:
+        """Have a page written to those of the tiers that do not take it from another."""
+        for level in levels:
+            if level.above is not None and level.above.stores.closed:
+                continue
+            level.behind[identity] = None
+            if len(level.behind) > self._most_behind:
+                level.behind.popitem(last=False)
+                level.stats.dropped += 1
 
     def write(self) -> None:
         """Hand pages to the cold tiers' writers, as far as their queues take them. Pages being
         written cannot leave DRAM, so they are never more than half of it."""
         for level in self.levels:
+            while level.jobs and level.threads.other(*level.jobs[0]):
+                level.jobs.popleft()
             while level.behind and level.stores.closed:
                 identity = next(iter(level.behind))
                 entry = self.dram.get(identity)
@@ -154,7 +187,7 @@ class Chain:
         self.dram.drop(identity)
         for level in self.levels:
             level.behind.pop(identity, None)
-            level.threads.other("forget", lambda tier: tier.forget(identity))
+            level.jobs.append(("forget", lambda tier: tier.forget(identity)))
         if self.levels:
             self._forgotten[identity] = None
             if len(self._forgotten) > MOST_FORGOTTEN:
@@ -165,7 +198,7 @@ class Chain:
         self.dram.clear()
         for level in self.levels:
             level.behind.clear()
-            level.threads.other("clear", lambda tier: tier.clear())
+            level.jobs.append(("clear", lambda tier: tier.clear()))
 
     # -- what the threads have done --------------------------------------------------------------
 
@@ -199,13 +232,14 @@ class Chain:
             self.dram.fail(identity)
             return
         self.dram.fill(identity)
-        for level in self.levels[: outcome.tier]:
-            self._write_behind(level, identity)
+        self._write_behind(self.levels[: outcome.tier], identity)
 
     def _count(self, level: Level, outcome: Outcome) -> None:
         stats, seconds = level.stats, outcome.ended - outcome.begun
-        fuse = level.stores if outcome.kind in ("store", "other") else level.loads
-        if outcome.error and outcome.error != "missing":
+        fuse = level.loads if outcome.kind in ("lookup", "load") else level.stores
+        if outcome.error == "dropped":
+            stats.dropped += 1
+        elif outcome.error and outcome.error != "missing":
             stats.error(outcome.error)
         if outcome.fault:
             fuse.fault(outcome.error, f"{outcome.kind} failed")
@@ -216,7 +250,7 @@ class Chain:
             fuse.good()
             stats.loaded_bytes += outcome.size
             stats.load_seconds += seconds
-        elif outcome.kind == "store" and outcome.wrote:
+        elif outcome.kind in ("store", "take") and outcome.wrote:
             fuse.good()
             stats.stored_bytes += outcome.size
             stats.store_seconds += seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -18,6 +18,10 @@ class Damaged(Exception):
         self.kind = kind
 
 
+# Takes the identity of a page that was deleted for room, and the page; None: it could not be read.
+Evicted = Callable[[bytes, memoryview | None], None]
+
+
 class ColdTier(Protocol):
     """All methods may block and run on a tier's worker threads, several at a time; `used` and
     `evictions` return at once. What they raise besides Missing and Damaged (OSError first of all)
@@ -26,6 +30,9 @@ class ColdTier(Protocol):
 
     name: str
     capacity: int  # bytes; 0: not known here
+    # Whether it can hand on what it deletes for room: `evicted` is called with each such page.
+    hands_on: bool
+    evicted: Evicted | None
 
     def start(self) -> None:
         """Get ready: index what is there, sweep what an earlier process has left."""

@@ -107,8 +107,11 @@ class DramTier:
         entry = self._entries[identity]
         entry.pins -= 1
         assert entry.pins >= 0, "unpinned more often than pinned"
-        if entry.doomed and entry.pins == 0:
-            self._remove(identity)
+        if entry.pins == 0:
+            if entry.doomed:
+                self._remove(identity)
+            else:
+                self._policies[entry.pool].release(identity)
 
     def drop(self, identity: bytes) -> None:
         """Forget a page, once nothing pins it. It is not found any more."""

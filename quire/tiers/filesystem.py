@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from quire.tiers.block_file import HEADER_BYTES, PageHeader
-from quire.tiers.cold import Damaged, Missing
+from quire.tiers.cold import Damaged, Evicted, Missing
 from quire.tiers.directory import TierDirectory
 
 SUFFIX = ".v1"  # files of another format version have other names, and are left alone
@@ -30,6 +30,9 @@ class FileTier:
     """`capacity` bounds the bytes of all files; files used longest ago go first. An index of names
     saves asking the disk for what was seen; a name in it may have been deleted by another process,
     and one that is missing may have been written by one."""
+
+    hands_on = True
+    evicted: Evicted | None = None
 
     def __init__(
         self,
@@ -156,6 +159,15 @@ class FileTier:
     def _name(self, identity: bytes) -> str:
         return f"{self._prefix}-{identity.hex()}{SUFFIX}"
 
+    def _identity(self, name: str) -> bytes | None:
+        """The page of this model that a file's name stands for."""
+        stem = name.removeprefix(f"{self._prefix}-").removesuffix(SUFFIX)
+        try:
+            identity = bytes.fromhex(stem)
+        except ValueError:
+            return None
+        return identity if self._name(identity) == name else None
+
     # -- index and room --------------------------------------------------------------------------
 
     def _learn(self, name: str, size: int) -> None:
@@ -185,18 +197,33 @@ class FileTier:
 
     def _make_room(self, size: int) -> None:
         """Delete the files used longest ago until `size` more bytes are within the bound."""
+        if size > self.capacity:
+            raise OSError(errno.EFBIG, "a page is larger than the tier")
         if self._used + size > self.capacity or self._scan_is_due():
             with self._scanning:
                 if self._scan_is_due():
                     self._scan()
                 bound = self.capacity
-                if self._used + size > bound:
+                # What is handed on leaves as fast as what comes, so that a tier below keeps up.
+                if self._used + size > bound and self.evicted is None:
                     bound -= int(SLACK * bound)
                 while self._used + size > bound and self._index:
-                    self._delete(next(iter(self._index)))
-                    self._evictions += 1
-        if size > self.capacity:
-            raise OSError(errno.EFBIG, "a page is larger than the tier")
+                    self._evict(next(iter(self._index)))
+
+    def _evict(self, name: str) -> None:
+        """Delete a file for room; a page of this model is handed on."""
+        identity = self._identity(name) if self.evicted is not None else None
+        page: memoryview | None = None
+        if identity is not None:
+            page = memoryview(bytearray(max(0, self._index.get(name, 0) - HEADER_BYTES)))
+            try:
+                self._read(name, identity, page)
+            except (OSError, Damaged):
+                page = None
+        self._delete(name)
+        self._evictions += 1
+        if self.evicted is not None and identity is not None:
+            self.evicted(identity, page)
 
     def _scan_is_due(self) -> bool:
         return time.monotonic() - self._scanned >= RESCAN_SECONDS

@@ -22,7 +22,7 @@ import torch
 from quire.config.sizes import parse_size
 from quire.errors import UsageError
 from quire.tiers.block_file import HEADER_BYTES, PageHeader
-from quire.tiers.cold import Damaged, Missing
+from quire.tiers.cold import Damaged, Evicted, Missing
 from quire.tiers.directory import read_secret
 
 # Return codes of Mooncake (mooncake-store/include/types.h).
@@ -85,6 +85,8 @@ class MooncakeTier:
 
     name = "mooncake"
     capacity, used, evictions = 0, 0, 0  # the store's own business
+    hands_on = False
+    evicted: Evicted | None = None
 
     def __init__(self, path: str, fingerprint: bytes, largest: int, workers: int = 8):
         self._config = read_config(path)

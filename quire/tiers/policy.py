@@ -24,26 +24,75 @@ class Policy(Protocol):
     def evict(self, evictable: Evictable) -> bytes | None:
         """Choose the first key that may go, and let it go; None where none may."""
 
+    def release(self, key: bytes) -> None:
+        """A key that `evictable` may have refused could go now."""
+
     def __len__(self) -> int: ...
+
+
+class Keys:
+    """Keys, the one used longest ago first. One that may not go when its turn comes is set aside
+    until it is released: a writer that is behind holds just the oldest, and they would be looked at
+    for every key that leaves."""
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._aside: set[bytes] = set()
+
+    def append(self, key: bytes) -> None:
+        """A key that is not among them becomes the last."""
+        self._keys[key] = None
+
+    def remove(self, key: bytes) -> None:
+        if key in self._aside:
+            self._aside.remove(key)
+        else:
+            del self._keys[key]
+
+    def take(self, evictable: Evictable) -> bytes | None:
+        """Remove the first that may go."""
+        while self._keys:
+            key, _ = self._keys.popitem(last=False)
+            if evictable(key):
+                return key
+            self._aside.add(key)
+        return None
+
+    def release(self, key: bytes) -> None:
+        """Where the key was set aside, it is the first again."""
+        if key in self._aside:
+            self._aside.remove(key)
+            self._keys[key] = None
+            self._keys.move_to_end(key, last=False)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys or key in self._aside
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._aside)
 
 
 class Lru:
     """The key used longest ago leaves first."""
 
     def __init__(self, capacity: int):
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._keys = Keys()
 
     def insert(self, key: bytes) -> None:
-        self._keys[key] = None
+        self._keys.append(key)
 
     def touch(self, key: bytes) -> None:
-        self._keys.move_to_end(key)
+        self._keys.remove(key)
+        self._keys.append(key)
 
     def remove(self, key: bytes) -> None:
-        del self._keys[key]
+        self._keys.remove(key)
 
     def evict(self, evictable: Evictable) -> bytes | None:
-        return _evict_oldest(self._keys, evictable)
+        return self._keys.take(evictable)
+
+    def release(self, key: bytes) -> None:
+        self._keys.release(key)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -56,8 +105,8 @@ class Arc:
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._once: OrderedDict[bytes, None] = OrderedDict()  # T1
-        self._often: OrderedDict[bytes, None] = OrderedDict()  # T2
+        self._once = Keys()  # T1
+        self._often = Keys()  # T2
         self._once_ghosts: OrderedDict[bytes, None] = OrderedDict()  # B1
         self._often_ghosts: OrderedDict[bytes, None] = OrderedDict()  # B2
         self._target = 0.0  # of T1's size: p in the paper
@@ -67,24 +116,24 @@ class Arc:
         if key in self._once_ghosts:
             self._target = min(self._capacity, self._target + max(1.0, often / once))
             del self._once_ghosts[key]
-            self._often[key] = None
+            self._often.append(key)
         elif key in self._often_ghosts:
             self._target = max(0.0, self._target - max(1.0, once / often))
             del self._often_ghosts[key]
-            self._often[key] = None
+            self._often.append(key)
         else:
-            self._once[key] = None
+            self._once.append(key)
         self._forget_ghosts()
 
     def touch(self, key: bytes) -> None:
-        if key in self._once:
-            del self._once[key]
-            self._often[key] = None
-        else:
-            self._often.move_to_end(key)
+        self.remove(key)
+        self._often.append(key)
 
     def remove(self, key: bytes) -> None:
-        del (self._once if key in self._once else self._often)[key]
+        (self._once if key in self._once else self._often).remove(key)
+
+    def release(self, key: bytes) -> None:
+        (self._once if key in self._once else self._often).release(key)
 
     def evict(self, evictable: Evictable) -> bytes | None:
         first = (self._once, self._once_ghosts)
@@ -92,7 +141,7 @@ class Arc:
         if len(self._once) <= self._target and self._often:
             first, second = second, first
         for resident, ghosts in (first, second):
-            key = _evict_oldest(resident, evictable)
+            key = resident.take(evictable)
             if key is not None:
                 ghosts[key] = None
                 self._forget_ghosts()
@@ -114,10 +163,3 @@ class Arc:
 
 
 POLICIES: dict[str, type[Lru] | type[Arc]] = {"lru": Lru, "arc": Arc}
-
-
-def _evict_oldest(keys: OrderedDict[bytes, None], evictable: Evictable) -> bytes | None:
-    found = next((key for key in keys if evictable(key)), None)
-    if found is not None:
-        del keys[found]
-    return found

@@ -41,7 +41,8 @@ class Asked:
 
 @dataclass
 class Outcome:
-    """What became of a job. `kind`: lookup, load, store, other. `error`: empty, or a kind of error;
+    """What became of a job. `kind`: lookup, load, store, take (of what the tier above evicts),
+    other. `error`: empty, or a kind of error;
     `fault`: it was the tier's, not the page's."""
 
     tier: int
@@ -102,7 +103,7 @@ class TierThreads:
         limit: int = 64,
     ):
         self.tier = tier
-        self._number, self._finish = number, finish
+        self.number, self._finish = number, finish
         self._reads: queue.Queue[_Job] = queue.Queue(limit)
         self._writes: queue.Queue[_Job] = queue.Queue(limit)
         self._ended = threading.Event()
@@ -119,7 +120,7 @@ class TierThreads:
         def run(outcome: Outcome) -> None:
             outcome.found = answer(self.tier, asked)
 
-        return self._put(self._reads, Outcome(self._number, "lookup", ticket), run)
+        return self._put(self._reads, Outcome(self.number, "lookup", ticket), run)
 
     def load(self, identity: bytes, into: memoryview) -> bool:
         """Read a page. False: the queue is full."""
@@ -127,7 +128,7 @@ class TierThreads:
         def run(outcome: Outcome) -> None:
             self.tier.load(identity, into)
 
-        outcome = Outcome(self._number, "load", identity, size=len(into))
+        outcome = Outcome(self.number, "load", identity, size=len(into))
         return self._put(self._reads, outcome, run)
 
     def store(self, identity: bytes, page: memoryview) -> bool:
@@ -136,12 +137,22 @@ class TierThreads:
         def run(outcome: Outcome) -> None:
             outcome.wrote = self.tier.store(identity, page)
 
-        outcome = Outcome(self._number, "store", identity, size=len(page))
+        outcome = Outcome(self.number, "store", identity, size=len(page))
+        return self._put(self._writes, outcome, run)
+
+    def take(self, identity: bytes, page: memoryview, wanted: Callable[[bytes], bool]) -> bool:
+        """Write a page that the tier above has evicted, unless nobody wants it by then. Called on
+        that tier's threads. False: the queue is full."""
+
+        def run(outcome: Outcome) -> None:
+            outcome.wrote = wanted(identity) and self.tier.store(identity, page)
+
+        outcome = Outcome(self.number, "take", identity, size=len(page))
         return self._put(self._writes, outcome, run)
 
     def other(self, ticket: Any, run: Callable[[ColdTier], object]) -> bool:
         """Do something else with the tier, behind the writes. False: the queue is full."""
-        outcome = Outcome(self._number, "other", ticket)
+        outcome = Outcome(self.number, "other", ticket)
         return self._put(self._writes, outcome, lambda _: self._run(run))
 
     @property

@@ -24,7 +24,12 @@ def test_it_measures_each_way_back_conversations_and_steady_load(
     assert row["sources"]["device"] == {"device": 48}
     assert set(row["sources"]["dram"]) <= {"dram"} and set(row["sources"]["below"]) <= {"fs"}
     talk = record["results"]["conversations"]
-    assert set(talk["off"]["cached_tokens"]) <= {"device"}
+    assert set(talk["off"]["cached_tokens"]) <= {"device"} and talk["order"] == "random"
+    for name in ("off", "lru", "arc"):
+        assert talk[name]["turns"] == 2 * talk["count"]
+        assert sum(part["turns"] for part in talk[name]["by_source"].values()) == 2 * talk["count"]
+    asked = [sum(talk[name]["pages"]["dram"].values()) for name in ("off", "lru", "arc")]
+    assert asked[0] == 0 < min(asked[1:])
     assert record["results"]["steady"]["tokens_s_on"] > 0
 
 
@@ -33,6 +38,8 @@ def test_without_tiers_or_with_too_long_prompts_it_says_so(
 ) -> None:
     ran = quire("bench", "tiers", ids_model, *IDS)
     assert ran.code == 2 and "--kv-tiers" in ran.err
+    ran = quire("bench", "tiers", ids_model, *IDS, "--returns", "sorted")
+    assert ran.code == 2 and "--returns" in ran.err and "cyclic" in ran.err
     argv = ["--kv-tiers", "dram:4MiB", "--lengths", "100000"]
     ran = quire("bench", "tiers", ids_model, *IDS, *argv)
     assert ran.code == 2 and "--lengths" in ran.err

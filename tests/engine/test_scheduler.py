@@ -38,7 +38,16 @@ from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.params import SamplingParams
-from quire.step import DEVICE_TOKEN, FORBIDDEN_ERROR, Batch, Result, Row, RowResult, mask_of
+from quire.step import (
+    DEVICE_TOKEN,
+    FORBIDDEN_ERROR,
+    Batch,
+    Result,
+    Row,
+    RowResult,
+    mask_of,
+    written_out,
+)
 
 ERROR = QuireError("step_failed", "the step raised")
 MODEL_LEN = 96
@@ -328,7 +337,7 @@ class Driver:
         """A step raised: those after it never ran, and the engine does not know which it was."""
         self.faults += 1
         steps = [batch.step for batch, _ in self.pending]
-        requests = {r for step in steps for r, _ in self.scheduler._inflight[step]}
+        requests = {r for step in steps for r, _ in self.scheduler._inflight[step].rows()}
         if len(requests) == 1:
             self.asked[requests.pop().request_id].may_fail = True
         self.pending.clear()
@@ -656,7 +665,7 @@ def plain(groups: list[KVGroup] | None = None, blocks: int = 100, **options: int
 
 
 def ids(driver: Driver, batch: Batch) -> list[str]:
-    return [r.request_id for r, _ in driver.scheduler._inflight[batch.step]]
+    return [r.request_id for r, _ in driver.scheduler._inflight[batch.step].rows()]
 
 
 FOREVER = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -669,7 +678,7 @@ def test_a_prompt_is_cut_by_the_budget_and_sampled_at_its_end() -> None:
     for _ in range(4):
         batch = driver.scheduler.schedule()
         assert batch is not None
-        rows += batch.rows
+        rows += written_out(batch).rows
         driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
     assert [(r.start, len(r.tokens), r.sample) for r in rows] == [
         (0, 20, False),
@@ -684,8 +693,11 @@ def test_running_ahead_sends_the_device_token_and_stops_at_max_tokens() -> None:
     driver.add(BASES[0][:4], SamplingParams(max_tokens=2, ignore_eos=True))
     first, second = driver.scheduler.schedule(), driver.scheduler.schedule()
     assert first is not None and second is not None
-    assert first.rows[0].tokens == BASES[0][:4]
-    assert (second.rows[0].start, second.rows[0].tokens) == (4, [DEVICE_TOKEN])
+    assert written_out(first).rows[0].tokens == BASES[0][:4]
+    assert (written_out(second).rows[0].start, written_out(second).rows[0].tokens) == (
+        4,
+        [DEVICE_TOKEN],
+    )
     assert driver.scheduler.schedule() is None, "two samples are on their way"
 
 
@@ -703,7 +715,9 @@ def test_decoding_comes_before_prompts_so_that_nobody_waits_for_a_long_one() -> 
     driver._deliver(driver.scheduler.commit(driver.runner.submit(batch)))
     batch = driver.scheduler.schedule()
     assert batch is not None
-    assert [(i, len(r.tokens)) for i, r in zip(ids(driver, batch), batch.rows, strict=True)] == [
+    assert [
+        (i, len(r.tokens)) for i, r in zip(ids(driver, batch), written_out(batch).rows, strict=True)
+    ] == [
         ("r0", 1),
         ("r1", 1),
         ("r2", 6),
@@ -947,7 +961,7 @@ def test_a_request_alone_in_a_later_step_is_not_blamed_for_an_earlier_one() -> N
     driver.add(BASES[1][:8], SamplingParams(max_tokens=4))
     driver.fault, driver.late = True, True
     assert driver.schedule() and driver.schedule()
-    assert [len(batch.rows) for batch, _ in driver.pending] == [2, 1]
+    assert [batch.num_rows for batch, _ in driver.pending] == [2, 1]
     driver.drain()
     assert all(a.end and a.end.finish_reason != "error" for a in driver.asked.values())
 
@@ -1068,14 +1082,14 @@ def test_steps_without_gated_rows_do_not_wait() -> None:
     assert masks == {0: mask_of(range(0, VOCAB, 2), VOCAB)}, "nothing before it is in flight"
     assert not driver.scheduler.is_gated(batch.step)
     second = driver.scheduler.schedule()
-    assert second is not None and second.rows[0].gated
+    assert second is not None and [row.gated for row in written_out(second).rows] == [False, True]
     assert driver.scheduler.masks(second.step) is None, "its token is not known"
     held = driver.runner.submit(batch)
     assert isinstance(held, Held)
     driver._deliver(driver.scheduler.commit(held.open(masks)))
-    assert driver.scheduler.masks(second.step) == {0: mask_of(range(1, VOCAB, 2), VOCAB)}
+    assert driver.scheduler.masks(second.step) == {1: mask_of(range(1, VOCAB, 2), VOCAB)}
     third = driver.scheduler.schedule()  # the gated request has all its tokens under way
-    assert third is not None and [row.gated for row in third.rows] == [False]
+    assert third is not None and [row.gated for row in written_out(third).rows] == [False]
     assert driver.scheduler.masks(third.step) == {}
 
 

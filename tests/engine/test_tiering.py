@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 from mock_runner import VOCAB
 from test_scheduler import BASES, LAYOUTS, MODEL_LEN, least_blocks, random_operation
-from tiered import FlakyTier, TieredDriver
+from tiered import PAGE_BYTES, FlakyTier, TieredDriver
 
 from quire.engine import tiering, visits
 from quire.params import SamplingParams
@@ -33,7 +33,10 @@ def random_tiered(rng: random.Random, faults: float) -> TieredDriver:
         budget=budget,
         slots=rng.choice([1, 2, 4]),
         rng=rng,
-        tiers=[FlakyTier(random.Random(rng.random()), faults) for _ in range(count)],
+        tiers=[
+            FlakyTier(random.Random(rng.random()), faults, rng.choice([4, 15, 10**9]))
+            for _ in range(count)
+        ],
         dram_slots=rng.choice([3, 8, 20, 60]),
         policy=rng.choice(["lru", "arc"]),
     )
@@ -158,6 +161,22 @@ def test_a_prompt_comes_back_from_the_device_from_dram_and_from_below() -> None:
         assert driver.runner.tokens_computed == computed + 2
 
 
+def test_what_a_tier_evicts_comes_back_from_the_next() -> None:
+    upper, lower = FlakyTier(random.Random(0), most=6), FlakyTier(random.Random(0))
+    upper.name, lower.name = "upper", "lower"
+    with closing(plain(tiers=[upper, lower], dram_slots=8)) as driver:
+        cached(driver, prompt(1))
+        driver.settle()
+        assert len(upper.pages) == 3 and not lower.pages, "one copy of a page is enough"
+        flood(driver, 10, 4)
+        driver.settle()
+        assert cached(driver, prompt(1)) == {"lower": 48}
+        driver.settle()
+        first, second = driver.tiering.stats()[1:]
+        assert first.evictions >= 9 and second.stored_bytes >= 9 * PAGE_BYTES
+        assert not second.dropped
+
+
 def test_a_preempted_request_finds_its_own_blocks_in_the_tiers() -> None:
     with closing(plain(pool_blocks=[7], slots=2, dram_slots=50)) as driver:
         for base in BASES[:2]:
@@ -236,6 +255,22 @@ def test_loading_that_would_take_longer_than_computing_is_left_out() -> None:
         flood(driver, 12, 4)
         driver.tiering.chain.levels[0].rate.observe(1e12, 1.0)
         assert cached(driver, prompt(1)) == {"flaky": 48}
+
+
+def test_a_suspect_does_not_wait_for_what_was_loaded_for_others() -> None:
+    """It runs alone, so they would wait for it in turn."""
+    with closing(plain(slots=1, dram_slots=40)) as driver:
+        flood(driver, 1, 4)
+        driver.settle()
+        driver.kv.clear_cache()
+        loaded, suspect = (driver.add(prompt(seed), FOREVER) for seed in (1, 2))
+        first, second = driver.scheduler.requests.values()
+        while not driver.tiering.ready(first, 1):
+            driver.tiering.advance()
+        assert not driver.tiering.ready(second, 1), "there is one slot"
+        driver.scheduler._suspects.add(second)  # as if a step with it had raised
+        driver.drain()
+        assert suspect.tokens == suspect.ref.tokens and loaded.tokens == loaded.ref.tokens
 
 
 def test_two_requests_with_the_same_beginning_load_it_once() -> None:

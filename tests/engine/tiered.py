@@ -4,6 +4,7 @@ cold tier fails as it is told.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import struct
@@ -20,7 +21,7 @@ from quire.kv import BLOCK_SIZE, NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.step import Copies
 from quire.tiers.chain import Chain
-from quire.tiers.cold import ColdTier, Damaged, Missing
+from quire.tiers.cold import ColdTier, Damaged, Evicted, Missing
 from quire.tiers.dram import DramTier
 from quire.tiers.slab import HostSlab
 
@@ -90,13 +91,17 @@ class LateCopier:
 
 class FlakyTier:
     """Pages in a dictionary. `faults`: the part of calls that fail, each in a way of its own; what
-    comes back is always right or an exception, as the contract has it."""
+    comes back is always right or an exception, as the contract has it. `most`: pages it holds; it
+    hands on the oldest, or where it cannot read it says so."""
 
-    name, evictions = "flaky", 0
+    name, capacity = "flaky", 10**9
+    hands_on = True
 
-    def __init__(self, rng: random.Random, faults: float = 0.0, capacity: int = 10**9):
+    def __init__(self, rng: random.Random, faults: float = 0.0, most: int = 10**9):
         self.pages: dict[bytes, bytes] = {}
-        self.rng, self.faults, self.capacity = rng, faults, capacity
+        self.most, self.evictions = most, 0
+        self.evicted: Evicted | None = None
+        self.rng, self.faults = rng, faults
         self.delay = 0.0
         self.loads = 0
 
@@ -136,7 +141,18 @@ class FlakyTier:
         if identity in self.pages:
             return False
         self.pages[identity] = bytes(page)
+        while len(self.pages) > self.most:
+            self._evict()
         return True
+
+    def _evict(self) -> None:
+        with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # other writers evict too
+            oldest = next(iter(self.pages))
+            gone = self.pages.pop(oldest)
+            self.evictions += 1
+            if self.evicted is not None:
+                lost = self.rng.random() < self.faults
+                self.evicted(oldest, None if lost else memoryview(gone))
 
     def forget(self, identity: bytes) -> None:
         self._stumble()

@@ -19,7 +19,7 @@ from quire.kernels.reference.step.apply_runs import apply_runs
 from quire.params import SamplingParams
 from quire.runner.diffs import Columns, Diffs, unfit, variant
 from quire.runner.packets import PacketRing, Run
-from quire.step import Enter, Row, mask_of
+from quire.step import DEVICE_TOKEN, Batch, Decoding, Enter, Row, mask_of, written_out
 
 V = 70
 
@@ -265,3 +265,15 @@ def test_what_does_not_fit_a_slot_is_refused_in_words() -> None:
     ):
         with pytest.raises(ValueError, match="at most"):
             diffs.enter(enter(**fields))
+
+
+def test_plain_columns_are_those_of_the_rows_written_out() -> None:
+    batch = Batch(1, [], [], [], Decoding([4, 0, 2], [7, 31, 16], {2: [[9]]}))
+    rows = written_out(batch).rows
+    assert rows == [
+        Row(4, 7, [DEVICE_TOKEN], [], True),
+        Row(0, 31, [DEVICE_TOKEN], [], True),
+        Row(2, 16, [DEVICE_TOKEN], [[9]], True),
+    ]
+    assert batch.decoding is not None and batch.num_rows == batch.num_tokens == 3
+    assert Columns.plain(batch.decoding) == Columns.of(rows)

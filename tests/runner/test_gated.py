@@ -213,5 +213,5 @@ def test_a_gated_step_on_a_gpu_does_not_sample_before_it_is_open(write_model: Wr
     masks = core.scheduler.masks(batch.step)
     assert masks is not None
     pending.open(masks)
-    [row] = pending.result().rows
+    [row] = pending.result().written_out()
     assert pending.done() and row.tokens[0] % 2 == 0

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from quire.engine.startup import Engine
 from quire.engine.tiering import Tiering
 from quire.engine.wire import Add
 from quire.params import SamplingParams
-from quire.runner.device_pages import DevicePages
+from quire.runner import device_pages
+from quire.runner.device_pages import DevicePages, slot_runs
 from quire.runner.pages import CpuPages, pool_tensors
 from quire.step import Copies
 from quire.tiers.slab import HostSlab
@@ -88,6 +90,47 @@ def test_pages_come_back_to_other_blocks_as_they_were(
         assert torch.equal(tensor[[5, 6, 7]], old[[8, 1, 3]])
         assert (tensor[[0, 1, 2, 3, 4, 8]] == 7).all()
     assert torch.equal(pools[1][0][3], before[1][0][4])
+    pages.close()
+
+
+@pytest.mark.parametrize(
+    ("slots", "runs"),
+    [
+        ([5], [(5, 0, 1)]),
+        ([3, 4, 5, 9, 10], [(3, 0, 3), (9, 3, 2)]),
+        ([6, 7, 8, 9], [(6, 0, 2), (8, 2, 2)]),  # pinned in pieces of 8
+        ([0, 2, 4], [(0, 0, 1), (2, 1, 1), (4, 2, 1)]),
+    ],
+)
+def test_slots_that_follow_one_another_are_one_copy(
+    slots: list[int], runs: list[tuple[int, int, int]]
+) -> None:
+    assert list(slot_runs(np.array(slots), 8)) == runs
+
+
+def test_there_is_a_copy_for_each_range_of_slots_in_whatever_order_they_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pools = random_pools(torch.device("cpu"))
+    slab = HostSlab(page_bytes(pools), [12, 12])
+    pages = DevicePages(pools, slab)
+    before = [tensor.clone() for tensor in pools[0]]
+    copies: list[int] = []
+
+    def counted(slots: Any, chunk: int) -> list[tuple[int, int, int]]:
+        found = list(slot_runs(slots, chunk))
+        copies.append(len(found))
+        return found
+
+    monkeypatch.setattr(device_pages, "slot_runs", counted)
+    blocks, slots = [8, 2, 5, 1, 3, 7], [9, 1, 3, 10, 2, 6]  # ranges: 1 to 3, 6, 9 to 10
+    pages.copy(Copies(1, True, 0, blocks, slots))
+    for tensor in pools[0]:
+        tensor.fill_(7.0)
+    pages.copy(Copies(2, False, 0, blocks[::-1], slots[::-1]))
+    assert sorted(settled(pages, 2)) == [1, 2] and copies == [3, 3]
+    for tensor, old in zip(pools[0], before, strict=True):
+        assert torch.equal(tensor[blocks], old[blocks]) and (tensor[[0, 4, 6]] == 7).all()
     pages.close()
 
 

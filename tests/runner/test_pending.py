@@ -52,9 +52,9 @@ def test_a_decode_step_gives_a_token_or_an_error_to_each_row() -> None:
     ok, nan, forbidden = Status.OK, Status.NAN, Status.FORBIDDEN
     fine = pending(decode(2, 0, 1), outputs([4, 5, 6], [ok] * 3), [0, 0, 0])
     assert fine.result().step == 3
-    assert [row.tokens for row in fine.result().rows] == [[4], [5], [6]]
+    assert (fine.result().tokens, fine.result().rows) == ([4, 5, 6], [])
     rows = pending(decode(2, 0, 1), outputs([4, -1, -1], [ok, nan, forbidden]), [0, 1, 0])
-    assert rows.result().rows == [
+    assert rows.result().written_out() == [
         RowResult([4]),
         RowResult([], error=NAN_ERROR),
         RowResult([], error=FORBIDDEN_ERROR),
@@ -74,9 +74,9 @@ def test_a_spoiled_token_anywhere_in_a_row_is_its_error() -> None:
     for spoiled in range(8):
         row = [0, 0, 0, 1, 1, 2, 3, 3][spoiled]
         flags = [int(i == spoiled) for i in range(8)]
-        found = pending(rows, made, flags).result().rows
+        found = pending(rows, made, flags).result().written_out()
         assert found == [nan if i == row else want for i, want in enumerate(expected)]
-    assert pending(rows, made, [0] * 8).result().rows == expected
+    assert pending(rows, made, [0] * 8).result().written_out() == expected
 
 
 def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft() -> None:
@@ -95,11 +95,14 @@ def test_a_row_with_drafts_gives_what_stands_and_is_spoiled_by_no_refused_draft(
     for tokens, status, spoiled, expected in cases:
         flags = [int(i in spoiled) for i in range(5)]
         made = outputs([*tokens, 8], [*status, ok])
-        found = pending(rows, made, flags).result().rows
+        found = pending(rows, made, flags).result().written_out()
         want = RowResult([], error=NAN_ERROR) if expected is None else RowResult(expected)
         assert found == [want, RowResult([]), RowResult([8])], (tokens, spoiled)
         if not spoiled:  # where all decode, logits tell
-            assert pending([rows[0], rows[2]], made, flags).result().rows == [want, RowResult([8])]
+            assert pending([rows[0], rows[2]], made, flags).result().written_out() == [
+                want,
+                RowResult([8]),
+            ]
 
 
 def test_log_probabilities_come_with_the_rows_that_want_them() -> None:
@@ -130,6 +133,8 @@ def test_a_held_step_is_done_and_has_a_result_only_once_it_is_open() -> None:
     with pytest.raises(AssertionError, match="opened first"):
         step.result()
     step.open({0: b"mask"})
-    assert step.done() and given == [{0: b"mask"}] and step.result().rows == [RowResult([4])]
+    assert (
+        step.done() and given == [{0: b"mask"}] and step.result().written_out() == [RowResult([4])]
+    )
     with pytest.raises(AssertionError, match="open already"):
         step.open({})

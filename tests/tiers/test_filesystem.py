@@ -354,6 +354,35 @@ def test_the_files_used_longest_ago_make_room(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_a_page_larger_than_the_tier_drives_nothing_out(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "kv", capacity=2 * FILE)
+    tier.store(identity(1), page(1))
+    with pytest.raises(OSError, match="larger"):
+        tier.store(identity(2), page(2, 3 * PAGE))
+    assert tier.evictions == 0 and load(tier, 1) == page(1)
+    tier.close()
+
+
+def test_what_makes_room_is_handed_on_where_somebody_takes_it(tmp_path: Path) -> None:
+    other = open_tier(tmp_path / "kv", fingerprint=b"g" * 32)
+    other.store(identity(9), page(9))
+    other.close()
+    (tmp_path / "kv" / "blocks" / f"{PRINT[:8].hex()}-no.v1").write_bytes(b"x")
+    tier = open_tier(tmp_path / "kv", capacity=4 * FILE)
+    taken: list[tuple[bytes, memoryview | None]] = []
+    tier.evicted = lambda gone, what: taken.append((gone, what))
+    for number in range(3):
+        tier.store(identity(number), page(number))
+    assert taken == [], "other models' files make room first, and are nobody's here"
+    flip(HEADER_BYTES + 7)(file_of(tmp_path / "kv" / "blocks", 1))
+    for number in range(3, 7):
+        tier.store(identity(number), page(number))
+        assert tier.used <= 4 * FILE
+    assert taken == [(identity(0), page(0)), (identity(1), None), (identity(2), page(2))]
+    assert tier.used == 4 * FILE, "no more leaves than what comes needs"
+    tier.close()
+
+
 def test_the_index_is_rebuilt_with_the_order_of_use(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "kv")
     for number in (1, 2, 3):

@@ -60,9 +60,41 @@ def test_residents_are_those_inserted_and_not_evicted_or_removed(name: str) -> N
             victim = cache.policy.evict(lambda k, p=pinned: k != p)
             assert victim != pinned
             cache.resident -= {victim}
+            if pinned in cache.resident:
+                cache.policy.release(pinned)
     everything = {cache.policy.evict(lambda _: True) for _ in range(len(cache.policy))}
     assert everything == cache.resident
     assert cache.policy.evict(lambda _: True) is None
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_key_that_may_not_go_is_looked_at_once_and_is_the_first_again_when_it_may(
+    name: str,
+) -> None:
+    policy = POLICIES[name](100)
+    keys = [key(number) for number in range(100)]
+    for each in keys:
+        policy.insert(each)
+    pinned, asked = set(keys[:40]), list[bytes]()
+
+    def evictable(key: bytes) -> bool:
+        asked.append(key)
+        return key not in pinned
+
+    assert [policy.evict(evictable) for _ in range(20)] == keys[40:60]
+    assert len(asked) == 60 and len(policy) == 80
+    policy.release(keys[7])
+    pinned.remove(keys[7])
+    policy.remove(keys[8])
+    policy.release(keys[99])  # was never refused, and keeps its turn
+    assert [policy.evict(evictable) for _ in range(3)] == [keys[7], keys[60], keys[61]]
+    policy.touch(keys[9])  # used while it may not go: no longer the oldest
+    policy.release(keys[9])
+    pinned.clear()
+    for each in keys[:7] + keys[10:40]:
+        policy.release(each)
+    left = [policy.evict(evictable) for _ in range(len(policy))]
+    assert set(left) == set(keys) - {keys[7], keys[8], *keys[40:62]} and left[-1] == keys[9]
 
 
 def test_arc_remembers_no_more_than_twice_its_capacity() -> None:

@@ -24,6 +24,7 @@ class Pages:
     """A tier that has `there`, and counts what it is asked."""
 
     name, capacity, used, evictions = "pages", 0, 0, 0
+    hands_on, evicted = False, None
 
     def __init__(self, *there: int):
         self.there = {key(number) for number in there}

@@ -153,7 +153,7 @@ def test_groups_have_weights_of_their_own(
         close(layers[1](x.to(DEVICE, BF16)), layers[0](x))
 
 
-@pytest.mark.parametrize("quantise", [None, quantize_mxfp4], ids=str)
+@pytest.mark.parametrize("quantise", [None, quantize_mxfp4], ids=["bf16", "mxfp4"])
 def test_a_layer_behind_a_norm_clamps_too(quantise: Quantise | None) -> None:
     build = gpu()
     norm = RMSNorm(build, "n", 64, 1e-6)
@@ -172,7 +172,7 @@ def test_a_layer_behind_a_norm_clamps_too(quantise: Quantise | None) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("quantise", [None, quantize_mxfp4], ids=str)
+@pytest.mark.parametrize("quantise", [None, quantize_mxfp4], ids=["bf16", "mxfp4"])
 def test_results_in_float32_keep_more_than_the_models_dtype(
     quantise: Quantise | None, deterministic: bool
 ) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import MODELS, TOKENS, copies, random
 from quire.kernels.triton.activation.gated_activation import KINDS, gated_activation
 
@@ -32,6 +32,7 @@ def cases(name: str, t: int, i: int) -> list[Timed]:
 
 
 if __name__ == "__main__":
+    command(__doc__)
     for model in MODELS:
         for tokens in TOKENS:
             report(cases(model.name, tokens, model.intermediate))

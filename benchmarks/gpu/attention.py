@@ -7,13 +7,12 @@ python -m benchmarks.gpu.attention Qwen3-8B   # those with this in their name
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, copies, random
 from quire.kernels.reference.attention.fp8_cache import codes_and_scales, encode_heads, packed_width
 from quire.kernels.reference.packed import BLOCK
@@ -116,8 +115,9 @@ def case(model: Model, batch: Batch, deterministic: bool, fp8: bool) -> Timed:
 
 
 if __name__ == "__main__":
+    [wanted] = command(__doc__, model=[])
     for model in MODELS:
-        if sys.argv[1:] and sys.argv[1] not in model.name:
+        if wanted not in model.name:
             continue
         for deterministic in (False, True):
             for fp8 in (False, True):

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, TOKENS, copies, random
 from quire.kernels.compressed import Paged, StepTokens
 from quire.kernels.reference.compressed.entries import Entries, PackedIndex, PackedKeys
@@ -90,6 +90,7 @@ def compressing(
 
 
 if __name__ == "__main__":
+    command(__doc__)
     report([rotating(t, norm) for norm in (True, False) for t in TOKENS])
     report([inserting(t) for t in TOKENS])
     for layer in ((KEYS, 4, True), (PackedIndex(INDEX_SIZE), 4, True), (KEYS, 128, False)):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, MODELS, TOKENS, copies, random
 from quire.kernels.triton.embedding.embedding import embedding
 
@@ -28,6 +28,7 @@ def cases(name: str, t: int, table: torch.Tensor) -> list[Timed]:
 
 
 if __name__ == "__main__":
+    command(__doc__)
     for model in MODELS:
         table = random(model.vocab, model.hidden)
         for tokens in TOKENS:

@@ -11,7 +11,6 @@ and its time. A candidate that is wrong or cannot run is said so and left out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.harness import ceilings, microseconds
+from benchmarks.gpu.harness import ceilings, command, microseconds
 from benchmarks.gpu.shapes import DEVICE, copies, random
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.gemm import gemv, skinny, tall
@@ -293,4 +292,5 @@ def main(mode: str, wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "few", sys.argv[2] if len(sys.argv) > 2 else "")
+    mode, wanted = command(__doc__, mode=["few", "many", "norm"], shape=[])
+    main(mode or "few", wanted)

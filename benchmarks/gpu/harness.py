@@ -7,12 +7,15 @@ Each `benchmarks/gpu/<area>.py` builds Timed cases and prints them with `report`
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from quire.hardware.machine import find_gpu
 
 Work = Callable[[], object]
 
@@ -26,6 +29,26 @@ class Timed:
     runs: Sequence[Work]
     nbytes: float = 0.0
     flops: float = 0.0
+
+
+def command(about: str | None, **words: Sequence[str]) -> list[str]:
+    """The command line's words in their order, "" where one is left out; each is one of its
+    choices, or any text without. Ends the program on --help, and as `need_gpu` does."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, choices in words.items():
+        parser.add_argument(name, nargs="?", choices=choices or None)
+    given = parser.parse_args()
+    need_gpu(parser)
+    return [word or "" for word in vars(given).values()]
+
+
+def need_gpu(parser: argparse.ArgumentParser) -> None:
+    """End the program with exit code 1, and the reason, where there is no GPU."""
+    gpu, why = find_gpu()
+    if gpu is None:
+        parser.exit(1, f"error: these kernels are timed on a GPU\n  why: {why}\n")
 
 
 def microseconds(runs: Sequence[Work], repeats: int = 7) -> float:

@@ -6,13 +6,12 @@ python -m benchmarks.gpu.latent 128           # those of one number of heads
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import torch
 
 from benchmarks.gpu.attention import BATCHES, Batch, block_tables, describe
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, copies, random
 from quire.kernels.reference.packed import BLOCK
 from quire.kernels.triton.attention.latent_attention import latent_attention
@@ -68,8 +67,9 @@ def products(heads: int, tokens: int) -> list[Timed]:
 
 
 if __name__ == "__main__":
+    [wanted] = command(__doc__, heads=[str(heads) for heads in HEADS])
     for heads in HEADS:
-        if sys.argv[1:] and int(sys.argv[1]) != heads:
+        if wanted not in ("", str(heads)):
             continue
         for deterministic in (False, True):
             report([attention(heads, batch, deterministic) for batch in BATCHES])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.harness import Timed, Work, ceilings, microseconds, report
+from benchmarks.gpu.harness import Timed, Work, ceilings, microseconds, need_gpu, report
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.moe.align import Aligned, align
 from quire.kernels.triton.moe.combine import combine
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["stages", "sweep"], default="stages")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     arguments = parser.parse_args()
+    need_gpu(parser)
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
     if arguments.what == "sweep":

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.harness import ceilings, microseconds
+from benchmarks.gpu.harness import ceilings, microseconds, need_gpu
 from benchmarks.gpu.shapes import DEVICE, copies, random
 from quire.kernels.reference.quantized.experts import quantized_experts as reference_experts
 from quire.kernels.reference.quantized.quantize import dequantize_rows
@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=WHATS)
     parser.add_argument("formats", nargs="*", default=[])
     arguments = parser.parse_args()
+    need_gpu(parser)
     what, formats = arguments.what or "all", arguments.formats or list(FORMATS)
     torch.manual_seed(0)
     bandwidth, compute = ceilings()

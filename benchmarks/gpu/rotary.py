@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, MODELS, TOKENS, Model, copies, random
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, packed_width
 from quire.kernels.reference.packed import BLOCK
@@ -48,6 +48,7 @@ def case(model: Model, t: int, norms: bool, scattered: bool, fp8: bool) -> Timed
 
 
 if __name__ == "__main__":
+    command(__doc__)
     for model in MODELS:
         for tokens in TOKENS:
             norms = model.name.startswith("Qwen3")

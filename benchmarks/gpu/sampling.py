@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from quire.kernels.device_state import DeviceState, StepBuffers
 from quire.kernels.sampling import SampleOutputs, Scratch
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
@@ -89,6 +89,7 @@ def step_case(rows: int) -> Timed:
 
 
 def main() -> None:
+    command(__doc__)
     for rows in (1, 32, 256):
         report([step_case(rows)])
         for vocab_size in (49152, 151936):

@@ -9,14 +9,13 @@ operations, of causal pairs, against the MMAs.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from benchmarks.gpu.attention import block_tables
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, copies, random
 from quire.kernels.compressed import Paged, StepTokens
 from quire.kernels.reference.compressed.entries import Entries, PackedIndex, PackedKeys
@@ -155,7 +154,8 @@ def cases(model: Model, batch: Batch) -> list[Timed]:
 
 
 if __name__ == "__main__":
+    [wanted] = command(__doc__, model=[model.name for model in MODELS])
     for model in MODELS:
-        if model.name == (sys.argv[1:] or ["Flash"])[0]:
+        if model.name == (wanted or "Flash"):
             for batch in BATCHES:
                 report(cases(model, batch))

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.harness import Timed, report
+from benchmarks.gpu.harness import Timed, command, report
 from benchmarks.gpu.shapes import DEVICE, TOKENS, copies, random
 from quire.kernels.compressed import Mix, StreamWeights
 from quire.kernels.triton.streams.mix_streams import collapse_streams, mix_streams
@@ -52,6 +52,7 @@ def cases(name: str, tokens: int, hidden: int) -> list[Timed]:
 
 
 if __name__ == "__main__":
+    command(__doc__)
     for model, size in HIDDEN.items():
         for count in TOKENS:
             report(cases(model, count, size))

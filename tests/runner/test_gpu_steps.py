@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from benchmarks.gpu import steps as tool
 from benchmarks.gpu.trace import Event, split, summarize, table
@@ -76,6 +78,36 @@ def test_a_table_has_each_kernel_their_sum_and_the_gaps_in_columns() -> None:
     assert lines[1].split() == ["product", "2", "10.00", "20.0", "20.0", "74.1%"]
     assert lines[-2].split() == ["all", "kernels", "4", "26.0", "24.0", "88.9%"]
     assert lines[-1].split()[-2:] == ["3.0", "11.1%"]
+
+
+def test_a_trace_has_what_the_device_did_in_each_step_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a profiler that writes down what is submitted, and a call of the driver beside it."""
+    events: list[Any] = []
+
+    def record(name: str, device: DeviceType = DeviceType.CUDA) -> None:
+        at = SimpleNamespace(start=float(len(events)), end=len(events) + 0.5)
+        events.append(SimpleNamespace(name=name, device_type=device, time_range=at))
+
+    def submit(batch: Any) -> None:
+        record(f"step {batch.num_tokens}")
+        record("cudaGraphLaunch", DeviceType.CPU)
+
+    batches = iter(SimpleNamespace(num_rows=1, num_tokens=number) for number in range(100))
+    runner = SimpleNamespace(submit=submit)
+    scheduler = SimpleNamespace(schedule=lambda: next(batches), commit=lambda result: [])
+    core: Any = SimpleNamespace(scheduler=scheduler, runner=runner)
+    profiler = nullcontext(SimpleNamespace(events=lambda: list(reversed(events))))
+    monkeypatch.setattr(tool, "profile", lambda activities: profiler)
+    monkeypatch.setattr(tool.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(
+        tool.torch.cuda, "_sleep", lambda cycles: record("at::cuda::spin_kernel(long)")
+    )
+    found = tool.trace(core, lambda: core.runner.submit(core.scheduler.schedule()), 2)
+    first = tool.LEAD
+    assert [[e.name for e in step] for step in found] == [[f"step {first}"], [f"step {first + 1}"]]
+    assert runner.submit is submit
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,10 +48,15 @@ def test_bits_of_a_token_are_its_own(threads: int) -> None:
     try:
         given = logits(37, 4)
         scale, base = torch.tensor([1.0, 0.5, 0.7]), torch.linspace(-1, 1, 24)
-        whole = (*mixing(given, base, scale, 4, 1e-6, 20), *route_tokens(given, None, base, 6, 1.5))
+
+        def results(some: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tokens = torch.zeros(len(some), dtype=torch.int64)
+            mixed = mixing(some, base, scale, 4, 1e-6, 20)
+            return *mixed, *route_tokens(some, tokens, None, base, 6, 1.5)
+
+        whole = results(given)
         for t in range(37):
-            one = given[t : t + 1].clone()
-            parts = (*mixing(one, base, scale, 4, 1e-6, 20), *route_tokens(one, None, base, 6, 1.5))
+            parts = results(given[t : t + 1].clone())
             assert all(torch.equal(a[0], b[t]) for a, b in zip(parts, whole, strict=True))
     finally:
         torch.set_num_threads(before)
@@ -60,12 +65,15 @@ def test_bits_of_a_token_are_its_own(threads: int) -> None:
 def test_experts_are_chosen_by_score_and_bias_and_weighed_by_score_alone() -> None:
     given = torch.tensor([[0.0, 1.0, -30.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
     bias = torch.tensor([0.0, 0.0, 9.0, -9.0])
-    weights, ids = route_tokens(given, None, bias, 2, 1.5)
+    tokens = torch.tensor([1, 0])
+    weights, ids = route_tokens(given, tokens, None, bias, 2, 1.5)
     assert ids.tolist() == [[2, 1], [2, 0]]
     scores = torch.nn.functional.softplus(given.double()).sqrt().gather(1, ids)
     wanted = scores / scores.sum(-1, keepdim=True) * 1.5
     torch.testing.assert_close(weights.double(), wanted, rtol=1e-5, atol=1e-8)
     table = torch.tensor([[3, 0], [0, 1]])
-    weights, ids = route_tokens(given, table, None, 2, 1.5)
-    assert ids is table and torch.allclose(weights[1], torch.tensor([0.75, 0.75]))
-    assert route_tokens(torch.full((1, 4), -200.0), None, None, 2, 1.5)[0].isfinite().all()
+    weights, ids = route_tokens(given, tokens, table, None, 2, 1.5)
+    assert ids.tolist() == [[0, 1], [3, 0]]
+    assert torch.allclose(weights[1], torch.tensor([0.75, 0.75]))
+    low = route_tokens(torch.full((1, 4), -200.0), tokens[:1], None, None, 2, 1.5)
+    assert low[0].isfinite().all()

@@ -271,6 +271,12 @@ class StepBuffers:
             zeros(torch.int64, rows),
         )
 
+    @staticmethod
+    def nbytes(rows: int, tokens: int, groups: int, max_blocks: int) -> int:
+        """What `allocate` takes: of long contexts' block tables hundreds of megabytes."""
+        of_groups = groups * (4 * rows * max_blocks + 8 * tokens)
+        return 4 * (2 * rows + 1) + 8 * rows + 16 * tokens + of_groups
+
     def view(self, rows: int, tokens: int) -> StepBuffers:
         """The same memory, for a step of that many rows and tokens."""
         return StepBuffers(

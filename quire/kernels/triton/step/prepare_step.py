@@ -55,7 +55,7 @@ def prepare_step_kernel(
     let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0)
-    # A long row's tokens and blocks are shared by as many programs as the step has tiles.
+    # A long row's tokens and blocks are shared by several programs.
     begin = tl.program_id(1) * TILE
     step = tl.num_programs(1) * TILE
     # Each program adds up the counts before its row itself.
@@ -133,9 +133,11 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
     layout = state.layout
     num_rows, num_tokens = rows.shape[0], out.tokens.shape[0]
     tile = 512
+    # A long request's blocks are many even where a step has few tokens.
+    programs = max(1, triton.cdiv(num_tokens, tile), triton.cdiv(layout.max_blocks, 8 * tile))
     launch(
         prepare_step_kernel,
-        (num_rows + 1, max(1, triton.cdiv(num_tokens, tile))),
+        (num_rows + 1, programs),
         state.device,
         rows,
         state.scalars,

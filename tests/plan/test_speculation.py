@@ -126,9 +126,9 @@ def test_a_draft_models_graphs_and_state_are_planned_on_a_gpu() -> None:
     passes = len(made.mixed_graphs) + 2 * 4 * 6
     assert made.graph_bytes - ngram.graph_bytes > GRAPH_BYTES * passes
     # Hidden states and drafts of 4 rows; of each row of the steps that draft a block table, as both
-    # models' layers are one group, and three numbers; three of each of their tokens.
+    # models' layers are one group, and three numbers; four of each of their tokens.
     rows = 4 * (512 * 2 + 4 * 4) + 4 * (4 * 2561 + 2 * 4 + 8) + 4
-    assert made.state_bytes - ngram.state_bytes == rows + (2048 + 4) * 8 * 3
+    assert made.state_bytes - ngram.state_bytes == rows + (2048 + 4) * 8 * 4
     assert made.total_bytes <= made.kv_bytes + 140 * GIB * 0.9
     with pytest.raises(PlanError, match="head size 12"):
         resolve(options, facts[0], GPU_MACHINE, FOUND, draft=ModelFacts("s", small | HEADS, None))

@@ -112,6 +112,8 @@ def test_step_equals_the_eager_runners(
             assert (found.block_tables[g, i, needed:] == POISON).all()
     assert found.state_slots.tolist() == wanted.state_slots.tolist()
     assert (found.slots[:, total:] == -1).all() and not found.tokens[total:].any()
+    owners = [i for i, (_, _, count, _) in enumerate(rows) for _ in range(count)]
+    assert found.rows.tolist() == owners + [-1] * (tokens - total)
 
 
 def test_the_tokens_that_follow_have_the_places_of_those_before(device: torch.device) -> None:

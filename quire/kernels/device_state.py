@@ -241,7 +241,8 @@ class StepBuffers:
     `query_start` int32 [B + 1], `context_len` int32 [B], `tokens` and `positions` int64 [T],
     `block_tables` int32 [G, B, max_blocks], `slots` int64 [G, T]: block * tokens of a block +
     offset to write to, -1 for padding and for what is cached already. `state_slots` int64 [B]: the
-    slot of each row's request, -1 for padding.
+    slot of each row's request, -1 for padding. `rows` int64 [T]: the row that each token is of, -1
+    for padding.
     """
 
     query_start: torch.Tensor
@@ -251,6 +252,7 @@ class StepBuffers:
     block_tables: torch.Tensor
     slots: torch.Tensor
     state_slots: torch.Tensor
+    rows: torch.Tensor
 
     @classmethod
     def allocate(
@@ -269,7 +271,14 @@ class StepBuffers:
             zeros(torch.int32, groups, rows, max_blocks),
             zeros(torch.int64, groups, tokens),
             zeros(torch.int64, rows),
+            zeros(torch.int64, tokens),
         )
+
+    @staticmethod
+    def nbytes(rows: int, tokens: int, groups: int, max_blocks: int) -> int:
+        """What `allocate` takes: of long contexts' block tables hundreds of megabytes."""
+        of_groups = groups * (4 * rows * max_blocks + 8 * tokens)
+        return 4 * (2 * rows + 1) + 8 * rows + 24 * tokens + of_groups
 
     def view(self, rows: int, tokens: int) -> StepBuffers:
         """The same memory, for a step of that many rows and tokens."""
@@ -281,4 +290,5 @@ class StepBuffers:
             self.block_tables[:, :rows],
             self.slots[:, :tokens],
             self.state_slots[:rows],
+            self.rows[:tokens],
         )

@@ -22,10 +22,12 @@ class StepInputs:
 
     `query_start` int32 [B + 1]: where each request's tokens begin; `context_len` int32 [B]:
     its tokens in all after this step. `groups[g]` belongs to KV group g. `state_slots` int64 [B]:
-    the request slots, None where no layer keeps state of requests.
+    the request slots, None where no layer keeps state of requests. `rows` int64 [T]: the request
+    that each token belongs to, -1 for padding; None where the runner does not say.
     """
 
     query_start: torch.Tensor
     context_len: torch.Tensor
     groups: list[GroupInputs]
     state_slots: torch.Tensor | None = None
+    rows: torch.Tensor | None = None

@@ -68,6 +68,11 @@ def plan_draft_model(
     formats = held_formats(build, tensor_formats(draft, options), widened, choices)
     add = _on_gpu if place.device == "cuda" else _on_cpu
     activations, graphs, state = add(options, theirs, build, place, formats)
+    if place.device == "cuda":
+        longest = options.model.max_model_len or ours.max_len
+        groups = gpu.count_groups([*place.build.caches, *build.caches])
+        step = place.max_num_seqs, place.max_num_batched_tokens
+        state += gpu.drafter_buffers(*step, groups, longest)
     return DraftModel(
         sum_weights(build, formats),
         activations,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from quire.errors import PlanError
 from quire.formats.layout import BLOCK_FORMATS, is_quantized
 from quire.hardware.machine import Gpu, Machine
 from quire.kernels.dense import DenseWeights
-from quire.kernels.device_state import DeviceState
+from quire.kernels.device_state import DeviceState, StepBuffers
 from quire.kernels.sampling import Scratch as SamplingScratch
-from quire.layers.build import Build, Kernels
+from quire.kv import BLOCK_SIZE
+from quire.layers.build import Build, CacheLayer, Kernels
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
 from quire.models.registry import ModelConfig, read_config
@@ -125,9 +126,10 @@ def place(
     sequences = engine.max_num_seqs or (MAX_STATEFUL_SEQS if build.states else MAX_NUM_SEQS)
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
-    groups = len({(c.window, c.page, c.block_size) for c in build.caches})
+    groups = count_groups(build.caches)
     sampled = sampled_rows(engine, sequences, tokens)
-    decode, mixed = graph_sizes(tokens, sampled) if runner == "graph" else ((), ())
+    verifying = engine.speculation is not None
+    decode, mixed = graph_sizes(tokens, sampled, verifying) if runner == "graph" else ((), ())
     widest = 0 if deterministic else widened_bytes(build, formats)
     drafting = sum_weights(build, formats, own)
     mtp = engine.speculation if engine.mtp else None
@@ -146,11 +148,13 @@ def place(
         if runner == "graph"
         else 0,
         "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
+        + StepBuffers.nbytes(sampled, tokens, groups, most_blocks(longest))
         + SamplingScratch.nbytes(sampled, config.vocab_size)
         + memory.state_bytes(build, sequences)
         # What is handed from the forward pass to sampling.
         + (build.output or config.hidden) * tokens * itemsize
-        + (0 if mtp is None else _mtp_bytes(mtp, config, build, sequences, tokens, itemsize)),
+        + (0 if mtp is None else _mtp_bytes(mtp, config, build, sequences, tokens, itemsize))
+        + (0 if mtp is None else drafter_buffers(sequences, tokens, groups, longest)),
         "context and libraries": RESERVE_BYTES,
     }
     # What other programs hold, and this process's own context, is not ours to give out.
@@ -202,6 +206,21 @@ def _build(
     return build, build_all(hf, build, mtp)
 
 
+def count_groups(caches: Sequence[CacheLayer]) -> int:
+    """KV groups of layers (memory.kv_groups), of which each has block tables of its own."""
+    return len({(cache.window, cache.page, cache.block_size) for cache in caches})
+
+
+def most_blocks(longest: int) -> int:
+    """Entries of a request's block table."""
+    return -(-longest // BLOCK_SIZE) + 1
+
+
+def drafter_buffers(sequences: int, tokens: int, groups: int, longest: int) -> int:
+    """Bytes of the inputs of what drafts, which reads a step's tokens and one more of each row."""
+    return StepBuffers.nbytes(sequences, tokens + sequences, groups, most_blocks(longest))
+
+
 def _mtp_bytes(
     asked: Speculation,
     config: ModelConfig,
@@ -217,15 +236,19 @@ def _mtp_bytes(
     return hidden * rows + 4 * asked.num_speculative_tokens * sequences
 
 
-def graph_sizes(tokens: int, sequences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def graph_sizes(
+    tokens: int, sequences: int, verifying: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Rows of captured decode steps, and tokens of other captured steps; both ascending.
 
-    Few enough to be captured in seconds, close enough that padding costs little.
+    Few enough to be captured in seconds, close enough that padding costs little. `verifying`: the
+    other steps are also those of few requests with drafts, not only prompts.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4097, 32)]
     most = min(sequences, tokens)
     decode = [n for n in sizes if n < most] + [most]
-    steps = [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, LARGEST_MIXED_GRAPH]
+    steps = [4, 8] if verifying else []
+    steps += [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, LARGEST_MIXED_GRAPH]
     return tuple(decode), tuple(n for n in steps if n <= tokens)
 
 

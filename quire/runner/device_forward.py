@@ -26,4 +26,5 @@ def step_inputs(state: DeviceState, buffers: StepBuffers) -> StepInputs:
             zip(buffers.block_tables, buffers.slots, strict=True)
         )
     ]
-    return StepInputs(buffers.query_start, buffers.context_len, groups, buffers.state_slots)
+    given = buffers.query_start, buffers.context_len, groups, buffers.state_slots, buffers.rows
+    return StepInputs(*given)

@@ -57,8 +57,11 @@ def test_the_gpus_memory_for_rows_of_logits_and_graphs_of_verifying_steps_is_pla
     without, made = gpu_plan(**few), gpu_plan(speculative_config=NGRAM, **few)
     assert made.max_sampled == 20
     assert made.decode_graphs == (1, 2, 4, 8, 16, 20), "a draft is a row of its own"
-    assert without.decode_graphs == (1, 2, 4) and made.mixed_graphs == without.mixed_graphs
+    assert without.decode_graphs == (1, 2, 4)
+    assert made.mixed_graphs == (4, 8, *without.mixed_graphs), "one request and its drafts"
     more = Scratch.nbytes(20, 151936) - Scratch.nbytes(4, 151936)
+    # 16 rows more have a block table of 40,960 tokens and a block, and three numbers.
+    more += 16 * (4 * (2560 + 1) + 2 * 4 + 8)
     assert made.state_bytes - without.state_bytes == more
     assert made.graph_bytes > without.graph_bytes
     assert made.kv_bytes < without.kv_bytes
@@ -122,7 +125,10 @@ def test_a_draft_models_graphs_and_state_are_planned_on_a_gpu() -> None:
     # One graph for each size of mixed steps, two of four passes each for each number of rows.
     passes = len(made.mixed_graphs) + 2 * 4 * 6
     assert made.graph_bytes - ngram.graph_bytes > GRAPH_BYTES * passes
-    assert made.state_bytes - ngram.state_bytes == 4 * (512 * 2 + 4 * 4)
+    # Hidden states and drafts of 4 rows; of each row of the steps that draft a block table, as both
+    # models' layers are one group, and three numbers; four of each of their tokens.
+    rows = 4 * (512 * 2 + 4 * 4) + 4 * (4 * 2561 + 2 * 4 + 8) + 4
+    assert made.state_bytes - ngram.state_bytes == rows + (2048 + 4) * 8 * 4
     assert made.total_bytes <= made.kv_bytes + 140 * GIB * 0.9
     with pytest.raises(PlanError, match="head size 12"):
         resolve(options, facts[0], GPU_MACHINE, FOUND, draft=ModelFacts("s", small | HEADS, None))

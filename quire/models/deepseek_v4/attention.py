@@ -58,7 +58,7 @@ class Attention:
     def __call__(self, x_TH: torch.Tensor, places: Places) -> torch.Tensor:
         c, tokens, table, kernels = self.config, places.tokens, self.rope(), self.compressed
         latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
-        latent_TR = self.query_norm(latent_TR.contiguous())
+        latent_TR = self.query_norm(latent_TR)
         q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
         window, norm = places.paged(self.window), self.key_norm
         q_THD = kernels.rotate_and_insert(

@@ -51,7 +51,9 @@ class Compressor:
 
 
 class Indexer:
-    """Chooses the entries that each token attends to, by keys of its own."""
+    """Chooses the entries that each token attends to, by keys of its own.
+
+    The published scores are (size * heads) ** -0.5 of these: a factor that orders nothing."""
 
     def __init__(self, config: Config, build: Build, name: str, layer: Layer, keys: Stored):
         self.config, self.kernels, self.layer = config, build.kernels.compressed, layer
@@ -60,7 +62,6 @@ class Indexer:
         self.weights = Linear(build, [f"{name}.weights_proj"], config.hidden, [heads])
         self.keys = Compressor(config, build, f"{name}.compressor", layer, keys)
         self.rope = RotaryTable(build, config.rotary_size, config.compressed_rope)
-        self.scale = (size * heads) ** -0.5
         build.add_width(2 * heads * size + heads)
 
     def __call__(self, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places) -> torch.Tensor:
@@ -71,6 +72,6 @@ class Indexer:
         queries = self.queries(latent_TR).view(-1, c.index_heads, c.index_size)
         queries = self.kernels.rotate_pairs(queries, self.rope(), tokens.positions)
         return self.kernels.select_entries(
-            queries, self.weights.exact(x_TH) * self.scale, tokens, places.paged(self.keys.entries),
+            queries, self.weights.exact(x_TH), tokens, places.paged(self.keys.entries),
             self.layer.ratio, c.index_topk,
         )  # fmt: skip

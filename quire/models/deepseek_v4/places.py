@@ -18,10 +18,7 @@ class Places:
         if step.state_slots is None:
             raise QuireError("step_failed", "this runner keeps no state of requests")
         self.step = step
-        token_T = torch.arange(len(positions_T), device=positions_T.device)
-        ends_B = step.query_start[1:].long()
-        rows_T = torch.searchsorted(ends_B, token_T, right=True)
-        rows_T = rows_T.masked_fill(rows_T == len(ends_B), -1)
+        rows_T = _rows(positions_T, step) if step.rows is None else step.rows
         self.tokens = StepTokens(
             positions_T, rows_T, step.query_start, step.context_len, step.state_slots
         )
@@ -33,3 +30,10 @@ class Places:
     def paged(self, stored: Stored) -> Paged:
         tables = self.step.groups[stored.cache.group].block_tables
         return Paged(stored.memory, stored.entries, tables, stored.per_block)
+
+
+def _rows(positions_T: torch.Tensor, step: StepInputs) -> torch.Tensor:
+    token_T = torch.arange(len(positions_T), device=positions_T.device)
+    ends_B = step.query_start[1:].long()
+    rows_T = torch.searchsorted(ends_B, token_T, right=True)
+    return rows_T.masked_fill(rows_T == len(ends_B), -1)

@@ -20,6 +20,7 @@ TYPES = {f"{name}_ptr": "*i32" for name in INTS} | {
     "positions_ptr": "*i64",
     "out_slots_ptr": "*i64",
     "state_slots_ptr": "*i64",
+    "row_of_ptr": "*i64",
     "sizes_ptr": "*i32",
     **dict.fromkeys(("num_rows", "num_tokens", "behind"), "i32"),
     **dict.fromkeys(("group_tables", "group_slots"), "i64"),

@@ -65,4 +65,4 @@ def test_a_class_holds_what_lies_between_it_and_the_next_lower() -> None:
 
 
 def test_steps_that_get_a_graph_choose_by_their_own_size() -> None:
-    assert all(size_class(tokens) == tokens for tokens in graph_sizes(2048, 64)[1])
+    assert all(size_class(tokens) == tokens for tokens in graph_sizes(2048, 64, True)[1])

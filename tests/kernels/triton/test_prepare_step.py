@@ -112,6 +112,8 @@ def test_step_equals_the_eager_runners(
             assert (found.block_tables[g, i, needed:] == POISON).all()
     assert found.state_slots.tolist() == wanted.state_slots.tolist()
     assert (found.slots[:, total:] == -1).all() and not found.tokens[total:].any()
+    owners = [i for i, (_, _, count, _) in enumerate(rows) for _ in range(count)]
+    assert found.rows.tolist() == owners + [-1] * (tokens - total)
 
 
 def test_the_tokens_that_follow_have_the_places_of_those_before(device: torch.device) -> None:
@@ -131,3 +133,22 @@ def test_a_token_that_was_never_sampled_is_zero(device: torch.device) -> None:
     out = poisoned(1, 1, device)
     prepare_step(at, rows_of([(1, 17, 1, 1)], device), out)
     assert (out.tokens.tolist(), out.positions.tolist()) == ([0], [17])
+
+
+def test_a_long_requests_blocks_are_all_there_in_a_step_of_one_token(device: torch.device) -> None:
+    length, blocks = 66000, [list(range(7, 4133)), list(range(9, 4135))]
+    at = state_of(
+        [request(0, [5] * length, blocks=blocks)],
+        device, slots=1, max_len=length, groups=(16, 16), max_blocks=4126,
+    )  # fmt: skip
+    out = StepBuffers.allocate(2, 2, 2, 4126, device)
+    prepare_step(at, rows_of([(0, length - 1, 1, 1), (-1, 0, 0, 0)], device), out)
+    assert out.block_tables[:, 0, :4125].tolist() == [table[:4125] for table in blocks]
+    assert out.slots[:, 0].tolist() == [16 * table[4124] + 15 for table in blocks]
+    assert out.slots[:, 1].tolist() == [-1, -1] and out.context_len.tolist() == [length, 0]
+
+
+def test_the_bytes_of_a_steps_buffers_are_what_is_allocated() -> None:
+    found = StepBuffers.allocate(5, 33, 3, 7, "cpu")
+    tensors = [getattr(found, item.name) for item in fields(found)]
+    assert StepBuffers.nbytes(5, 33, 3, 7) == sum(tensor.nbytes for tensor in tensors)

@@ -11,6 +11,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
     out.tokens.zero_()
     out.positions.zero_()
     out.slots.fill_(-1)
+    out.rows.fill_(-1)
     end = 0
     for i, (slot, start, count, flags) in enumerate(rows.tolist()):
         out.query_start[i] = end
@@ -25,6 +26,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
         out.tokens[begin : begin + len(known)] = known
         positions = torch.arange(start, start + count, device=state.device)
         out.positions[begin:end] = positions
+        out.rows[begin:end] = i
         cached = int(state.scalars[slot, Scalar.CACHED])
         for group, size in enumerate(state.layout.block_sizes):
             num_blocks = -(-(start + count) // size)

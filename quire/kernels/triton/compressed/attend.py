@@ -19,35 +19,25 @@ from quire.kernels.triton.launch import let_next_start, wait_for_inputs
 
 
 @triton.jit
-def _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK: tl.constexpr):
-    """(slots of the keys `index` of a list, which of them exist)."""
-    wanted = index < count
-    key = first + index
-    if chosen_ptr is not None:
-        key = tl.load(chosen_ptr + index, mask=wanted, other=-1).to(tl.int32)
-        wanted = key >= 0
-    return slots_of(table_ptr, key, wanted, PER_BLOCK), wanted
-
-
-@triton.jit
-def _extend_over(
-    m, weight, acc, q, memory_ptr, turned_ptr, table_ptr, chosen_ptr, first, count, begin, end,
-    factor,
-    D: tl.constexpr, FIXED: tl.constexpr, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, D_COLUMNS: tl.constexpr,
+def _places(
+    tile, window_tiles, window_table_ptr, entry_table_ptr, chosen_ptr, oldest, in_window, entries,
+    RATIO: tl.constexpr, WINDOW_BLOCK: tl.constexpr, ENTRY_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles `begin` to `end` - 1 too of a list of `count` keys: the chosen ones, or
-    those from `first` on."""
-    index = begin * TILE + tl.arange(0, TILE)
-    # Where keys lie is read one tile ahead: they must not wait for it.
-    slot, wanted = _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK)
-    for _ in range(begin, end):
-        k = load_keys(memory_ptr, turned_ptr, slot, wanted, D, FIXED, WIDTH, D_COLUMNS, NATIVE)
-        seen = wanted[None, :]
-        index += TILE
-        slot, wanted = _places(chosen_ptr, index, first, count, table_ptr, PER_BLOCK)
-        m, weight, acc = extend(q, k, k, seen, m, weight, acc, factor, 1.0, True, False, PRECISION)
-    return m, weight, acc
+    """(slots of a tile's keys, which of them exist)."""
+    within = tl.arange(0, TILE)
+    index = tile * TILE + within
+    wanted = index < in_window
+    slot = slots_of(window_table_ptr, oldest + index, wanted, WINDOW_BLOCK)
+    if RATIO > 0:
+        key = (tile - window_tiles) * TILE + within
+        is_entry = (key >= 0) & (key < entries)
+        if chosen_ptr is not None:
+            key = tl.load(chosen_ptr + key, mask=is_entry, other=-1).to(tl.int32)
+            is_entry = key >= 0
+        slot_of_entry = slots_of(entry_table_ptr, key, is_entry, ENTRY_BLOCK)
+        slot = tl.where(tile < window_tiles, slot, slot_of_entry)
+        wanted = wanted | is_entry
+    return slot, wanted
 
 
 @triton.jit
@@ -165,27 +155,36 @@ def sparse_attention_kernel(
         part = tl.cdiv(end, splits)
         begin = tl.program_id(1) * part
         end = tl.minimum(begin + part, end)
-        slot = tl.program_id(0) * splits + tl.program_id(1)
+        state = tl.program_id(0) * splits + tl.program_id(1)
         if begin >= end:
             # A sum of 0 tells that there is no state.
-            tl.store(sums_ptr + slot.to(tl.int64) * (2 * GROUP) + GROUP + member, weight, in_group)
+            tl.store(sums_ptr + state.to(tl.int64) * (2 * GROUP) + GROUP + member, weight, in_group)
             return
 
     q = tl.load(q_ptr + token.to(tl.int64) * Q_STRIDE + inner, mask=inside, other=0.0)
-    m, weight, acc = _extend_over(
-        m, weight, acc, q, window_ptr, window_turned_ptr, window_tables_ptr + row * window_stride,
-        None, oldest, in_window, begin, tl.minimum(end, window_tiles), factor,
-        D, FIXED, WIDTH, WINDOW_BLOCK, NATIVE, PRECISION, TILE, D_COLUMNS,
+    window_table_ptr = window_tables_ptr + row * window_stride
+    entry_table_ptr = entry_tables_ptr + row * entry_stride
+    # Where keys lie is read one tile ahead: they must not wait for it.
+    slot, wanted = _places(
+        begin, window_tiles, window_table_ptr, entry_table_ptr, chosen_ptr, oldest, in_window,
+        entries, RATIO, WINDOW_BLOCK, ENTRY_BLOCK, TILE,
     )  # fmt: skip
-    if RATIO > 0:
-        m, weight, acc = _extend_over(
-            m, weight, acc, q, entries_ptr, entries_turned_ptr,
-            entry_tables_ptr + row * entry_stride, chosen_ptr, 0, entries,
-            tl.maximum(begin - window_tiles, 0), end - window_tiles, factor,
-            D, FIXED, WIDTH, ENTRY_BLOCK, NATIVE, PRECISION, TILE, D_COLUMNS,
+    # One loop for both kinds of keys: in a second one the state would not fit the registers.
+    for tile in range(begin, end):
+        memory_ptr, turned_ptr = window_ptr, window_turned_ptr
+        if RATIO > 0:
+            memory_ptr = tl.where(tile < window_tiles, window_ptr, entries_ptr)
+            if window_turned_ptr is not None:
+                turned_ptr = tl.where(tile < window_tiles, window_turned_ptr, entries_turned_ptr)
+        k = load_keys(memory_ptr, turned_ptr, slot, wanted, D, FIXED, WIDTH, D_COLUMNS, NATIVE)
+        seen = wanted[None, :]
+        slot, wanted = _places(
+            tile + 1, window_tiles, window_table_ptr, entry_table_ptr, chosen_ptr, oldest,
+            in_window, entries, RATIO, WINDOW_BLOCK, ENTRY_BLOCK, TILE,
         )  # fmt: skip
+        m, weight, acc = extend(q, k, k, seen, m, weight, acc, factor, 1.0, True, False, PRECISION)
     if SPLIT:
-        leave(values_ptr, sums_ptr, slot, m, weight, acc, in_group, GROUP, D)
+        leave(values_ptr, sums_ptr, state, m, weight, acc, in_group, GROUP, D)
     else:
         _write(
             out_token, sinks_ptr, cos_sin_ptr, positions_ptr + token, head, in_group, m, weight,

@@ -76,13 +76,17 @@ def group_of_tokens(weight: PackedQuantized) -> int:
 
 
 def scaled_linear(
-    tokens: QuantizedTokens, weight: PackedQuantized, bias: torch.Tensor | None = None
+    tokens: QuantizedTokens,
+    weight: PackedQuantized,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias, [T, N] bfloat16, of tokens that quantize gave codes and scales."""
     codes, scales = tokens.codes, tokens.scales
     if library_serves(codes.shape[0], weight):
-        return library_scaled(codes, scales, weight, bias, exact=EXACT)
-    return scaled_gemm(codes, scales, weight, bias, exact=EXACT)
+        y = library_scaled(codes, scales, weight, bias, exact=EXACT)
+        return y if out is None else out.copy_(y)
+    return scaled_gemm(codes, scales, weight, bias, out, exact=EXACT)
 
 
 def quantized_linear(
@@ -113,8 +117,7 @@ def quantized_linear(
             check_linear(x_TK, weight, bias, out, "")
         fixed = weight.input_scale
         x_TK = QuantizedTokens(*quantize.quantize(x_TK, group_of_tokens(weight), fixed=fixed))
-    y = scaled_linear(x_TK, weight, bias)
-    return y if out is None else out.copy_(y)
+    return scaled_linear(x_TK, weight, bias, out)
 
 
 def quantized_gated_linear(

@@ -38,6 +38,7 @@ def prepare_step_kernel(
     out_tables_ptr,
     out_slots_ptr,
     state_slots_ptr,
+    row_of_ptr,
     sizes_ptr,
     num_rows,
     num_tokens,
@@ -55,7 +56,7 @@ def prepare_step_kernel(
     let_next_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0)
-    # A long row's tokens and blocks are shared by as many programs as the step has tiles.
+    # A long row's tokens and blocks are shared by several programs.
     begin = tl.program_id(1) * TILE
     step = tl.num_programs(1) * TILE
     # Each program adds up the counts before its row itself.
@@ -71,6 +72,7 @@ def prepare_step_kernel(
             inside = token < num_tokens
             tl.store(tokens_ptr + token, tl.zeros([TILE], dtype=tl.int64), mask=inside)
             tl.store(positions_ptr + token, tl.zeros([TILE], dtype=tl.int64), mask=inside)
+            tl.store(row_of_ptr + token, tl.full([TILE], -1, dtype=tl.int64), mask=inside)
             for group in range(GROUPS):
                 to_ptr = out_slots_ptr + group * group_slots
                 tl.store(to_ptr + token, tl.full([TILE], -1, dtype=tl.int64), mask=inside)
@@ -102,6 +104,8 @@ def prepare_step_kernel(
                 token = tl.load(history_ptr + slot * RECORD + place, mask=known, other=0)
                 tl.store(tokens_ptr + to, token.to(tl.int64), mask=inside)
                 tl.store(positions_ptr + to, position.to(tl.int64), mask=inside)
+                mine = tl.zeros([TILE], dtype=tl.int64) + row
+                tl.store(row_of_ptr + to, mine, mask=inside)
                 for group in range(GROUPS):
                     size = _block_size(sizes_ptr, group, SIZES)
                     from_ptr = tables_ptr + group * MAX_BLOCKS
@@ -126,16 +130,18 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
     A row computes the tokens at positions start to start + count of its slot's history, the last of
     which may be drafts (RowFlag); those the device does not know, which happens after a row that
     failed, are 0. A row without a slot has no tokens. Tokens past the last row's have token 0,
-    position 0 and slot -1; slot -1, too, has what is cached already (Scalar.CACHED). Block tables
-    are written as far as the context goes. The rows' counts must add up to at most T. `ahead`: in
-    place of each token the one so many positions behind it.
+    position 0, row -1 and slot -1; slot -1, too, has what is cached already (Scalar.CACHED). Block
+    tables are written as far as the context goes. The rows' counts must add up to at most T.
+    `ahead`: in place of each token the one so many positions behind it.
     """
     layout = state.layout
     num_rows, num_tokens = rows.shape[0], out.tokens.shape[0]
     tile = 512
+    # A long request's blocks are many even where a step has few tokens.
+    programs = max(1, triton.cdiv(num_tokens, tile), triton.cdiv(layout.max_blocks, 8 * tile))
     launch(
         prepare_step_kernel,
-        (num_rows + 1, max(1, triton.cdiv(num_tokens, tile))),
+        (num_rows + 1, programs),
         state.device,
         rows,
         state.scalars,
@@ -148,6 +154,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
         out.block_tables,
         out.slots,
         out.state_slots,
+        out.rows,
         state.block_sizes,
         num_rows,
         num_tokens,

@@ -52,7 +52,7 @@ class FileTier:
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # of all that follows
         self._index: OrderedDict[str, int] = OrderedDict()  # sizes, used longest ago first
-        self._used = self._evictions = 0
+        self._used = self._evictions = self._clears = 0
         self._scanned = -RESCAN_SECONDS
         self._scanning = threading.Lock()
 
@@ -124,7 +124,7 @@ class FileTier:
         name = self._name(identity)
         if self.present([identity]):
             return False
-        size = HEADER_BYTES + len(page)
+        size, clears = HEADER_BYTES + len(page), self._clears
         self._make_room(size)
         handle, temporary = self._directory.temporary(next(self._numbers))
         try:
@@ -140,12 +140,17 @@ class FileTier:
                 self._directory.discard(temporary)
             raise
         self._learn(name, size)
+        if clears != self._clears:  # it may have come too late for `clear` to see it
+            self._delete(name)
+            return False
         return True
 
     def forget(self, identity: bytes) -> None:
         self._delete(self._name(identity))
 
     def clear(self) -> int:
+        with self._lock:
+            self._clears += 1
         self._scan()
         with self._lock:
             names = [name for name in self._index if name.startswith(self._prefix)]
@@ -207,8 +212,12 @@ class FileTier:
                 # What is handed on leaves as fast as what comes, so that a tier below keeps up.
                 if self._used + size > bound and self.evicted is None:
                     bound -= int(SLACK * bound)
-                while self._used + size > bound and self._index:
-                    self._evict(next(iter(self._index)))
+                while self._used + size > bound and (oldest := self._oldest()):
+                    self._evict(oldest)
+
+    def _oldest(self) -> str | None:
+        with self._lock:
+            return next(iter(self._index), None)
 
     def _evict(self, name: str) -> None:
         """Delete a file for room; a page of this model is handed on."""
@@ -218,6 +227,9 @@ class FileTier:
             page = memoryview(bytearray(max(0, self._index.get(name, 0) - HEADER_BYTES)))
             try:
                 self._read(name, identity, page)
+            except FileNotFoundError:  # another process was first, which hands it on
+                self._unlearn(name)
+                return
             except (OSError, Damaged):
                 page = None
         self._delete(name)

@@ -170,9 +170,7 @@ def live(model: str, family: str, seed: int, operations: int) -> Beside:
 
 
 @pytest.mark.parametrize("family", LAYOUT)
-def test_what_is_on_the_device_is_what_the_step_needs(
-    models: dict[str, str], family: str
-) -> None:
+def test_what_is_on_the_device_is_what_the_step_needs(models: dict[str, str], family: str) -> None:
     lives = [live(models[family], family, seed, operations=60) for seed in range(2)]
     assert sum(each.steady for each in lives) > 50 and sum(each.resent for each in lives) > 20
 

@@ -268,7 +268,7 @@ def test_a_suspect_does_not_wait_for_what_was_loaded_for_others() -> None:
         while not driver.tiering.ready(first, 1):
             driver.tiering.advance()
         assert not driver.tiering.ready(second, 1), "there is one slot"
-        driver.scheduler._suspects.add(second)  # as if a step with it had raised
+        driver.scheduler.roster.suspects.add(second)  # as if a step with it had raised
         driver.drain()
         assert suspect.tokens == suspect.ref.tokens and loaded.tokens == loaded.ref.tokens
 

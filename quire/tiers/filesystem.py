@@ -94,9 +94,7 @@ class FileTier:
             with contextlib.suppress(OSError):  # where it cannot be deleted it stays a miss
                 self._delete(name)
             raise
-        with self._lock:
-            if name in self._index:
-                self._index.move_to_end(name)
+        self._use(name)
 
     def _read(self, name: str, identity: bytes, into: memoryview) -> None:
         try:
@@ -180,6 +178,11 @@ class FileTier:
             self._used += size - self._index.pop(name, 0)
             self._index[name] = size
 
+    def _use(self, name: str) -> None:
+        with self._lock:
+            if name in self._index:
+                self._index.move_to_end(name)
+
     def _unlearn(self, name: str) -> None:
         with self._lock:
             self._used -= self._index.pop(name, 0)
@@ -220,7 +223,8 @@ class FileTier:
             return next(iter(self._index), None)
 
     def _evict(self, name: str) -> None:
-        """Delete a file for room; a page of this model is handed on."""
+        """Delete a file for room; a page of this model is handed on. Raises OSError where it cannot
+        be read."""
         identity = self._identity(name) if self.evicted is not None else None
         page: memoryview | None = None
         if identity is not None:
@@ -230,8 +234,11 @@ class FileTier:
             except FileNotFoundError:  # another process was first, which hands it on
                 self._unlearn(name)
                 return
-            except (OSError, Damaged):
+            except Damaged:
                 page = None
+            except OSError:  # which deletes nothing: the next time another file makes room
+                self._use(name)
+                raise
         self._delete(name)
         self._evictions += 1
         if self.evicted is not None and identity is not None:

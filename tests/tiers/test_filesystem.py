@@ -398,6 +398,24 @@ def test_a_file_that_another_process_has_deleted_makes_room_and_is_not_handed_on
     tier.close()
 
 
+def test_a_fault_while_a_page_is_handed_on_deletes_nothing_and_another_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path / "kv", capacity=2 * FILE)
+    taken: list[bytes] = []
+    tier.evicted = lambda gone, what: taken.append(gone)
+    tier.store(identity(0), page(0))
+    tier.store(identity(1), page(1))
+    fault = Failing("readv", errno.EIO, monkeypatch)
+    with pytest.raises(OSError) as caught:
+        tier.store(identity(2), page(2))
+    assert caught.value.errno == errno.EIO and taken == [] and tier.used == 2 * FILE
+    fault.on = False
+    tier.store(identity(2), page(2))
+    assert taken == [identity(1)] and load(tier, 0) == page(0) and load(tier, 2) == page(2)
+    tier.close()
+
+
 def test_the_index_is_rebuilt_with_the_order_of_use(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "kv")
     for number in (1, 2, 3):

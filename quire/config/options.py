@@ -113,7 +113,10 @@ class EngineOptions:
     )
     strict: bool = option(False, "make any downgrade in the plan an error")
     max_num_seqs: int | None = option(
-        None, "requests computed at the same time; by default 64, 512 on a GPU", low=1, high=4096
+        None,
+        "requests computed at the same time; by default 64; on a GPU 512, 256 for DeepSeek V4",
+        low=1,
+        high=4096,
     )
     max_num_batched_tokens: int | None = option(
         None,

@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 
 from quire.config.options import Options
+from quire.engine.admission import Limits
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.drafting import Drafting
 from quire.engine.page_copies import Copier
-from quire.engine.scheduler import Limits, Scheduler
+from quire.engine.scheduler import Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
 from quire.engine.tiering import Tiering
 from quire.engine.weights import (

@@ -18,7 +18,8 @@ import msgspec
 from quire.engine.page_copies import Copier, PageCopies
 from quire.engine.request import Request
 from quire.engine.visits import FROM_DRAM, CostModel, Phase, Transfer, Visit, sequence_of
-from quire.kv.manager import KVManager, Page
+from quire.kv.manager import KVManager
+from quire.kv.prefixes import Page
 from quire.tiers.chain import DRAM, Chain
 from quire.tiers.counts import TierStats
 from quire.tiers.work import Asked, Outcome

@@ -9,7 +9,8 @@ from enum import Enum
 
 from quire.engine.request import Request, State
 from quire.kv import BLOCK_SIZE
-from quire.kv.manager import KVManager, Page
+from quire.kv.manager import KVManager
+from quire.kv.prefixes import Page
 from quire.tiers.chain import Chain
 from quire.tiers.counts import Rate
 from quire.tiers.dram import DramTier

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from math import gcd, lcm
-from typing import NamedTuple
+from math import gcd
 
 from quire.kv import NULL_BLOCK
 from quire.kv.groups import KVGroup
 from quire.kv.identity import BlockIdentity
 from quire.kv.loans import Loans
 from quire.kv.pool import BlockPool
+from quire.kv.prefixes import Page, Prefixes
 
 
 @dataclass
@@ -32,14 +32,6 @@ class RequestBlocks:
     published: int = 0
     passed: list[int] = field(default_factory=list)
     prompt_boundary: int = 0
-
-
-class Page(NamedTuple):
-    """A block's content in one group: the `place`-th of its sequence."""
-
-    group: int
-    place: int
-    identity: bytes
 
 
 class KVManager:
@@ -63,7 +55,8 @@ class KVManager:
         self.pools = tuple(BlockPool(n) for n in pool_blocks)
         self.identity = identity
         self.enable_caching = enable_caching
-        self.hit_tokens = lcm(*(group.block_size for group in self.groups))
+        self._prefixes = Prefixes(self.groups, self.pools)
+        self.hit_tokens = self._prefixes.hit_tokens
         self.coarsest = max(self.groups, key=lambda group: group.block_size).index
         self._finest = gcd(*(group.block_size for group in self.groups))
         self._windows = [group for group in self.groups if group.window is not None]
@@ -121,7 +114,7 @@ class KVManager:
         blocks = self._new_blocks(tokens, tenant, salt, [] if identities is None else identities)
         hit = 0
         if self.enable_caching and use_cache:
-            hit = self._longest_hit(blocks, len(tokens) - 1)
+            hit = self._prefixes.longest(blocks.identities, len(tokens) - 1)
         if not self._room_for(blocks, hit, len(tokens), step_tokens):
             return None
         for group in self.groups:
@@ -129,9 +122,7 @@ class KVManager:
             first, last = group.first_needed(hit), hit // group.block_size
             table.extend([NULL_BLOCK] * min(first, last))
             blocks.passed[group.index] = min(first, last)
-            for i in range(first, last):
-                block = pool.find(blocks.identities[group.index][i])
-                assert block is not None
+            for block in self._prefixes.found(group, blocks.identities, hit):
                 pool.acquire(block)
                 table.append(block)
         for group in self.groups:
@@ -150,7 +141,7 @@ class KVManager:
         compute, except a last one that ends the prompt. `identities` as in `admit`."""
         blocks = self._new_blocks(tokens, tenant, salt, identities)
         limit, size = len(tokens) - 1, self.groups[self.coarsest].block_size
-        hit = self._longest_hit(blocks, limit)
+        hit = self._prefixes.longest(blocks.identities, limit)
         return blocks.identities[self.coarsest][hit // size : limit // size]
 
     def absent(
@@ -160,8 +151,9 @@ class KVManager:
         `identities` as in `admit`."""
         blocks = self._new_blocks(tokens, tenant, salt, identities)
         limit = len(tokens) - 1
-        hit = self._longest_hit(blocks, limit)
-        return self._absent(blocks, hit, self._floor(limit), all_windows=True)
+        hit = self._prefixes.longest(blocks.identities, limit)
+        reach = self._prefixes.floor(limit)
+        return self._prefixes.absent(blocks.identities, hit, reach, all_windows=True)
 
     def beyond(
         self,
@@ -175,32 +167,15 @@ class KVManager:
         these pages)."""
         blocks = self._new_blocks(tokens, tenant, salt, identities)
         limit = len(tokens) - 1
-        hit = self._longest_hit(blocks, limit)
-        reach = self._longest_hit(blocks, limit, elsewhere)
-        return hit, reach, self._absent(blocks, hit, reach) if reach > hit else []
+        hit = self._prefixes.longest(blocks.identities, limit)
+        reach = self._prefixes.longest(blocks.identities, limit, elsewhere)
+        pages = self._prefixes.absent(blocks.identities, hit, reach) if reach > hit else []
+        return hit, reach, pages
 
     def touch(self, identities: list[list[bytes]], tokens: int) -> None:
         """Let what is there of the first `tokens` tokens' blocks be evicted last, and of it the
         first."""
-        for group in self.groups:
-            pool = self.pools[group.pool]
-            for identity in reversed(identities[group.index][: tokens // group.block_size]):
-                block = pool.find(identity)
-                if block is not None:
-                    pool.touch(block)
-
-    def _absent(
-        self, blocks: RequestBlocks, hit: int, reach: int, all_windows: bool = False
-    ) -> list[Page]:
-        """What is missing for a hit of `reach` tokens; with `all_windows` for any beyond `hit`."""
-        pages = []
-        nearest = hit + self.hit_tokens if all_windows else reach
-        for group in self.groups:
-            pool, chain = self.pools[group.pool], blocks.identities[group.index]
-            for place in range(group.first_needed(nearest), reach // group.block_size):
-                if pool.find(chain[place]) is None:
-                    pages.append(Page(group.index, place, chain[place]))
-        return sorted(pages, key=lambda page: page.place * self.groups[page.group].block_size)
+        self._prefixes.touch(identities, tokens)
 
     def fits_now(
         self,
@@ -212,7 +187,7 @@ class KVManager:
     ) -> bool:
         """Whether `admit` would find room, whatever of the prompt is found."""
         blocks = self._new_blocks(tokens, tenant, salt, identities)
-        hit = self._longest_hit(blocks, len(tokens) - 1)
+        hit = self._prefixes.longest(blocks.identities, len(tokens) - 1)
         return self._room_for(blocks, hit, len(tokens), step_tokens)
 
     def _new_blocks(
@@ -225,7 +200,7 @@ class KVManager:
             identities=identities,
             roots=[self.identity.root(g.index, tenant, salt) for g in self.groups],
             passed=[0] * len(self.groups),
-            prompt_boundary=(len(tokens) - 1) // self.hit_tokens * self.hit_tokens,
+            prompt_boundary=self._prefixes.floor(len(tokens) - 1),
         )
         if self.enable_caching:
             self._extend_identities(blocks, tokens, len(tokens))
@@ -320,54 +295,15 @@ class KVManager:
                 if pool.publish(table[i], identity) and self.published is not None:
                     self.published.append((group.pool, table[i], identity))
 
-    def _longest_hit(
-        self, blocks: RequestBlocks, limit: int, elsewhere: Container[bytes] = ()
-    ) -> int:
-        """The largest boundary (in tokens, at most `limit`) where every group finds what it would
-        read, here or `elsewhere`.
-
-        Each group lowers the boundary until it is content; repeated until none lowers it.
-        """
-        boundary, settled = self._floor(limit), False
-        while not settled:
-            settled = True
-            for group in self.groups:
-                lowered = self._lower(group, blocks.identities[group.index], boundary, elsewhere)
-                if lowered < boundary:
-                    boundary, settled = lowered, False
-        return boundary
-
-    def _floor(self, tokens: int) -> int:
-        return tokens // self.hit_tokens * self.hit_tokens
-
-    def _lower(
-        self, group: KVGroup, chain: list[bytes], boundary: int, elsewhere: Container[bytes]
-    ) -> int:
-        pool, size = self.pools[group.pool], group.block_size
-        if group.window is None:
-            for i in range(boundary // size):
-                if pool.find(chain[i]) is None and chain[i] not in elsewhere:
-                    return self._floor(i * size)
-            return boundary
-        i = boundary // size
-        while boundary > 0 and i > group.first_needed(boundary):
-            i -= 1
-            if pool.find(chain[i]) is None and chain[i] not in elsewhere:
-                boundary = self._floor(i * size)
-                i = boundary // size
-        return boundary
-
     def _room_for(self, blocks: RequestBlocks, hit: int, tokens: int, step_tokens: int) -> bool:
         need = [0] * len(self.pools)
         for group in self.groups:
-            pool, chain = self.pools[group.pool], blocks.identities[group.index]
-            first, last = group.first_needed(hit), hit // group.block_size
-            for i in range(first, last):
-                block = pool.find(chain[i])
-                assert block is not None
-                need[group.pool] += pool.is_cached(block)
-            need[group.pool] += group.peak_blocks(tokens, step_tokens)
-            need[group.pool] -= max(0, last - first)
+            pool, found = (
+                self.pools[group.pool],
+                self._prefixes.found(group, blocks.identities, hit),
+            )
+            need[group.pool] += group.peak_blocks(tokens, step_tokens) - len(found)
+            need[group.pool] += sum(pool.is_cached(block) for block in found)
         return all(n <= pool.available for n, pool in zip(need, self.pools, strict=True))
 
     def _pass_window(self, blocks: RequestBlocks, group: KVGroup, first: int) -> None:

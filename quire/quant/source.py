@@ -17,9 +17,12 @@ from quire.quant.scheme import Scheme
 from quire.quant.storage import Storage
 from quire.weights.source import TensorInfo, WeightSource, bounds
 
-# Last parts of the names of KV-cache scales, of which a module may have one more for queries, and
-# which may be called those of a projection's output.
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "output_scale")
+# Ends of the names of KV-cache scales, which may be called those of a projection's output.
+KV_SCALES = (
+    ".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale",
+)  # fmt: skip
+# Scales of what else attention and products give, which is not quantised here.
+_OTHER_SCALES = (".q_scale", ".output_scale")
 # Companions that may be left over beside an unquantised weight and say nothing of it.
 _HARMLESS = (
     "input_scale", "activation_scale", "input_global_scale", "input_scale_ub", "input_zero_point",
@@ -47,8 +50,8 @@ class QuantizedSource(WeightSource):
     def __init__(self, source: WeightSource, scheme: Scheme):
         self._source, self.scheme = source, scheme
         names = source.names()
-        self._kv_scales = [name for name in names if name.rpartition(".")[2] in KV_SCALES]
-        hidden = set(self._kv_scales)
+        self._kv_scales = [name for name in names if name.endswith(KV_SCALES)]
+        hidden = {*self._kv_scales, *(name for name in names if name.endswith(_OTHER_SCALES))}
         self._weights: dict[str, _Weight] = {}
         for parts in _modules(source, names):
             storage = self._storage(parts)

@@ -22,8 +22,13 @@ from quire.tiers.dram import DramTier
 from quire.tiers.work import Asked, Fuse, Outcome, TierThreads
 
 DRAM = "dram"
+CLEAR = "clear"  # the ticket of such a job
 # Pages deleted in vain are remembered, so that they are not found again; the oldest are forgotten.
 MOST_FORGOTTEN = 100_000
+
+
+def _clear(tier: ColdTier) -> int:
+    return tier.clear()
 
 
 class Level:
@@ -70,6 +75,8 @@ class Chain:
         self._reading = 0  # lookups and loads under way
         self._writing = [0] * len(dram.slab.slots)  # pages by pool
         self._most_behind = sum(dram.slab.slots)
+        for level in self.levels:
+            level.threads.start()
 
     def _chain_levels(self) -> None:
         """Let each tier that can hand on what it evicts do so to the next of these."""
@@ -198,7 +205,13 @@ class Chain:
         self.dram.clear()
         for level in self.levels:
             level.behind.clear()
-            level.jobs.append(("clear", lambda tier: tier.clear()))
+            level.jobs.append((CLEAR, _clear))
+
+    def _cleared(self, level: Level) -> None:
+        """A tier is empty. What it has handed on meanwhile is in the next, so that goes again."""
+        for below in self.levels:
+            if below.above is level:
+                below.jobs.append((CLEAR, _clear))
 
     # -- what the threads have done --------------------------------------------------------------
 
@@ -217,6 +230,8 @@ class Chain:
                 self._stored(outcome.ticket)
             elif outcome.kind == "load":
                 self._loaded(outcome)
+            elif outcome.ticket == CLEAR:
+                self._cleared(level)
             if outcome.kind in ("load", "lookup"):
                 self._reading -= 1
                 reads.append(outcome)

@@ -52,7 +52,7 @@ class FileTier:
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # of all that follows
         self._index: OrderedDict[str, int] = OrderedDict()  # sizes, used longest ago first
-        self._used = self._evictions = 0
+        self._used = self._evictions = self._clears = 0
         self._scanned = -RESCAN_SECONDS
         self._scanning = threading.Lock()
 
@@ -94,9 +94,7 @@ class FileTier:
             with contextlib.suppress(OSError):  # where it cannot be deleted it stays a miss
                 self._delete(name)
             raise
-        with self._lock:
-            if name in self._index:
-                self._index.move_to_end(name)
+        self._use(name)
 
     def _read(self, name: str, identity: bytes, into: memoryview) -> None:
         try:
@@ -124,7 +122,7 @@ class FileTier:
         name = self._name(identity)
         if self.present([identity]):
             return False
-        size = HEADER_BYTES + len(page)
+        size, clears = HEADER_BYTES + len(page), self._clears
         self._make_room(size)
         handle, temporary = self._directory.temporary(next(self._numbers))
         try:
@@ -140,12 +138,17 @@ class FileTier:
                 self._directory.discard(temporary)
             raise
         self._learn(name, size)
+        if clears != self._clears:  # it may have come too late for `clear` to see it
+            self._delete(name)
+            return False
         return True
 
     def forget(self, identity: bytes) -> None:
         self._delete(self._name(identity))
 
     def clear(self) -> int:
+        with self._lock:
+            self._clears += 1
         self._scan()
         with self._lock:
             names = [name for name in self._index if name.startswith(self._prefix)]
@@ -174,6 +177,11 @@ class FileTier:
         with self._lock:
             self._used += size - self._index.pop(name, 0)
             self._index[name] = size
+
+    def _use(self, name: str) -> None:
+        with self._lock:
+            if name in self._index:
+                self._index.move_to_end(name)
 
     def _unlearn(self, name: str) -> None:
         with self._lock:
@@ -207,19 +215,30 @@ class FileTier:
                 # What is handed on leaves as fast as what comes, so that a tier below keeps up.
                 if self._used + size > bound and self.evicted is None:
                     bound -= int(SLACK * bound)
-                while self._used + size > bound and self._index:
-                    self._evict(next(iter(self._index)))
+                while self._used + size > bound and (oldest := self._oldest()):
+                    self._evict(oldest)
+
+    def _oldest(self) -> str | None:
+        with self._lock:
+            return next(iter(self._index), None)
 
     def _evict(self, name: str) -> None:
-        """Delete a file for room; a page of this model is handed on."""
+        """Delete a file for room; a page of this model is handed on. Raises OSError where it cannot
+        be read."""
         identity = self._identity(name) if self.evicted is not None else None
         page: memoryview | None = None
         if identity is not None:
             page = memoryview(bytearray(max(0, self._index.get(name, 0) - HEADER_BYTES)))
             try:
                 self._read(name, identity, page)
-            except (OSError, Damaged):
+            except FileNotFoundError:  # another process was first, which hands it on
+                self._unlearn(name)
+                return
+            except Damaged:
                 page = None
+            except OSError:  # which deletes nothing: the next time another file makes room
+                self._use(name)
+                raise
         self._delete(name)
         self._evictions += 1
         if self.evicted is not None and identity is not None:

@@ -107,12 +107,14 @@ class TierThreads:
         self._reads: queue.Queue[_Job] = queue.Queue(limit)
         self._writes: queue.Queue[_Job] = queue.Queue(limit)
         self._ended = threading.Event()
-        self._started = threading.Event()
         for jobs, count in ((self._reads, readers), (self._writes, writers)):
             for _ in range(count):
                 name = f"quire-tier-{tier.name}"
                 threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True).start()
-        self._writes.put_nowait((Outcome(number, "other", "start"), self._start))
+
+    def start(self) -> None:
+        """Get the tier ready, before anything else is written."""
+        self._put(self._writes, Outcome(self.number, "other", "start"), self._start)
 
     def lookup(self, ticket: Any, asked: Sequence[Asked]) -> bool:
         """Find out which pages are there. False: the queue is full."""

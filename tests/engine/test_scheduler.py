@@ -28,9 +28,10 @@ from mock_runner import (
     reference,
 )
 
+from quire.engine.admission import Limits
 from quire.engine.drafting import Drafting
 from quire.engine.request import State
-from quire.engine.scheduler import Limits, Scheduler
+from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Add, Delta
 from quire.errors import Overloaded, QuireError, UsageError
 from quire.kernels.device_state import MAX_WORD_TOKENS, MAX_WORDS
@@ -752,7 +753,7 @@ def test_a_large_request_at_the_head_is_not_overtaken() -> None:
     driver.add(BASES[1][:40], SamplingParams(max_tokens=2, ignore_eos=True))  # 3 blocks
     driver.add(BASES[2][:10], SamplingParams(max_tokens=2, ignore_eos=True))  # 1 block
     driver.iterate()
-    assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+    assert [r.request_id for r in driver.scheduler.roster.running] == ["r0"]
     assert driver.kv.usage() == (4, 6)
     driver.drain()
 
@@ -793,7 +794,7 @@ def test_a_preempted_request_is_not_overtaken_while_its_last_step_is_in_flight()
     for _ in range(3):
         # 1 block is free: too few for r1, enough for r2.
         assert driver.kv.usage() == (3, 4)
-        assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+        assert [r.request_id for r in driver.scheduler.roster.running] == ["r0"]
         driver.iterate()
     driver.drain()
     assert driver.scheduler.stats().preemptions == 1
@@ -831,12 +832,12 @@ def test_equal_prompts_wait_for_the_first_and_then_share_its_blocks() -> None:
     for choice in (1, 2):
         driver.add(BASES[0][:64], FOREVER, choice=choice)
     driver.iterate()
-    assert [r.request_id for r in driver.scheduler._running] == ["r0"]
+    assert [r.request_id for r in driver.scheduler.roster.running] == ["r0"]
     driver.iterate()
     driver.iterate()
-    assert [r.request_id for r in driver.scheduler._running] == ["r0", "r1", "r2"]
+    assert [r.request_id for r in driver.scheduler.roster.running] == ["r0", "r1", "r2"]
     # 64 tokens and one more to sample from: 3 blocks are found, the 4th is computed by each.
-    assert [r.cached_tokens for r in driver.scheduler._running] == [0, 48, 48]
+    assert [r.cached_tokens for r in driver.scheduler.roster.running] == [0, 48, 48]
     driver.drain()
     assert len({tuple(a.tokens) for a in driver.asked.values()}) == 3
 
@@ -847,7 +848,7 @@ def test_who_shares_little_or_nothing_does_not_wait() -> None:
     driver.add(BASES[0][:33] + BASES[1][:40], FOREVER)  # two blocks: not worth a step
     driver.add(BASES[0][:64], FOREVER, tenant="another")
     driver.iterate()
-    assert [r.request_id for r in driver.scheduler._running] == ["r0", "r1", "r2"]
+    assert [r.request_id for r in driver.scheduler.roster.running] == ["r0", "r1", "r2"]
 
 
 def test_nobody_waits_for_a_prompt_that_will_not_be_computed() -> None:
@@ -857,9 +858,9 @@ def test_nobody_waits_for_a_prompt_that_will_not_be_computed() -> None:
     driver.iterate()
     first.aborted = True
     driver.scheduler.abort(first.add.request_id)
-    assert driver.scheduler._computing == {}
+    assert driver.scheduler.roster.sharing.computing == {}
     driver.iterate()
-    assert [r.request_id for r in driver.scheduler._running] == ["r1"]
+    assert [r.request_id for r in driver.scheduler.roster.running] == ["r1"]
 
 
 def test_tenants_and_salts_do_not_share() -> None:
@@ -1026,7 +1027,7 @@ def test_nan_after_a_preemption_in_mid_prompt_is_found_by_nobody(position: int) 
     driver.iterate()
     request = driver.scheduler.requests["r1"]
     assert request.state is State.RUNNING and request.inflight
-    driver.scheduler._preempt(request)
+    driver.scheduler.roster.preempt(request)
     driver.drain()
     assert spoilt.end is not None and spoilt.end.finish_reason == "error"
     assert first.tokens == first.ref.tokens
@@ -1179,7 +1180,7 @@ def test_aborting_all_that_waits_takes_time_in_proportion_and_leaves_the_queue_r
     for i in range(count - 2):
         scheduler.abort(str(i))
     assert time.process_time() - start < 1
-    assert scheduler.stats().waiting == 2 and len(scheduler._waiting) < 100
+    assert scheduler.stats().waiting == 2 and len(scheduler.roster.waiting) < 100
     scheduler.check_integrity()
     batch = scheduler.schedule()
     assert batch is not None and ids(driver, batch) == [str(count - 2)]

@@ -105,7 +105,10 @@ def test_random_life_with_tiers_gives_reference_outputs_and_leaks_nothing_full(s
 
 def test_random_lives_reach_what_they_are_meant_to_reach() -> None:
     seen = dict.fromkeys(["stored", "loaded", "fetched", "errors", "evictions", "hit"], 0)
-    for seed in range(10):
+    # How much is fetched depends on the threads of the tiers, and in ten lives it may be nothing.
+    for seed in range(60):
+        if seed >= 10 and min(seen.values()) > 0:
+            break
         driver = run_random(seed, operations=120)
         stats = driver.tiering.stats()
         seen["stored"] += driver.copier.stored
@@ -268,7 +271,7 @@ def test_a_suspect_does_not_wait_for_what_was_loaded_for_others() -> None:
         while not driver.tiering.ready(first, 1):
             driver.tiering.advance()
         assert not driver.tiering.ready(second, 1), "there is one slot"
-        driver.scheduler._suspects.add(second)  # as if a step with it had raised
+        driver.scheduler.roster.suspects.add(second)  # as if a step with it had raised
         driver.drain()
         assert suspect.tokens == suspect.ref.tokens and loaded.tokens == loaded.ref.tokens
 

@@ -126,6 +126,22 @@ def test_the_fingerprint_follows_the_stored_tensors_and_the_way_they_are_read() 
     assert source.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
+def test_scales_of_queries_and_of_other_products_say_nothing_of_the_cache() -> None:
+    _, tensors, _ = make("ct fp8 channel")
+    attention = "model.layers.0.self_attn"
+    scales = {
+        f"{attention}.q_scale": torch.tensor(1.0),
+        f"{attention}.q_proj.output_scale": torch.tensor(0.0),
+        f"{attention}.o_proj.output_scale": torch.tensor(2.0),
+        "model.layers.0.mlp.down_proj.output_scale": torch.tensor(2.0),
+    }
+    source = opened(SCHEMES["ct fp8 channel"][0], {**tensors, **scales})
+    assert not source.kv_scales() and not set(source.names()) & set(scales)
+    one = {**scales, f"{attention}.k_proj.output_scale": torch.tensor(0.5)}
+    source = opened(SCHEMES["ct fp8 channel"][0], {**tensors, **one})
+    assert list(source.kv_scales()) == [f"{attention}.k_proj.output_scale"]
+
+
 def test_kv_scales_are_read_and_do_not_reach_the_model() -> None:
     _, tensors, _ = make("ct fp8 channel")
     attention = "model.layers.0.self_attn"

@@ -96,6 +96,15 @@ def test_pages_go_down_as_far_as_newer_ones_push_them_and_are_nowhere_twice(towe
     assert not any(each.dropped or each.errors for each in stats)
 
 
+def test_what_a_smaller_first_has_no_room_for_at_the_start_goes_down(tmp_path: Path) -> None:
+    tower = Tower(tmp_path, [8, 100])
+    tower.put(*range(6))
+    tower.chain.close(5.0)
+    tower = Tower(tmp_path, [3, 100])
+    assert tower.there() == [{3, 4, 5}, {0, 1, 2}]
+    tower.chain.close(5.0)
+
+
 def test_a_page_that_is_asked_for_goes_to_the_first_again(tower: Tower) -> None:
     tower.put(*range(10))
     assert tower.get(0, 2) == page(0) and tower.get(4, 1) == page(4)
@@ -111,6 +120,22 @@ def test_a_page_that_the_next_has_is_not_written_again(tower: Tower) -> None:
     tower.put(4, 5, 6)  # pushes 0 out of the first again
     assert tower.there()[:2] == [{4, 5, 6}, {0, 1, 2, 3}]
     assert tower.chain.all_stats()[2].stored_bytes == 4 * PAGE
+
+
+def test_clearing_reaches_what_is_handed_on_meanwhile(tower: Tower) -> None:
+    tower.put(*range(6))
+    gate, first = threading.Event(), tower.tiers[0]
+    clear = first.clear
+    first.clear = lambda: gate.wait(20) and clear()  # type: ignore[method-assign]
+    tower.chain.clear()
+    below = tower.chain.levels[1:]
+    tower.until(lambda: not any(level.jobs or level.threads.writing for level in below))
+    assert tower.there() == [{3, 4, 5}, set(), set()]
+    first.store(identity(9), memoryview(page(9)))  # as another of its threads would
+    tower.until(lambda: tower.there() == [{4, 5, 9}, {3}, set()])
+    gate.set()
+    tower.settle()
+    assert tower.there() == [set(), set(), set()]
 
 
 def test_a_page_in_doubt_goes_no_further(tower: Tower) -> None:

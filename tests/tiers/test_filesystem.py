@@ -383,6 +383,39 @@ def test_what_makes_room_is_handed_on_where_somebody_takes_it(tmp_path: Path) ->
     tier.close()
 
 
+def test_a_file_that_another_process_has_deleted_makes_room_and_is_not_handed_on(
+    tmp_path: Path,
+) -> None:
+    tier = open_tier(tmp_path / "kv", capacity=2 * FILE)
+    taken: list[bytes] = []
+    tier.evicted = lambda gone, what: taken.append(gone)
+    tier.store(identity(0), page(0))
+    tier.store(identity(1), page(1))
+    file_of(tmp_path / "kv" / "blocks", 0).unlink()
+    tier.store(identity(2), page(2))
+    assert taken == [] and tier.evictions == 0 and tier.used == 2 * FILE
+    assert load(tier, 1) == page(1) and load(tier, 2) == page(2)
+    tier.close()
+
+
+def test_a_fault_while_a_page_is_handed_on_deletes_nothing_and_another_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path / "kv", capacity=2 * FILE)
+    taken: list[bytes] = []
+    tier.evicted = lambda gone, what: taken.append(gone)
+    tier.store(identity(0), page(0))
+    tier.store(identity(1), page(1))
+    fault = Failing("readv", errno.EIO, monkeypatch)
+    with pytest.raises(OSError) as caught:
+        tier.store(identity(2), page(2))
+    assert caught.value.errno == errno.EIO and taken == [] and tier.used == 2 * FILE
+    fault.on = False
+    tier.store(identity(2), page(2))
+    assert taken == [identity(1)] and load(tier, 0) == page(0) and load(tier, 2) == page(2)
+    tier.close()
+
+
 def test_the_index_is_rebuilt_with_the_order_of_use(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "kv")
     for number in (1, 2, 3):
@@ -423,6 +456,22 @@ def test_clearing_leaves_other_models_alone(tmp_path: Path) -> None:
         load(ours, 1)
     ours.close()
     theirs.close()
+
+
+def test_what_is_written_while_the_tier_is_cleared_goes_too(
+    tier: FileTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = TierDirectory.publish
+
+    def late(directory: TierDirectory, temporary: str, name: str) -> None:
+        tier.clear()
+        publish(directory, temporary, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TierDirectory, "publish", late)
+        assert not tier.store(identity(1), page(1))
+    assert not tier.present([identity(1)]) and tier.used == 0
+    assert tier.store(identity(1), page(1)) and load(tier, 1) == page(1)
 
 
 def test_many_threads_and_handles_on_one_directory_never_see_wrong_bytes(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def collect(outcomes: queue.SimpleQueue[Outcome], count: int) -> list[Outcome]:
 def test_outcomes_tell_pages_faults_and_misses_apart() -> None:
     outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     threads = TierThreads(3, Pages(1), outcomes.put)
+    threads.start()
     buffers = {number: bytearray(4) for number in (1, 2, 97, 98)}
     for number, buffer in buffers.items():
         assert threads.load(key(number), memoryview(buffer))
@@ -106,6 +107,7 @@ def test_outcomes_tell_pages_faults_and_misses_apart() -> None:
 def test_a_full_queue_refuses_at_once_and_closing_does_not_wait_for_ever() -> None:
     tier, outcomes = Pages(1), queue.SimpleQueue[Outcome]()
     threads = TierThreads(0, tier, outcomes.put, readers=1, writers=1, limit=4)
+    threads.start()
     tier.gate.clear()
     begun = time.monotonic()
     taken = [threads.load(key(1), memoryview(bytearray(4))) for _ in range(20)]

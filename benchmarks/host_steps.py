@@ -4,11 +4,11 @@
 
 The scheduler and the GPU runner are the real ones; what they would launch is left out (kernels and
 CUDA graphs; copies run, between places in memory), and every sampled token is 5. One step is kept
-in flight, as an engine does. Must: schedule, submit and commit together under 1 ms at 256 rows
-(issue 3), launches included. With `--wait 10` the thread sleeps 10 ms before each step, as one does
-that waits for a large model: its data has left the processor's caches by then, and the same work
-takes two to three times as long. Figures are medians of this thread's processor time; how fast a
-shared machine is just then, a loop that does nothing shows.
+in flight, as an engine does. Must: schedule, submit and commit together under 1 ms at 256 rows,
+launches included. With `--wait 10` the thread sleeps 10 ms before each step, as one does that waits
+for a large model: its data has left the processor's caches by then, and the same work takes two to
+three times as long. Figures are medians of this thread's processor time; how fast a shared machine
+is just then, a loop that does nothing shows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Most rows of most steps are these, so they go to the runner and back in columns, and their ledgers
 are moved by loops that do nothing else: a step of 256 rows has a few hundred microseconds of the
-engine thread (issue 3).
+engine thread.
 """
 
 from __future__ import annotations

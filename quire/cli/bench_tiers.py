@@ -22,7 +22,6 @@ from quire.cli.terminal import Phases
 from quire.cli.version import versions
 from quire.cli.workload import SPECIAL_IDS
 from quire.config.tiers import parse_tiers
-from quire.tiers.dram import DramTier
 from quire.tiers.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -188,6 +187,8 @@ class Bench:
         """Conversations that take turns, with more KV together than the device holds: times to the
         first token of returning turns, without tiers and with DRAM under each policy. All have the
         same turns in the same order, and begin with empty tiers."""
+        from quire.tiers.dram import DramTier
+
         held = self.engine.engine.plan.context_tokens
         count = max(2, round(overcommit * held / length))
         found: dict[str, Any] = {"count": count, "tokens": length, "turns": TURNS, "order": order}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from quire.engine.admission import Limits
 from quire.engine.decoding import Flight, take_plain
 from quire.engine.drafting import NO_DRAFTS, Drafting
+from quire.engine.limits import Limits
 from quire.engine.request import Request, State
 from quire.engine.roster import Roster, order_of
 from quire.engine.rows import covered, make_enter, make_row, new_blocks

@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Callable
 
-from quire.engine.admission import Limits, check_add
 from quire.engine.api import EngineStats
 from quire.engine.batches import Batches
 from quire.engine.commit import ROW_ERRORS, error_delta, take_row
 from quire.engine.decoding import Flight, commit_tokens
 from quire.engine.drafting import Drafting
 from quire.engine.gates import Gate, Gates
+from quire.engine.limits import Limits, check_add
 from quire.engine.request import Request, State
 from quire.engine.roster import Roster
 from quire.engine.tiering import Tiering

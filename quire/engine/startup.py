@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 
 from quire.config.options import Options
-from quire.engine.admission import Limits
 from quire.engine.api import EngineInfo
 from quire.engine.core import EngineCore, Runner
 from quire.engine.drafting import Drafting
+from quire.engine.limits import Limits
 from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Scheduler
 from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers

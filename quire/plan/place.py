@@ -18,8 +18,7 @@ from quire.layers.linear import Linear
 from quire.models.deepseek_v4.parts import GroupedLinear
 from quire.models.registry import build_model, build_mtp
 from quire.plan.facts import ModelFacts, declared_dtype
-from quire.plan.plan import Choice, format_bytes
-from quire.plan.weight_parts import WeightPart
+from quire.plan.plan import Choice, WeightPart, format_bytes
 
 DENSE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 DENSE_FORMATS = ("f64", "f32", "f16", "bf16")

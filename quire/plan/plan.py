@@ -11,7 +11,6 @@ import msgspec
 from quire.config.speculation import Speculation
 from quire.kv import BLOCK_SIZE
 from quire.kv.groups import KVGroup
-from quire.plan.weight_parts import WeightPart
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,20 @@ class Choice:
     chosen: str
     reason: str
     downgrade: bool = False
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """`name`: "layers", which every token needs; "experts", of which it needs the chosen ones;
+    "head", for sampled tokens (an embedding that is also the head counts here); "embedding", of
+    which rows are looked up. `nbytes` as this rank holds them; `values` of all ranks, of which
+    `e4m3_values` are multiplied in e4m3 where there are many tokens. Experts are in `layers`."""
+
+    name: str
+    nbytes: int
+    values: int
+    e4m3_values: int
+    layers: int = 0
 
 
 @dataclass(frozen=True)

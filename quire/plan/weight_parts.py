@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from quire.layers.build import Weight
 from quire.layers.embedding import Embedding
+from quire.plan.plan import WeightPart
 
 LAYERS, EXPERTS, HEAD, EMBEDDING = "layers", "experts", "head", "embedding"
 _HEADS = ("lm_head", "head")
-
-
-@dataclass(frozen=True)
-class WeightPart:
-    """`name`: "layers", which every token needs; "experts", of which it needs the chosen ones;
-    "head", for sampled tokens (an embedding that is also the head counts here); "embedding", of
-    which rows are looked up. `nbytes` as this rank holds them; `values` of all ranks, of which
-    `e4m3_values` are multiplied in e4m3 where there are many tokens. Experts are in `layers`."""
-
-    name: str
-    nbytes: int
-    values: int
-    e4m3_values: int
-    layers: int = 0
 
 
 def weight_parts(

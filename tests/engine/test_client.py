@@ -251,11 +251,14 @@ def test_a_defect_in_reading_ends_every_request_instead_of_leaving_it(
 
 def test_a_killed_engine_is_reported_to_every_consumer(tiny_llama: str) -> None:
     async def body(client: EngineClient) -> None:
-        tasks = [
-            asyncio.create_task(collect(client, request(f"r{i}", [5] * 9, max_tokens=500)))
-            for i in range(3)
-        ]
-        await asyncio.sleep(0.1)
+        begun = asyncio.Event()
+
+        async def consume(name: str) -> None:
+            async for _ in client.generate(request(name, [5] * 9, max_tokens=500)):
+                begun.set()
+
+        tasks = [asyncio.create_task(consume(f"r{i}")) for i in range(3)]
+        await begun.wait()
         client._process.kill()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, EngineDead)

@@ -28,8 +28,8 @@ from mock_runner import (
     reference,
 )
 
-from quire.engine.admission import Limits
 from quire.engine.drafting import Drafting
+from quire.engine.limits import Limits
 from quire.engine.request import State
 from quire.engine.scheduler import Scheduler
 from quire.engine.wire import Add, Delta

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from quire.kernels.compressed import Mix, StreamWeights
-from quire.kernels.reference.streams import mix_streams as reference
+from quire.kernels.reference.compressed.ops import CompressedKernels
+from quire.kernels.reference.norm.rms_norm import rms_norm
 from quire.kernels.triton.streams import write_streams as write_module
 from quire.kernels.triton.streams.mix_streams import collapse_streams, mix_streams
 from quire.kernels.triton.streams.write_streams import write_streams
 from tests.kernels.triton.moe_inputs import poisoned_memory, random
 
+REFERENCE = CompressedKernels(lambda x, matrix: x @ matrix.T, rms_norm)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 # (tokens, streams, channels): more than one part, odd ones, one stream, three as in a test model.
 SIZES = [(0, 4, 64), (1, 4, 200), (3, 3, 72), (5, 4, 33), (2, 1, 1), (9, 2, 130)]
@@ -58,9 +60,9 @@ def test_a_mix_equals_reference(
     with poisoned_memory():
         found, x, mix = mix_streams(*given)
     assert write or found is streams
-    close(found, reference.mix_streams(*given)[0], dtype)
+    close(found, REFERENCE.mix_streams(*given)[0], dtype)
     # Of the streams as they were stored here, whose rounding may go the other way.
-    _, wanted, exact = reference.mix_streams(found, None, weights, norm, 1e-5)
+    _, wanted, exact = REFERENCE.mix_streams(found, None, weights, norm, 1e-5)
     close(x, wanted, dtype)
     close(mix.writes, exact.writes, torch.float32)
     close(mix.matrix, exact.matrix, torch.float32)
@@ -75,8 +77,8 @@ def test_writing_and_collapsing_equal_reference(
     weights = weights_of(*size[1:], device, head=True)
     with poisoned_memory():
         found, collapsed = write_streams(y, streams, mix), collapse_streams(streams, weights)
-    close(found, reference.write_streams(y, streams, mix), dtype)
-    close(collapsed, reference.collapse_streams(streams, weights), dtype)
+    close(found, REFERENCE.write_streams(y, streams, mix), dtype)
+    close(collapsed, REFERENCE.collapse_streams(streams, weights), dtype)
 
 
 def test_streams_may_be_one_row_of_memory(device: torch.device) -> None:

@@ -19,7 +19,8 @@ from quire.kernels.reference.streams.mixing import collapse, mixing, sigmoid, sp
 
 
 class CompressedKernels:
-    """Made of the `linear` and `rms_norm` of the kernels that it belongs to."""
+    """Made of the `linear` and `rms_norm` of the kernels that it belongs to. Streams may have any
+    format; what is computed with them is float32."""
 
     def __init__(
         self, linear: Callable[..., torch.Tensor], rms_norm: Callable[..., torch.Tensor]
@@ -44,23 +45,25 @@ class CompressedKernels:
             self._logits(streams_TND, weights), weights.base, weights.scale,
             weights.streams, weights.stream_eps, weights.steps,
         )  # fmt: skip
-        x_TD = self.rms_norm(collapse(streams_TND, reads), norm_D, eps)
-        return streams_TND, x_TD, Mix(writes, matrix)
+        x_TD = self.rms_norm(collapse(streams_TND.float(), reads), norm_D, eps)
+        return streams_TND, x_TD.to(streams_TND.dtype), Mix(writes, matrix)
 
     def write_streams(
         self, y_TD: torch.Tensor, streams_TND: torch.Tensor, mix: Mix
     ) -> torch.Tensor:
         """The streams after a layer that gave y."""
-        return spread(y_TD, streams_TND, mix.writes, mix.matrix)
+        streams = spread(y_TD.float(), streams_TND.float(), mix.writes, mix.matrix)
+        return streams.to(streams_TND.dtype)
 
     def collapse_streams(self, streams_TND: torch.Tensor, weights: StreamWeights) -> torch.Tensor:
         """The sum of the streams that the head reads: [T, D]."""
         logits_TN = self._logits(streams_TND, weights) * weights.scale + weights.base
-        return collapse(streams_TND, sigmoid(logits_TN) + weights.stream_eps)
+        reads = sigmoid(logits_TN) + weights.stream_eps
+        return collapse(streams_TND.float(), reads).to(streams_TND.dtype)
 
     def _logits(self, streams_TND: torch.Tensor, weights: StreamWeights) -> torch.Tensor:
         """A product with all streams of a token, over their root mean square."""
-        flat = streams_TND.flatten(1)
+        flat = streams_TND.flatten(1).float()
         square = flat.square().mean(-1, keepdim=True)
         return self.linear(flat, weights.matrix) * torch.rsqrt(square + weights.eps)
 

@@ -253,10 +253,13 @@ TINY = {
 V4_ON_GPU = {
     **FAMILIES["deepseek_v4"], "vocab_size": 320, "hidden_size": 64, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512, "rope_theta": 10000.0, "eos_token_id": 2,
-    "compress_ratios": [0, 4, 128, 4, 0], "num_nextn_predict_layers": 1,
+    "num_nextn_predict_layers": 1,
 }  # fmt: skip
 ON_GPU = {"v3": CONFIGS["v3"], "v4": V4_ON_GPU}
-TINY_V4 = {**V4_ON_GPU, "vocab_size": 64, "num_hidden_layers": 1, "compress_ratios": [4, 0]}
+TINY_V4 = {
+    **V4_ON_GPU, "vocab_size": 64, "num_hidden_layers": 1,
+    "layer_types": ["compressed_sparse_attention"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

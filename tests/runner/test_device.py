@@ -95,12 +95,9 @@ def test_a_tiny_deepseek_v4_equals_the_cpu_runner(
     """A prompt in chunks, decoding, two requests, the second with a prefix that is cached; layers
     of all kinds, of which one chooses among its entries."""
     sizes = {"num_hidden_layers": 3, "hidden_size": 32, "moe_intermediate_size": 16, "hc_mult": 2}
-    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
-    layers = ["sliding_attention", *rates]
-    sizes |= {"layer_types": layers, "compress_rates": rates, "vocab_size": 64, "index_topk": 3}
-    family = {**FAMILIES["deepseek_v4"], **sizes, "n_routed_experts": 4}
-    del family["compress_ratios"]  # which the published ones have instead
-    model = write_model(**family)
+    family = FAMILIES["deepseek_v4"]
+    sizes |= {"layer_types": family["layer_types"][:3], "vocab_size": 64, "index_topk": 3}
+    model = write_model(**{**family, **sizes, "n_routed_experts": 4})
     prompt = list(range(3, 40))
     adds = [
         Add("a", prompt, SamplingParams(temperature=0.0, max_tokens=2, logprobs=1), seed=0),
@@ -281,8 +278,13 @@ def test_bfloat16_stays_close_to_float32(write_model: WriteModel, family: str) -
             for delta in core.step():
                 values = [p.logprobs[0] for p in delta.prompt_logprobs or []]
                 into.setdefault(delta.request_id, []).extend(values)
-    for name, want in exact.items():
-        assert rounded[name] == pytest.approx(want, abs=0.05)
+    found = [x for name in exact for x in rounded[name]]
+    want = [x for name in exact for x in exact[name]]
+    # A token whose experts, or entries it attends to, are others after rounding differs by more.
+    bound = 0.2 if family == "deepseek_v4" else 0.05
+    assert found == pytest.approx(want, abs=bound)
+    differences = sorted(abs(x - y) for x, y in zip(found, want, strict=True))
+    assert differences[len(differences) * 9 // 10] < 0.01
 
 
 @pytest.mark.gpu

@@ -40,7 +40,10 @@ def slots_of(table_ptr, index, wanted, PER_BLOCK: tl.constexpr):
     """int64 slots of the `wanted` ones among the vectors `index` of a request, whose row of the
     block table this is."""
     block = tl.load(table_ptr + index // PER_BLOCK, mask=wanted, other=0)
-    return block.to(tl.int64) * PER_BLOCK + index % PER_BLOCK
+    slot = block.to(tl.int64) * PER_BLOCK + index % PER_BLOCK
+    # Triton 3.6 concludes that slots are multiples of PER_BLOCK, from the first in each block being
+    # one, and reads vectors of 132 bytes by 16 at a time.
+    return tl.multiple_of(slot, 1)
 
 
 @triton.jit

@@ -8,12 +8,11 @@ from typing import Any
 from quire.kernels.triton.norm.rms_norm import block_sizes
 from quire.kernels.triton.quantized.experts import expert_tile
 from quire.kernels.triton.quantized.experts_small import (
-    PARTS,
-    ROWS,
+    SmallTile,
     T,
     down_small_kernel,
     gate_up_small_kernel,
-    steps,
+    small_tiles,
 )
 from quire.kernels.triton.quantized.gemm import (
     GROUP_TOKENS,
@@ -64,7 +63,8 @@ def skinny(tokens: int, n: int, format: str, target: str, kind: str = "") -> Cas
     types, constants = weight(format, target)
     sizes = skinny_tiles(tokens, n, format, 128, 132, SHARED[target])
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    constants |= {"T": tokens, "AHEAD": 1024, "ACTIVATION": kind, "LIMIT": 0.0, **sizes}
+    constants |= {"T": tokens, "ONE": tokens == 8, "AHEAD": 1024, "ACTIVATION": kind, "LIMIT": 0.0}
+    constants |= sizes
     name = f"skinny {format} T {tokens} rows {n} {kind}"
     return Case(name, skinny_kernel, types, constants, warps, stages, ALIGNED, (target,))
 
@@ -87,19 +87,28 @@ def gemm(tokens: int, format: str, target: str, kind: str = "", limit: float = 0
     )
 
 
+def _small(tile: SmallTile) -> dict[str, Any]:
+    return {"T": T, "ROWS": tile.rows, "PARTS": tile.parts, "BLOCKS": tile.blocks}
+
+
 def gate_up_small(format: str, target: str) -> Case:
     types, constants = weight(format, target)
-    constants |= {"SLOTS": 8, "T": T, "ROWS": ROWS, "PARTS": PARTS, "BLOCKS": steps(format)}
-    constants |= {"KIND": "swiglu_oai", "LIMIT": 7.0}
-    name = f"gate_up_small {format}"
-    return Case(name, gate_up_small_kernel, types, constants, PARTS, 3, ALIGNED, (target,))
+    tile, _ = small_tiles(format, 8)
+    constants |= {"SLOTS": 8, "KIND": "swiglu_oai", "LIMIT": 7.0, **_small(tile)}
+    return Case(
+        f"gate_up_small {format}", gate_up_small_kernel, types, constants, tile.warps, tile.stages,
+        ALIGNED, (target,),
+    )  # fmt: skip
 
 
 def down_small(format: str, target: str) -> Case:
     types, constants = weight(format, target)
-    constants |= {"SLOTS": 6, "T": T, "ROWS": ROWS, "PARTS": 8, "BLOCKS": steps(format)}
-    name = f"down_small {format}"
-    return Case(name, down_small_kernel, types, constants, 8, 3, ALIGNED, (target,))
+    _, tile = small_tiles(format, 6)
+    constants |= {"SLOTS": 6, **_small(tile)}
+    return Case(
+        f"down_small {format}", down_small_kernel, types, constants, tile.warps, tile.stages,
+        ALIGNED, (target,),
+    )  # fmt: skip
 
 
 def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:

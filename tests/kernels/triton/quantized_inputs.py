@@ -71,13 +71,14 @@ def unpacked_codes(packed: PackedQuantized) -> torch.Tensor:
     if packed.codes.dtype == torch.uint8:
         return packed.codes[:, : packed.k]
     words = packed.codes.view(packed.n, -1, 16)
-    found = torch.zeros(packed.n, words.shape[1], 4, 2, 16, dtype=torch.uint8)
-    places = [(15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10)]
+    found = torch.zeros(packed.n, words.shape[1], 4, 16, 2, dtype=torch.uint8)
+    # A place from 16 on is in the other half.
+    places = [(15, 8, 7, 14), (9, 2, 1, 0), (13, 6, 5, 4), (19, 12, 11, 10)]
     for d, place in enumerate(places):
         if packed.format == "int4":
             place = (4 * d + 3, 4 * d + 2, 4 * d + 1, 4 * d)
         for half in (0, 1):
             for bit, at in zip((3, 2, 1, 0), place, strict=True):
-                value = (words >> (at + 16 * half)) & 1
-                found[:, :, d, half] |= (value << bit).to(torch.uint8)
+                value = (words >> (at + 16 * half) % 32) & 1
+                found[:, :, d, :, half] |= (value << bit).to(torch.uint8)
     return found.reshape(packed.n, -1)[:, : packed.k]

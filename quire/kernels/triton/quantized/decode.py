@@ -13,11 +13,16 @@ import triton.language as tl
 
 @triton.jit
 def float_pair(words, D: tl.constexpr):
-    """Codes d of both halves of uint32 words: bfloat16 pairs, 2^-126 of their values."""
-    if D == 3:
-        sign = (words << 1) & 0x80008000
-        return sign | ((words >> 5) & 0x01000100) | ((words >> 4) & 0x00C000C0)
-    return (words << (3 * D)) & 0x81C081C0
+    """Codes d of both halves of uint32 words (pack.py): bfloat16 pairs, 2^-126 of their values."""
+    if D == 0:
+        pair = (words & 0x81808180) | ((words >> 8) & 0x00400040)
+    elif D == 1:
+        pair = (words << 6) & 0x81C081C0
+    elif D == 2:
+        pair = (words << 2) & 0x81C081C0
+    else:
+        pair = ((words >> 4) | (words << 28)) & 0x81C081C0
+    return pair
 
 
 @triton.jit
@@ -27,11 +32,18 @@ def integer_pair(words, D: tl.constexpr):
 
 
 @triton.jit
-def halves(pair):
-    """The lower and the upper bfloat16 of uint32 words."""
+def _neighbours(low, high):
+    """[.., W] and [.., W] as [.., 2 W]: the halves of word 0, of word 1, ..."""
+    both = tl.join(low, high)
+    wide: tl.constexpr = both.shape[:-2] + [2 * both.shape[-2]]  # noqa: RUF005
+    return tl.reshape(both, wide)
+
+
+@triton.jit
+def _halves(pair):
+    """uint32 words [.., W] as bfloat16 [.., 2 W]."""
     low = pair.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    high = (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return low, high
+    return _neighbours(low, (pair >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True))
 
 
 @triton.jit
@@ -43,7 +55,8 @@ def _wide(pair):
 
 @triton.jit
 def times(pair, factor, PACKED: tl.constexpr):
-    """Products of bfloat16 pairs, which must be exact. PACKED: by NVIDIA's instruction for two."""
+    """Products of bfloat16 pairs [.., W], which must be exact, as bfloat16 [.., 2 W]. PACKED: by
+    NVIDIA's instruction for two."""
     if PACKED:
         pair = tl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
@@ -53,15 +66,15 @@ def times(pair, factor, PACKED: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return halves(pair)
+        return _halves(pair)
     low, high = _wide(pair)
     low_factor, high_factor = _wide(factor)
-    return (low * low_factor).to(tl.bfloat16), (high * high_factor).to(tl.bfloat16)
+    return _neighbours((low * low_factor).to(tl.bfloat16), (high * high_factor).to(tl.bfloat16))
 
 
 @triton.jit
 def plus(pair, term, PACKED: tl.constexpr):
-    """Sums of bfloat16 pairs, which must be exact."""
+    """Sums of bfloat16 pairs [.., W], which must be exact, as bfloat16 [.., 2 W]."""
     if PACKED:
         pair = tl.inline_asm_elementwise(
             "{ .reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2; }",
@@ -71,23 +84,35 @@ def plus(pair, term, PACKED: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return halves(pair)
+        return _halves(pair)
     low, high = _wide(pair)
     low_term, high_term = _wide(term)
-    return (low + low_term).to(tl.bfloat16), (high + high_term).to(tl.bfloat16)
+    return _neighbours((low + low_term).to(tl.bfloat16), (high + high_term).to(tl.bfloat16))
 
 
 @triton.jit
-def scale_pair(scales, D: tl.constexpr, FORMAT: tl.constexpr):
-    """The bfloat16 pair that codes d of a word's halves are multiplied by, from a block's scales
-    (pack.py): 2^126 of the scale over the format's factor."""
+def _twice(byte, FORMAT: tl.constexpr):
+    """A scale's byte (pack.py) as a bfloat16 pair: 2^126 of the scale over the format's factor."""
+    if FORMAT == "nvfp4":
+        # 8 * (exponent + 10) + mantissa; an exponent of 8 gets bfloat16's largest.
+        return byte * 0x00100010 + 0x76007600
+    # The exponent is 127 too high in both; 126 - 64 more.
+    return (byte + 62) * 0x00800080
+
+
+@triton.jit
+def scale_pairs(scales, D: tl.constexpr, FORMAT: tl.constexpr):
+    """What codes d of the words of blocks are multiplied by, [.., BLOCKS * 16], as bfloat16 pairs,
+    from the scales of blocks [.., BLOCKS]."""
     if FORMAT == "nvfp4":
         both = (scales >> (16 * D)).to(tl.uint32)
-        # The byte is 8 * (exponent + 10) + mantissa; an exponent of 8 gets bfloat16's largest.
-        return (((both & 0xFF) << 4) | ((both & 0xFF00) << 12)) + 0x76007600
-    one = (scales >> (8 * D)).to(tl.uint32) & 0xFF
-    # Exponents are 127 too high in both; 126 - 64 more.
-    return (one + 62) * 0x00800080
+        pairs = tl.join(_twice(both & 0xFF, FORMAT), _twice((both >> 8) & 0xFF, FORMAT))
+    else:
+        pairs = tl.expand_dims(_twice((scales.to(tl.uint32) >> (8 * D)) & 0xFF, FORMAT), -1)
+    each: tl.constexpr = 16 // pairs.shape[-1]
+    wide = tl.broadcast_to(tl.expand_dims(pairs, -1), pairs.shape + [each])  # noqa: RUF005
+    words: tl.constexpr = scales.shape[:-1] + [16 * scales.shape[-1]]  # noqa: RUF005
+    return tl.reshape(wide, words)
 
 
 # Four e4m3 in $2 to bfloat16 by way of float16 and float32: from float16 directly is slow.

@@ -7,6 +7,8 @@ is the sum over warps. Nothing is sorted.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,20 @@ from quire.kernels.triton.quantized.operands import check_experts, format_of, in
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
 
-# The matrix instruction's: 8 tokens of which one is there, 16 rows of the weight.
-T = 8
-ROWS = 16
-PARTS = 4
+T = 8  # the matrix instruction's columns, all of them the one token's
+
+
+@dataclass(frozen=True)
+class SmallTile:
+    """`rows` of a weight in a program, the matrix instruction's 16 or more; `parts` that work
+    side by side, of K or, in the product down, a token's slots; `blocks` of 128 columns in a step
+    of each."""
+
+    rows: int
+    parts: int
+    blocks: int
+    warps: int
+    stages: int
 
 
 @triton.jit
@@ -31,6 +43,13 @@ def scale_offset(expert, rows, groups, scale_stride, FORMAT: tl.constexpr):
     if FORMAT == "fp8_block":
         row = rows // 128
     return expert.to(tl.int64) * (groups * scale_stride) + row
+
+
+@triton.jit
+def only_column(y):
+    """[..] of sums [.., T] that are the same in all columns."""
+    column = tl.arange(0, y.shape[-1])
+    return tl.sum(tl.where(column == 0, y, 0.0), axis=len(y.shape) - 1)
 
 
 @triton.jit
@@ -59,17 +78,15 @@ def gate_up_small_kernel(
         scale_rows = scales + scale_at
     if zeros is not None:
         zero_rows = zeros + scale_at
-    token = tl.arange(0, T)
     y = sum_products(
         tl.zeros([PARTS, ROWS, T], tl.float32),
-        x + (pair // SLOTS).to(tl.int64) * k + tl.zeros([1, 1, T], tl.int32),
-        (token == 0)[None, None, :],
+        x + (pair // SLOTS).to(tl.int64) * k + tl.zeros([1, 1, 1], tl.int32),
+        tl.full([1, 1, 1], True, tl.int1),
         k, codes + (row_64 * code_stride)[None, :, None], scale_rows, zero_rows, scale_stride,
         tl.arange(0, PARTS)[:, None, None], blocks, FORMAT, GROUP, BLOCKS, PARTS, EVEN, PACKED,
         CAST,
     )  # fmt: skip
-    # All tokens but the first are zero.
-    y = tl.sum(tl.sum(y, axis=0), axis=1)
+    y = only_column(tl.sum(y, axis=0))
     if row_scales is not None:
         y *= tl.load(row_scales + row_64)
     if bias is not None:
@@ -109,15 +126,14 @@ def down_small_kernel(
         scale_rows = scales + scale_at[:, :, None]
     if zeros is not None:
         zero_rows = zeros + scale_at[:, :, None]
-    column = tl.arange(0, T)[None, None, :]
     y = sum_products(
         tl.zeros([PARTS, ROWS, T], tl.float32),
-        h + (pair * k)[:, None, None] + tl.zeros([1, 1, T], tl.int32),
-        (slot < SLOTS)[:, None, None] & (column == 0),
+        h + (pair * k)[:, None, None],
+        (slot < SLOTS)[:, None, None],
         k, codes + (row_64 * code_stride)[:, :, None], scale_rows, zero_rows, scale_stride,
         tl.full([1, 1, 1], 0, tl.int32), blocks, FORMAT, GROUP, BLOCKS, 1, EVEN, PACKED, CAST,
     )  # fmt: skip
-    y = tl.sum(y, axis=2)
+    y = only_column(y)
     if row_scales is not None:
         y *= tl.load(row_scales + row_64)
     if bias is not None:
@@ -128,9 +144,13 @@ def down_small_kernel(
     tl.store(out + token * n + first + tl.arange(0, ROWS), y.to(out.dtype.element_ty), mask=inside)
 
 
-def steps(format: str) -> int:
-    """Blocks of 128 columns in a step."""
-    return 2 if format in ("nvfp4", "mxfp4") else 1
+def small_tiles(format: str, slots: int) -> tuple[SmallTile, SmallTile]:
+    """For gate and up, and for down. Estimates until measured with benchmarks/gpu/quantized.py."""
+    blocks = 2 if format in ("nvfp4", "mxfp4") else 1
+    parts = max(2, triton.next_power_of_2(slots))
+    return SmallTile(16, 4, blocks, 4, 3), SmallTile(
+        16, parts, blocks, min(16, parts), 3 if parts <= 8 else 2
+    )
 
 
 def pieces(weight: PackedQuantized) -> tuple[object, ...]:
@@ -156,23 +176,25 @@ def experts_small(
     limit: float = 0.0,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    tiles: tuple[SmallTile, SmallTile] | None = None,
 ) -> torch.Tensor:
     """sum over k of weights[t, k] * (down[e] @ h + down_bias[e]) with h = the activation of
     gate_up[e] @ x[t] + gate_up_bias[e] and e = ids[t, k]: [T, H] bfloat16.
 
     x [T, H] bfloat16, `weights` float32 [T, K], `ids` int32 [T, K], `gate_up` [E, 2 I, H] with gate
     rows first, `down` [E, H, I], biases float32 [E, 2 I] and [E, H], all contiguous; `kind` and
-    `limit` as in gated_activation. Sums are in float32; only h and the result are rounded. Raises
-    ValueError for what does not go together.
+    `limit` as in gated_activation. Sums are in float32; only h and the result are rounded. `tiles`:
+    other sizes than small_tiles'. Raises ValueError for what does not go together.
     """
     check_experts(x, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
     (t, slots), hidden, intermediate = ids.shape, gate_up.k, down.k
     h = torch.empty((t * slots, intermediate), dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
     has = instructions(x.device)
+    first, second = tiles or small_tiles(gate_up.format, slots)
     launch(
         gate_up_small_kernel,
-        (t * slots, triton.cdiv(intermediate, ROWS // 2)),
+        (t * slots, triton.cdiv(intermediate, first.rows // 2)),
         x.device,
         x,
         ids,
@@ -184,21 +206,20 @@ def experts_small(
         *strides(gate_up),
         SLOTS=slots,
         T=T,
-        ROWS=ROWS,
-        PARTS=PARTS,
-        BLOCKS=steps(gate_up.format),
-        EVEN=hidden % (128 * PARTS * steps(gate_up.format)) == 0,
+        ROWS=first.rows,
+        PARTS=first.parts,
+        BLOCKS=first.blocks,
+        EVEN=hidden % (128 * first.parts * first.blocks) == 0,
         KIND=kind,
         LIMIT=limit,
-        num_warps=PARTS,
-        num_stages=3,
+        num_warps=first.warps,
+        num_stages=first.stages,
         **format_of(gate_up),
         **has,
     )
-    parts = max(2, triton.next_power_of_2(slots))
     launch(
         down_small_kernel,
-        (t, triton.cdiv(hidden, ROWS)),
+        (t, triton.cdiv(hidden, second.rows)),
         x.device,
         h,
         ids,
@@ -210,13 +231,13 @@ def experts_small(
         intermediate,
         *strides(down),
         SLOTS=slots,
-        PARTS=parts,
+        PARTS=second.parts,
         T=T,
-        ROWS=ROWS,
-        BLOCKS=steps(down.format),
-        EVEN=intermediate % (128 * steps(down.format)) == 0,
-        num_warps=min(16, parts),
-        num_stages=3 if parts <= 8 else 2,
+        ROWS=second.rows,
+        BLOCKS=second.blocks,
+        EVEN=intermediate % (128 * second.blocks) == 0,
+        num_warps=second.warps,
+        num_stages=second.stages,
         **format_of(down),
         **has,
     )

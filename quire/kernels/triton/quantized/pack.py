@@ -1,9 +1,9 @@
 """Quantised weights as the kernels read them: reordered once while loading, no value changed.
 
 K is padded with zeros to whole blocks of 128 columns. A block of 4-bit codes is 16 words of 32
-bits; word j has the codes of columns 32 d + 16 h + j, d = 0..3 in each half h of the word, so that
-one shift and one mask give both halves their code d where a bfloat16 has its bits (decode.py), and
-word j of all d and h is column j of a matrix instruction's 16.
+bits; word j has the codes of columns 32 d + 2 j + h, d = 0..3 in each half h of the word, so that
+hardly more than a shift and a mask give both halves their code d where a bfloat16 has its bits
+(decode.py), and a word's halves are the two neighbours that a matrix instruction takes together.
 
 Scales lie by block first and row second, so that a tile's scales are neighbours. Those of a block
 in nvfp4 are eight bytes (int64), of mxfp4 four (int32). An nvfp4 scale has one bit of exponent
@@ -123,23 +123,31 @@ def quantized_nbytes(name: str, n: int, k: int) -> int:
     return codes + 3 * n * groups
 
 
-def _place_float(code: torch.Tensor, d: int) -> torch.Tensor:
-    """An e2m1 code's bits within half a word: the sign above, then exponent and mantissa."""
-    if d == 3:  # what is left of the half: bits 14, 13, 11 and 10
-        return (code & 8) << 11 | (code & 4) << 11 | (code & 3) << 10
-    return (code & 8) << (12 - 3 * d) | (code & 7) << (6 - 3 * d)
+def _float_halves(codes: torch.Tensor) -> torch.Tensor:
+    """e2m1 codes [.., 4, 16, 2] of each d, word and half as the bits of the halves, [.., 16, 2].
+
+    Each code's sign, exponent and mantissa are as far apart as a bfloat16 has them, 15, 8, 7 and 6,
+    but where another has taken the place: the mantissa of d = 0, and the sign of d = 3, which is in
+    the other half (as decode.py has them).
+    """
+    first, second, third, fourth = codes.unbind(-3)
+    halves = (first & 8) << 12 | (first & 6) << 6 | (first & 1) << 14
+    halves |= (second & 8) << 6 | (second & 7)
+    halves |= (third & 8) << 10 | (third & 7) << 4
+    return halves | (fourth & 7) << 10 | (fourth & 8).flip(-1)
+
+
+def _integer_halves(codes: torch.Tensor) -> torch.Tensor:
+    first, second, third, fourth = codes.unbind(-3)
+    return first | second << 4 | third << 8 | fourth << 12
 
 
 def _words(codes: torch.Tensor, format: str) -> torch.Tensor:
     """uint8 codes [R, blocks * 128] as int32 words [R, blocks * 16]."""
-    rows = codes.shape[0]
-    by_place = codes.view(rows, -1, 4, 2, 16).int()
-    halves = torch.zeros_like(by_place[:, :, 0])
-    for d in range(4):
-        code = by_place[:, :, d]
-        halves |= code << 4 * d if format == "int4" else _place_float(code, d)
+    by_place = codes.view(codes.shape[0], -1, 4, 16, 2).int()
+    halves = _integer_halves(by_place) if format == "int4" else _float_halves(by_place)
     # The upper half's top bit is the word's sign.
-    return (halves[:, :, 0] | halves[:, :, 1] << 16).reshape(rows, -1)
+    return (halves[..., 0] | halves[..., 1] << 16).reshape(codes.shape[0], -1)
 
 
 def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from quire.kernels.triton.quantized.decode import (
     int8_values,
     integer_pair,
     plus,
-    scale_pair,
+    scale_pairs,
     times,
 )
 
@@ -39,18 +39,13 @@ def down(values, PARTED: tl.constexpr):
 
 
 @triton.jit
-def _for_words(by_block, words):
-    """[.., BLOCKS], one for each block, as [.., BLOCKS * 16], one for each of its words."""
-    wide = tl.broadcast_to(tl.expand_dims(by_block, -1), by_block.shape + [16])  # noqa: RUF005
-    return tl.reshape(wide, words.shape)
-
-
-@triton.jit
-def _inputs(x_rows, x_inside, column, k, EVEN: tl.constexpr):
-    """x at some columns, [.., columns, tokens]; zero where a token or column is not there."""
+def _inputs(x_rows, x_inside, column, k, T: tl.constexpr, EVEN: tl.constexpr):
+    """x at some columns, [.., columns, T]; zero where a token or column is not there."""
     if EVEN:
-        return tl.load(x_rows + column, mask=x_inside, other=0.0)
-    return tl.load(x_rows + column, mask=x_inside & (column < k), other=0.0)
+        x = tl.load(x_rows + column, mask=x_inside, other=0.0)
+    else:
+        x = tl.load(x_rows + column, mask=x_inside & (column < k), other=0.0)
+    return tl.broadcast_to(x, x.shape[:-1] + [T])  # noqa: RUF005
 
 
 @triton.jit
@@ -75,7 +70,8 @@ def sum_products(
 ):  # fmt: skip
     """y + W x, [(parts,) rows, tokens] float32.
 
-    Pointers to the beginnings of rows: `x_rows` [(.,) 1, tokens], of which `x_inside` exist,
+    Pointers to the beginnings of rows: `x_rows` [(.,) 1, tokens], of which `x_inside` exist, or
+    [(.,) 1, 1] for one token, whose sums are then in all columns of y, and which takes less memory;
     `code_rows`, `scale_rows` and `zero_rows` [(.,) rows, 1]; from one group's scales to the next
     are `scale_stride` elements. `part`: of K's PARTS, each program's or [parts, 1, 1]. `blocks`:
     of 128 columns in all; BLOCKS: in a step of a part, 1 for int4, int8 and fp8_block. EVEN: all
@@ -83,11 +79,12 @@ def sum_products(
     """
     PARTED: tl.constexpr = len(y.shape) == 3
     EIGHT: tl.constexpr = FORMAT == "fp8" or FORMAT == "fp8_block" or FORMAT == "int8"
+    T: tl.constexpr = y.shape[-1]
     STEP: tl.constexpr = GROUP if FORMAT == "int8" and GROUP < 128 else 128 * BLOCKS
     WORDS: tl.constexpr = 16 * BLOCKS
     word = tl.arange(0, WORDS)
-    # The column of x for code 0 of the lower half of a word.
-    word_column = word // 16 * 128 + word % 16
+    half = tl.arange(0, 2 * WORDS)
+    half_column = half // 32 * 128 + half % 32  # of x, for codes 0
     step_column = tl.arange(0, STEP)
     own_block = tl.arange(0, BLOCKS)
     for start in range(0, blocks, BLOCKS * PARTS):
@@ -96,7 +93,7 @@ def sum_products(
             for piece in tl.static_range(128 * BLOCKS // STEP):
                 first = block * 128 + piece * STEP
                 codes = _codes(code_rows, first + across(step_column, PARTED), blocks * 128, EVEN)
-                x = _inputs(x_rows, x_inside, first + down(step_column, PARTED), k, EVEN)
+                x = _inputs(x_rows, x_inside, first + down(step_column, PARTED), k, T, EVEN)
                 if FORMAT == "fp8":
                     y = multiply_add(fp8_values(codes, PACKED, CAST), x, y)
                 else:
@@ -117,9 +114,8 @@ def sum_products(
                 index = block + across(own_block, PARTED)
                 scales = _scales(scale_rows, index, blocks, scale_stride, EVEN)
             for d in tl.static_range(4):
-                column = block * 128 + 32 * d + down(word_column, PARTED)
-                low_x = _inputs(x_rows, x_inside, column, k, EVEN)
-                high_x = _inputs(x_rows, x_inside, column + 16, k, EVEN)
+                column = block * 128 + 32 * d + down(half_column, PARTED)
+                x = _inputs(x_rows, x_inside, column, k, T, EVEN)
                 if FORMAT == "int4":
                     if 32 * d % GROUP == 0:
                         index = (block * 128 + 32 * d) // GROUP
@@ -132,14 +128,10 @@ def sum_products(
                         group_sum = tl.zeros_like(y)
                     pair = integer_pair(words, d)
                     term = tl.zeros_like(pair) + minus_zero
-                    low, high = plus(pair, term, PACKED)
-                    group_sum = multiply_add(low, low_x, group_sum)
-                    group_sum = multiply_add(high, high_x, group_sum)
+                    group_sum = multiply_add(plus(pair, term, PACKED), x, group_sum)
                     if 32 * (d + 1) % GROUP == 0 or d == 3:
                         y += group_sum * scale.to(tl.float32)
                 else:
-                    factor = _for_words(scale_pair(scales, d, FORMAT), words)
-                    low, high = times(float_pair(words, d), factor, PACKED)
-                    y = multiply_add(low, low_x, y)
-                    y = multiply_add(high, high_x, y)
+                    factor = tl.broadcast_to(scale_pairs(scales, d, FORMAT), words.shape)
+                    y = multiply_add(times(float_pair(words, d), factor, PACKED), x, y)
     return y

@@ -13,7 +13,7 @@ from quire.kernels.triton.quantized.decode import (
     int8_values,
     integer_pair,
     plus,
-    scale_pair,
+    scale_pairs,
     times,
 )
 from quire.kernels.triton.quantized.operands import format_of, instructions
@@ -52,8 +52,8 @@ def widen_kernel(
         inside = (row < n) & (column < k)
         tl.store(out_rows + column, values.to(out.dtype.element_ty), mask=inside)
     else:
-        lane = tl.arange(0, 16)[None, :]
-        words = tl.load(code_rows + block * 16 + lane).to(tl.uint32, bitcast=True)
+        word = tl.arange(0, 16)[None, :]
+        words = tl.load(code_rows + block * 16 + word).to(tl.uint32, bitcast=True)
         if FORMAT != "int4":
             by_block = tl.load(scales + block * scale_stride + read)
         for d in tl.static_range(4):
@@ -64,16 +64,13 @@ def widen_kernel(
                     zero = tl.load(zeros + scale_at).to(tl.uint32)
                     minus_zero = (zero + 0xC300) * 0x00010001
                 term = tl.broadcast_to(minus_zero, words.shape)
-                low, high = plus(integer_pair(words, d), term, PACKED)
+                values = plus(integer_pair(words, d), term, PACKED)
                 factor = tl.load(scales + scale_at).to(tl.float32)
             else:
-                scale = tl.broadcast_to(scale_pair(by_block, d, FORMAT), words.shape)
-                low, high = times(float_pair(words, d), scale, PACKED)
-            column = block * 128 + 32 * d + lane
-            low = (low.to(tl.float32) * factor).to(out.dtype.element_ty)
-            high = (high.to(tl.float32) * factor).to(out.dtype.element_ty)
-            tl.store(out_rows + column, low, mask=(row < n) & (column < k))
-            tl.store(out_rows + column + 16, high, mask=(row < n) & (column + 16 < k))
+                values = times(float_pair(words, d), scale_pairs(by_block, d, FORMAT), PACKED)
+            column = block * 128 + 32 * d + tl.arange(0, 32)[None, :]
+            values = (values.to(tl.float32) * factor).to(out.dtype.element_ty)
+            tl.store(out_rows + column, values, mask=(row < n) & (column < k))
 
 
 def widen(weight: PackedQuantized) -> torch.Tensor:

@@ -249,7 +249,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         # Heavily compressed by 16 and not the published 128: of prompts as short as the tests' that
         # would leave no entries, and nothing to find again.
         "layer_types": [
-            "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
             "compressed_sparse_attention",
         ],
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},

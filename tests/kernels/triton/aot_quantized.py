@@ -19,6 +19,12 @@ from quire.kernels.triton.quantized.gemm import (
     quantized_gemm_kernel,
     quantized_tile,
 )
+from quire.kernels.triton.quantized.gemv import (
+    down_gemv_kernel,
+    down_tiles,
+    gemv_kernel,
+    gemv_tiles,
+)
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
 from quire.kernels.triton.quantized.linear import EXACT
 from quire.kernels.triton.quantized.quantize import (
@@ -35,6 +41,8 @@ from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS
 from quire.kernels.triton.quantized.widen import widen_kernel
 from tests.kernels.triton.aot import SHARED, Case, instructions
 
+# With an instruction for e4m3, as operands.instructions has it.
+CASTING = ("sm_90", "sm_100", "sm_120")
 SIZES = ("tokens", "max_blocks", "n", "k", "blocks", "x_stride", "code_stride", "scale_stride")
 SIZES += ("scale_size", "out_stride", "groups")
 ALIGNED = SIZES[2:]
@@ -111,9 +119,37 @@ def down_small(format: str, target: str) -> Case:
     )  # fmt: skip
 
 
+def _words(format: str, target: str) -> tuple[dict[str, str], dict[str, Any]]:
+    types, constants = weight(format, target)
+    types |= dict.fromkeys(("x", "h"), "*i64") | {"codes": "*i32"}
+    types |= dict.fromkeys(("words", "units"), "i32")
+    return types, constants
+
+
+def _gemv(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Case:
+    tiles = {**constants}
+    warps = tiles.pop("num_warps")
+    given = {n: tiles[n] for n in kernel.arg_names if n in tiles}
+    return Case(name, kernel, types, given, warps, 3, (*ALIGNED, "words", "units"), CASTING)
+
+
+def gemv(format: str, tokens: int, kind: str = "", experts: bool = False) -> Case:
+    types, constants = _words(format, "sm_90")
+    constants |= {"T": tokens, "SLOTS": 8 if experts else 1, "ACTIVATION": kind, "LIMIT": 0.0}
+    constants |= gemv_tiles(4096, 4096, kind != "") | ({} if experts else {"ids": None})
+    name = f"gemv {format} T {tokens} {kind}" + " experts" * experts
+    return _gemv(name, gemv_kernel, types, constants)
+
+
+def down_gemv(format: str, slots: int) -> Case:
+    types, constants = _words(format, "sm_90")
+    constants |= {"SLOTS": slots, **down_tiles(slots)}
+    return _gemv(f"down_gemv {format} {slots}", down_gemv_kernel, types, constants)
+
+
 def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
     types, constants = weight(format, target)
-    tile = expert_tile(pairs, 128, format, deterministic=False, shared=SHARED[target])
+    tile = expert_tile(pairs, 128, 2048, format, deterministic=False, shared=SHARED[target])
     constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "SLOTS": 8}
     constants |= {"GROUP_BLOCKS": GROUP_BLOCKS, "FROM_TOKENS": kind != "", "KIND": kind}
     constants |= {"LIMIT": 0.0}
@@ -254,6 +290,10 @@ CASES = [
     skinny(32, 6144, "int4", "sm_90"),
     skinny(64, 6144, "int8", "sm_90"),
     skinny(16, 6144, "fp8_block", "sm_90"),
+    gemv("fp8", 1),
+    gemv("fp8_block", 2, "silu"),
+    gemv("fp8_block", 1, "silu", experts=True),
+    down_gemv("fp8", 8),
     gemm(8, "nvfp4", "sm_90", "silu", 10.0),
     gemm(8, "mxfp4", "sm_90"),
     gemm(32, "nvfp4", "sm_90"),

@@ -60,6 +60,25 @@ def test_rows_and_columns_of_several_scale_blocks(format: str, device: torch.dev
     check(quantized_gemm, 70, weight, device)
 
 
+@pytest.mark.parametrize("format", ["fp8", "fp8_block"])
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 300, 260), (2, 150, 1300), (2, 7, 2048)])
+@pytest.mark.parametrize("kind", ["", "silu"])
+def test_one_or_two_tokens_by_multiply_adds(
+    t: int, n: int, k: int, kind: str, format: str, device: torch.device
+) -> None:
+    """Rows of several scale blocks, ragged tiles; and x as it lies where that path is not open."""
+    weight, bias = quantized(format, n - n % 2, k, device, 4), vector(n - n % 2, device, 3)
+    wide = matrix(t, k + 8, BF16, device, 1)
+    for x in (wide[:, 8:], wide[:, 1 : k + 1]):
+        found = skinny(x, pack(weight), bias, kind=kind, limit=2.0)
+        wanted = reference(x, weight, bias, kind=kind, limit=2.0)
+        allowed = magnitude(x, dequantize(weight), bias)
+        if kind:
+            gate, up = allowed.chunk(2, dim=1)
+            allowed = (gate + 1) * (up + 2)
+        assert_close(found, wanted, allowed)
+
+
 @pytest.mark.parametrize("product", [skinny, quantized_gemm])
 @pytest.mark.parametrize(("kind", "limit"), [("silu", 0.0), ("silu", 0.5), ("swiglu_oai", 0.7)])
 def test_gated_equals_reference(

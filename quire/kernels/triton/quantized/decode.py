@@ -47,7 +47,7 @@ def _halves(pair):
 
 
 @triton.jit
-def _wide(pair):
+def wide_pair(pair):
     """The lower and the upper bfloat16 of uint32 words as float32, subnormal ones too."""
     low = (pair << 16).to(tl.float32, bitcast=True)
     return low, (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -67,8 +67,8 @@ def times(pair, factor, PACKED: tl.constexpr):
             pack=1,
         )
         return _halves(pair)
-    low, high = _wide(pair)
-    low_factor, high_factor = _wide(factor)
+    low, high = wide_pair(pair)
+    low_factor, high_factor = wide_pair(factor)
     return _neighbours((low * low_factor).to(tl.bfloat16), (high * high_factor).to(tl.bfloat16))
 
 
@@ -85,8 +85,8 @@ def plus(pair, term, PACKED: tl.constexpr):
             pack=1,
         )
         return _halves(pair)
-    low, high = _wide(pair)
-    low_term, high_term = _wide(term)
+    low, high = wide_pair(pair)
+    low_term, high_term = wide_pair(term)
     return _neighbours((low + low_term).to(tl.bfloat16), (high + high_term).to(tl.bfloat16))
 
 
@@ -153,6 +153,12 @@ _SHIFT = tl.constexpr("""{
 
 
 @triton.jit
+def _fp8_float(bits):
+    small = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
+    return small * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
 def fp8_values(codes, PACKED: tl.constexpr, CAST: tl.constexpr, PURE: tl.constexpr = True):
     """uint8 codes of e4m3 as bfloat16, exactly. CAST: the GPU has an instruction for it. PURE: the
     compiler may exchange codes, instead of values, between threads."""
@@ -161,10 +167,36 @@ def fp8_values(codes, PACKED: tl.constexpr, CAST: tl.constexpr, PURE: tl.constex
             _CAST if CAST else _SHIFT, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=PURE, pack=4
         )
     else:
-        bits = codes.to(tl.uint32)
-        small = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
-        values = (small * 1.329227995784916e36).to(tl.bfloat16)  # 2^120
+        values = _fp8_float(codes.to(tl.uint32)).to(tl.bfloat16)
     return values
+
+
+# Four e4m3 in $4 to float32.
+_CAST_FLOATS = tl.constexpr("""{
+    .reg .b16 first, second, a, b, c, d;
+    .reg .b32 low, high;
+    mov.b32 {first, second}, $4;
+    cvt.rn.f16x2.e4m3x2 low, first;
+    cvt.rn.f16x2.e4m3x2 high, second;
+    mov.b32 {a, b}, low;
+    mov.b32 {c, d}, high;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.f32.f16 $2, c;
+    cvt.f32.f16 $3, d;
+}""")
+
+
+@triton.jit
+def fp8_floats(words, CAST: tl.constexpr):
+    """The four e4m3 codes of each of int32 words as float32, four tensors. CAST: as fp8_values'."""
+    if CAST:
+        return tl.inline_asm_elementwise(
+            _CAST_FLOATS, "=f,=f,=f,=f,r", [words], dtype=(tl.float32,) * 4, is_pure=True, pack=1
+        )
+    bits = words.to(tl.uint32, bitcast=True)
+    first, second = _fp8_float(bits), _fp8_float(bits >> 8)
+    return first, second, _fp8_float(bits >> 16), _fp8_float(bits >> 24)
 
 
 @triton.jit

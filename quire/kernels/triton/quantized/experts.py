@@ -23,13 +23,13 @@ SMALL_PAIRS = 64
 
 
 def expert_tile(
-    pairs: int, experts: int, format: str, *, deterministic: bool, shared: int
+    pairs: int, experts: int, k: int, format: str, *, deterministic: bool, shared: int
 ) -> QuantizedTile:
     """The tile for blocks of pairs: as many tokens as an expert has where they are spread evenly,
     since every further block reads and decodes the weights again.
 
-    Deterministic mode starts at 64 tokens for the same instruction in every batch. Estimates
-    until measured with benchmarks/gpu/quantized.py.
+    Deterministic mode starts at 64 tokens for the same instruction in every batch. Measured on an
+    H100 with benchmarks/gpu/quantized.py for nvfp4 and mxfp4 up to 32 tokens; else estimates.
     """
     expected = pairs / experts
     summed = format in ("int4", "int8", "fp8_block")
@@ -39,10 +39,11 @@ def expert_tile(
         tokens = 16 if expected <= 8 else 32 if expected <= 20 else 64 if expected <= 64 else 128
     tokens = min(tokens, 64) if summed else tokens
     rows = 128 if tokens == 128 else 64
-    blocks = 2 if format in ("nvfp4", "mxfp4") and tokens == 16 else 1
+    floats = format in ("nvfp4", "mxfp4")
+    blocks = 2 if floats and (tokens == 16 or (tokens == 32 and k >= 1024)) else 1
     for room in (min(shared, 114688), shared):
         stage = int(blocks * 128 * (tokens * 2 + rows * (1 if eight else 0.625)))
-        stages = min(4, (room - 4096) // stage)
+        stages = min(3 if floats else 4, (room - 4096) // stage)
         if stages >= 2:
             return QuantizedTile(rows, tokens, blocks, rows // 16, stages)
     return QuantizedTile(64, tokens, 1, 4, 2)
@@ -86,8 +87,10 @@ def quantized_experts(
         )  # fmt: skip
     check_experts(x, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
     shared = shared_memory(x.device)
-    first = expert_tile(pairs, e, gate_up.format, deterministic=deterministic, shared=shared)
-    second = expert_tile(pairs, e, down.format, deterministic=deterministic, shared=shared)
+    first, second = (
+        expert_tile(pairs, e, w.k, w.format, deterministic=deterministic, shared=shared)
+        for w in (gate_up, down)
+    )
     if second.tokens != first.tokens:
         raise ValueError(f"gate_up is {gate_up.format}, down {down.format}: not served together")
     aligned = align(ids, e, first.tokens)

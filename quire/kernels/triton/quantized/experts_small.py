@@ -15,6 +15,7 @@ import triton.language as tl
 
 from quire.kernels.triton.gemm.epilogue import activate, weight_rows
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.quantized.gemv import down_gemv, gemv, gemv_serves
 from quire.kernels.triton.quantized.operands import check_experts, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
@@ -190,6 +191,10 @@ def experts_small(
     (t, slots), hidden, intermediate = ids.shape, gate_up.k, down.k
     h = torch.empty((t * slots, intermediate), dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
+    if tiles is None and all(gemv_serves(1, w, x.device) for w in (gate_up, down)):
+        gemv(x, gate_up, gate_up_bias, h, kind, limit, ids=ids)
+        down_gemv(h, weights, ids, down, down_bias, out)
+        return out
     has = instructions(x.device)
     first, second = tiles or small_tiles(gate_up.format, slots)
     launch(

@@ -16,6 +16,7 @@ from quire.kernels.triton.gemm.epilogue import store_product, weight_rows
 from quire.kernels.triton.gemm.prefetch import prefetch_rows
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
+from quire.kernels.triton.quantized.gemv import aligned, gemv, gemv_serves
 from quire.kernels.triton.quantized.operands import ahead, check_linear, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
@@ -157,6 +158,8 @@ def _run(
         raise ValueError(f"x: {tokens} tokens, at most {MAX_TOKENS} here")
     if tokens == 0 or n == 0:
         return
+    if tiles is None and gemv_serves(tokens, weight, device) and aligned(x):
+        return gemv(x, weight, bias, out, kind, limit)
     bucket, rows = max(8, triton.next_power_of_2(tokens)), weight.n * groups
     sizes = dict(
         tiles

@@ -30,9 +30,9 @@ def skinny_kernel(
     x, codes, scales, row_scales, zeros, bias, out, tokens, n, k, blocks, x_stride, code_stride,
     scale_stride, scale_size, out_stride,
     T: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. A program's second
     number is that of its weight, where there are several: each has its own k columns of x and n of
@@ -159,7 +159,8 @@ def _run(
     if tokens == 0 or n == 0:
         return
     if tiles is None and gemv_serves(tokens, weight, device) and aligned(x):
-        return gemv(x, weight, bias, out, kind, limit)
+        gemv(x, weight, bias, out, kind, limit)
+        return
     bucket, rows = max(8, triton.next_power_of_2(tokens)), weight.n * groups
     sizes = dict(
         tiles

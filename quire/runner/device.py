@@ -10,7 +10,7 @@ submitted before this one's are known.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from quire.kernels.device_state import DeviceState, Flag, StepBuffers
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
+from quire.kernels.triton.launch import compile_kernels, wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
 from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
@@ -161,7 +162,7 @@ class DeviceRunner:
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
-        self._wanted = deque(self._planned())
+        self._wanted, self._compiled = deque(self._planned()), False
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
         """One scratch for all layers, of the shape that takes the most."""
@@ -324,14 +325,32 @@ class DeviceRunner:
         kernels are compiled and its memory is there. Returns how many shapes are left."""
         if not self._wanted:
             return 0
-        key = self._wanted.popleft()
         self._steady = None
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
+        if not self._compiled and self.device.type == "cuda":
+            self._compile()
+            self._compiled = True
+        key = self._wanted.popleft()
         self._prepare(key, self._compute(key))
         if not self._wanted:
             count_tokens(self.state, self._slots([-1]))
         return len(self._wanted)
+
+    def _compile(self) -> None:
+        """Compile what the smallest and the largest shape of each kind launch, several at a time:
+        most kernels there will be. Those of a model that drafts wait until they are launched."""
+        alike: dict[Hashable, list[Key]] = {}
+        for key in self._wanted:
+            if isinstance(key, Shape):
+                alike.setdefault(key.tokens == key.rows, []).append(key)
+            elif isinstance(key, Sampling):
+                alike.setdefault(key[1:], []).append(key)
+        with wanted_kernels() as wanted:
+            for keys in alike.values():
+                for key in {keys[0], keys[-1]}:
+                    self._compute(key)()
+        compile_kernels(wanted, self.device)
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         captured = self._graphs is not None

@@ -8,7 +8,10 @@ before that call. `let_next_start` is a hint and may be called at any point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -61,16 +64,64 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     if any(n == 0 for n in grid):
         return
     # Said here because Triton's default changes with 3.10.
-    meta["enable_fp_fusion"] = True
+    meta |= {"enable_fp_fusion": True, "PDL": _dependent_launch(device)}
+    if meta["PDL"]:
+        meta["launch_pdl"] = True
+    if _wanted is not None:
+        _wanted.setdefault(
+            (kernel, *map(_kind, args), *meta.items()),
+            lambda: kernel.warmup(*args, grid=tuple(grid), **meta),
+        )
+        return
     try:
-        if _dependent_launch(device):
-            kernel[tuple(grid)](*args, PDL=True, launch_pdl=True, **meta)
-        else:
-            kernel[tuple(grid)](*args, PDL=False, **meta)
+        kernel[tuple(grid)](*args, **meta)
     except Exception as error:
         if INTERPRETED or not _from_compiler(error):
             raise
         raise _not_compiled(kernel, device, error) from error
+
+
+Wanted = dict[tuple[Any, ...], Callable[[], object]]
+_wanted: Wanted | None = None
+
+
+@contextmanager
+def wanted_kernels() -> Iterator[Wanted]:
+    """Nothing that is launched inside runs: kernels are only noted, for compile_kernels. Tensors
+    keep what their memory held."""
+    global _wanted
+    _wanted = {}
+    try:
+        yield _wanted
+    finally:
+        _wanted = None
+
+
+def compile_kernels(wanted: Wanted, device: torch.device) -> None:
+    """Compile several at a time, with a thread for each processor. One that cannot be compiled is
+    left for who launches it."""
+
+    def run(compile_one: Callable[[], object]) -> None:
+        try:
+            compile_one()
+        except Exception as error:
+            if not _from_compiler(error):
+                raise
+
+    threads = min(len(wanted), len(os.sched_getaffinity(0)), 16)
+    if threads > 1:
+        bind = torch.cuda.set_device if device.type == "cuda" else id
+        with ThreadPoolExecutor(threads, initializer=bind, initargs=(device,)) as pool:
+            list(pool.map(run, wanted.values()))
+
+
+def _kind(value: object) -> object:
+    """What Triton compiles a kernel of its own for, or something finer."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value.bit_length() > 31
+    return repr(value) if value is None or isinstance(value, str | float) else type(value)
 
 
 def _from_compiler(error: Exception) -> bool:

@@ -39,6 +39,12 @@ def _sum_pairs(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _no_tiles():
+    """The tuple that tiles are added to, of a type that only the compiler knows."""
+    return ()
+
+
+@triton.jit
 def _write(
     given, origins, writes, passes, token, inside, stream, N: tl.constexpr,
     STREAM_STRIDE: tl.constexpr,
@@ -108,7 +114,7 @@ def write_streams_kernel(
     EARLY: tl.constexpr = PDL and TOKENS == 8 and not EXACT
     AT_ONCE: tl.constexpr = N if EARLY else 1
     origins = streams + token[:, None] * TOKEN_STRIDE + channel[None, :]
-    matrix_tiles = ()
+    matrix_tiles = _no_tiles()
     if matrix is not None:
         tile = matrix + row * (N * D) + channel[None, :]
         kept = (row < M) & inside
@@ -124,7 +130,7 @@ def write_streams_kernel(
     if y is not None:
         given = tl.load(y + token[:, None] * Y_STRIDE + channel[None, :], mask=inside, other=0.0)
     for first in tl.static_range(0, N, AT_ONCE):
-        totals, xs = (), ()
+        totals, xs = _no_tiles(), _no_tiles()
         for stream in tl.static_range(first, first + AT_ONCE):
             if y is None:
                 x = tl.load(origins + stream * STREAM_STRIDE, mask=inside, other=0.0)

@@ -23,6 +23,20 @@ MIX_TOKENS = 4
 
 
 @triton.jit
+def _divide(x, y, PDL: tl.constexpr):
+    """x / y for y from 1e-30 to 1e30, to 2 ulp on NVIDIA's GPUs in either form: the steps of a mix
+    wait for each other's divisions, and the compiler's takes twice the steps for any y."""
+    y = tl.broadcast_to(y, x.shape)
+    if PDL:
+        result = tl.inline_asm_elementwise(
+            "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = x / y
+    return result
+
+
+@triton.jit
 def _mix(
     parts, base, scale, writes, passes, first, tokens, eps, stream_eps,
     N: tl.constexpr, D: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
@@ -55,7 +69,10 @@ def _mix(
         mask=inside[:, :, None] & exists[None, None],
         other=0.0,
     )
-    square = tl.sum(tl.load(rows + M, mask=inside, other=0.0), axis=1)
+    square = tl.load(rows + M, mask=inside, other=0.0)
+    # Else the compiler adds the squares before it asks for the rest, and waits twice.
+    tl.debug_barrier()
+    square = tl.sum(square, axis=1)
     inverse = tl.rsqrt(square / (N * D) + eps)
     write_logits = tl.sum(write_logits, axis=1) * inverse[:, None]
     share = 2.0 * tl.sigmoid(write_logits * write_scale + write_base[None, :])
@@ -72,12 +89,12 @@ def _mix(
     logits = tl.load(places, mask=kept, other=0.0)
     logits = tl.where(exists[None, None, :], logits, -float("inf"))
     matrix = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
-    matrix = matrix / tl.sum(matrix, axis=2)[:, :, None] + stream_eps
+    matrix = _divide(matrix, tl.sum(matrix, axis=2)[:, :, None], PDL) + stream_eps
     matrix = tl.where(pair_exists[None], matrix, 0.0)
-    matrix = matrix / (tl.sum(matrix, axis=1)[:, None, :] + stream_eps)
+    matrix = _divide(matrix, tl.sum(matrix, axis=1)[:, None, :] + stream_eps, PDL)
     for _ in range(STEPS - 1):
-        matrix = matrix / (tl.sum(matrix, axis=2)[:, :, None] + stream_eps)
-        matrix = matrix / (tl.sum(matrix, axis=1)[:, None, :] + stream_eps)
+        matrix = _divide(matrix, tl.sum(matrix, axis=2)[:, :, None] + stream_eps, PDL)
+        matrix = _divide(matrix, tl.sum(matrix, axis=1)[:, None, :] + stream_eps, PDL)
     tl.store(places, matrix, mask=kept)
 
 
@@ -94,9 +111,10 @@ def _read(
     channel = tl.arange(0, BLOCK_D)
     read_base = tl.load(base + stream, mask=exists, other=0.0)
     read_scale = tl.load(scale)
+    if norm is not None:
+        weight = tl.load(norm + channel, mask=channel < D, other=0.0)
     token = token.to(tl.int64)
     wait_for_inputs(PDL)
-    # On their way before the logits are there.
     x = tl.load(
         streams + token * TOKEN_STRIDE + stream[:, None] * STREAM_STRIDE + channel[None, :],
         mask=exists[:, None] & (channel < D)[None, :],
@@ -108,12 +126,14 @@ def _read(
     logits = tl.load(
         rows[:, None] + stream[None, :], mask=inside[:, None] & exists[None, :], other=0.0
     )
-    square = tl.sum(tl.load(rows + M, mask=inside, other=0.0), axis=0)
+    square = tl.load(rows + M, mask=inside, other=0.0)
+    # Else the compiler adds the squares before it asks for the streams, and waits twice.
+    tl.debug_barrier()
+    square = tl.sum(square, axis=0)
     inverse = tl.rsqrt(square / (N * D) + eps)
     reads = tl.sigmoid(tl.sum(logits, axis=0) * inverse * read_scale + read_base) + stream_eps
     y = tl.sum(x.to(tl.float32) * reads[:, None], axis=0)
     if norm is not None:
-        weight = tl.load(norm + channel, mask=channel < D, other=0.0)
         y = y * tl.rsqrt(tl.sum(y * y, axis=0) / D + norm_eps) * weight
     tl.store(out + token * D + channel, y.to(out.dtype.element_ty), mask=channel < D)
 

@@ -34,9 +34,30 @@ FEW_TOKENS = 64
 def _sum_pairs(x, ROWS: tl.constexpr, LEVELS: tl.constexpr):
     """Sums [ROWS] over the 2 ** LEVELS columns of x, neighbours first, whatever x's layout."""
     for level in tl.static_range(LEVELS):
-        left, right = tl.split(tl.reshape(x, (ROWS, 1 << (LEVELS - 1 - level), 2)))
-        x = left + right
+        x = tl.sum(tl.reshape(x, (ROWS, 1 << (LEVELS - 1 - level), 2)), axis=2)
     return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def _no_tiles():
+    """The tuple that tiles are added to, of a type that only the compiler knows."""
+    return ()
+
+
+@triton.jit
+def _write(
+    given, origins, writes, passes, token, inside, stream, N: tl.constexpr,
+    STREAM_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """A stream with what it gets, in `given`'s dtype."""
+    share = tl.load(writes + token * N + stream)
+    total = share[:, None] * given.to(tl.float32)
+    for origin in tl.static_range(N):
+        before = tl.load(origins + origin * STREAM_STRIDE, mask=inside, other=0.0)
+        share = tl.load(passes + (token * N + origin) * N + stream)
+        share = tl.broadcast_to(share[:, None], total.shape)
+        total = tl.fma(share, before.to(tl.float32), total)
+    return total.to(given.dtype)
 
 
 @triton.jit
@@ -87,45 +108,60 @@ def write_streams_kernel(
     row = tl.arange(0, BLOCK_M)[:, None]
     sums = tl.zeros((BLOCK_M, TOKENS), tl.float32)
     squares = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    # A few tokens' time is that of loads that wait for each other, and no load passes a store: all
+    # are asked for before the first store, and the matrix, which no earlier kernel writes, before
+    # the wait. Many tokens have no registers for that, and other programs to wait with.
+    EARLY: tl.constexpr = PDL and TOKENS == 8 and not EXACT
+    AT_ONCE: tl.constexpr = N if EARLY else 1
     origins = streams + token[:, None] * TOKEN_STRIDE + channel[None, :]
-    if PDL and matrix is not None:
-        for stream in tl.static_range(N):
-            first = stream * D + part * CHANNELS
+    matrix_tiles = _no_tiles()
+    if matrix is not None:
+        tile = matrix + row * (N * D) + channel[None, :]
+        kept = (row < M) & inside
+        if PDL:
             rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-            prefetch_rows(matrix, rows, first, N * D, CHANNELS)
+            for stream in tl.static_range(N):
+                prefetch_rows(matrix, rows, stream * D + part * CHANNELS, N * D, CHANNELS)
+        if EARLY:
+            for stream in tl.static_range(N):
+                weight = tl.load(tile + stream * D, mask=kept, other=0.0)
+                matrix_tiles += (weight,)
     wait_for_inputs(PDL)
     if y is not None:
         given = tl.load(y + token[:, None] * Y_STRIDE + channel[None, :], mask=inside, other=0.0)
-    for stream in tl.static_range(N):
-        if y is None:
-            x = tl.load(origins + stream * STREAM_STRIDE, mask=inside, other=0.0)
-        else:
-            share = tl.load(writes + token * N + stream)
-            total = share[:, None] * given.to(tl.float32)
-            for origin in tl.static_range(N):
-                before = tl.load(origins + origin * STREAM_STRIDE, mask=inside, other=0.0)
-                share = tl.load(passes + (token * N + origin) * N + stream)
-                share = tl.broadcast_to(share[:, None], total.shape)
-                total = tl.fma(share, before.to(tl.float32), total)
-            x = total.to(out.dtype.element_ty)
-            if PDL and not EXACT:
-                x = _once(x)
-            places = out + (token * N + stream)[:, None] * D + channel[None, :]
-            tl.store(places, x, mask=inside & there[:, None])
+    for first in tl.static_range(0, N, AT_ONCE):
+        totals, xs = _no_tiles(), _no_tiles()
+        for stream in tl.static_range(first, first + AT_ONCE):
+            if y is None:
+                x = tl.load(origins + stream * STREAM_STRIDE, mask=inside, other=0.0)
+            else:
+                x = _write(
+                    given, origins, writes, passes, token, inside, stream, N, STREAM_STRIDE
+                )  # fmt: skip
+            totals += (x,)
+        for stream in tl.static_range(first, first + AT_ONCE):
+            x = totals[stream - first]
+            if y is not None:
+                if PDL and not EXACT:
+                    x = _once(x)
+                places = out + (token * N + stream)[:, None] * D + channel[None, :]
+                tl.store(places, x, mask=inside & there[:, None])
+            xs += (x,)
         if matrix is not None:
-            weight = tl.load(
-                matrix + row * (N * D) + stream * D + channel[None, :],
-                mask=(row < M) & inside,
-                other=0.0,
-            )
-            sums = _multiply_add(weight, x, sums, EXACT)
-            value = x.to(tl.float32)
-            squares = tl.fma(value, value, squares)
+            for stream in tl.static_range(first, first + AT_ONCE):
+                if EARLY:
+                    weight = matrix_tiles[stream]
+                else:
+                    weight = tl.load(tile + stream * D, mask=kept, other=0.0)
+                x = xs[stream - first]
+                sums = _multiply_add(weight, x, sums, EXACT)
+                value = x.to(tl.float32)
+                squares = tl.fma(value, value, squares)
     if matrix is not None:
         square = _sum_pairs(squares, TOKENS, LEVELS)
+        sums = tl.where(row == M, square[None, :], sums)
         target = parts + (token * tl.num_programs(0) + part) * BLOCK_M
-        tl.store(target[None, :] + row, sums, mask=(row < M) & there[None, :])
-        tl.store(target + M, square, mask=there)
+        tl.store(target[None, :] + row, sums, mask=there[None, :])
 
 
 def sizes(tokens: int, itemsize: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from quire.kernels.triton.compressed.attend import merge_states_kernel, sparse_a
 from quire.kernels.triton.compressed.choose import choose_kernel
 from quire.kernels.triton.compressed.index_scores import index_scores_kernel
 from quire.kernels.triton.compressed.select_entries import SIZES
-from quire.kernels.triton.compressed.sparse_attention import MERGED_AT_ONCE, sparse_tiles
+from quire.kernels.triton.compressed.sparse_attention import merged_at_once, sparse_tiles
 from tests.kernels.triton.aot import Case
 from tests.kernels.triton.aot_attention import AHEAD, NAMES
 
@@ -96,6 +96,7 @@ def attend(
     group, d = heads // count, stored.size
     packed = isinstance(stored, PackedKeys)
     tiles = sparse_tiles(group, dtype.itemsize, AHEAD[target], deterministic, packed)
+    merged = merged_heads(1 if split else 64, group)
     kernel = merge_states_kernel if merge else sparse_attention_kernel
     values: dict[str, Any] = {
         "Q_STRIDE": heads * d, "OUT_STRIDE": heads * d, "HEAD_TILES": count, "GROUP": group, "D": d,
@@ -105,7 +106,7 @@ def attend(
         "CHOSEN_COLUMNS": power_of_2(max(1, chosen)), "ROTARY": rotary, "SPLIT": split,
         "NATIVE": target in NATIVE, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "TILE": tiles.keys, "TILE_ROWS": tiles.rows, "D_COLUMNS": columns(d),
-        "HEADS": merged_heads(1 if split else 64, group), "ROUND": MERGED_AT_ONCE,
+        "HEADS": merged, "ROUND": merged_at_once(merged, 20),
     }  # fmt: skip
     if not packed:
         values |= {"window_turned_ptr": None, "entries_turned_ptr": None}

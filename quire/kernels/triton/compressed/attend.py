@@ -50,25 +50,32 @@ def _entries_of(position, chosen_ptr, RATIO: tl.constexpr, CHOSEN: tl.constexpr,
         if chosen_ptr is not None:
             place = tl.arange(0, CHOSEN_COLUMNS)
             chosen = tl.load(chosen_ptr + place, mask=place < CHOSEN, other=-1)
-            count = tl.max(tl.where(chosen >= 0, place + 1, 0))
+            count = tl.where(position >= 0, tl.max(tl.where(chosen >= 0, place + 1, 0)), 0)
     return count
 
 
 @triton.jit
+def _turn_of(cos_sin_ptr, position, D: tl.constexpr, ROTARY: tl.constexpr, COLUMNS: tl.constexpr):
+    """(cosine, sine) [COLUMNS / 2] of the angle that each pair of values has turned by."""
+    pair = tl.arange(0, COLUMNS // 2) - (D - ROTARY) // 2
+    turns = (pair >= 0) & (pair < ROTARY // 2)
+    table_ptr = cos_sin_ptr + position * ROTARY + pair
+    cosine = tl.load(table_ptr, mask=turns, other=1.0)
+    sine = tl.load(table_ptr + ROTARY // 2, mask=turns, other=0.0)
+    return cosine, sine
+
+
+@triton.jit
 def _write(
-    out_ptr, sinks_ptr, cos_sin_ptr, position_ptr, head, kept, m, weight, acc, factor,
+    out_ptr, sinks, turn, head, kept, m, weight, acc, factor,
     D: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """The result of the heads `kept` of a token; its last ROTARY values are rotated back."""
+    """The result of the heads `kept` of a token; its last ROTARY values are rotated back by
+    `turn`."""
     COLUMNS: tl.constexpr = acc.shape[1]
-    sinks = tl.load(sinks_ptr + head, mask=kept, other=0.0)
     result = normalised(m, weight, acc, sinks, factor, True)
     if ROTARY > 0:
-        pair = tl.arange(0, COLUMNS // 2) - (D - ROTARY) // 2
-        turns = (pair >= 0) & (pair < ROTARY // 2)
-        table_ptr = cos_sin_ptr + tl.load(position_ptr) * ROTARY + pair
-        cosine = tl.load(table_ptr, mask=turns, other=1.0)[None, :]
-        sine = tl.load(table_ptr + ROTARY // 2, mask=turns, other=0.0)[None, :]
+        cosine, sine = turn[0][None, :], turn[1][None, :]
         a, b = tl.split(tl.reshape(result, (acc.shape[0], COLUMNS // 2, 2)))
         turned = tl.join(a * cosine + b * sine, b * cosine - a * sine)
         result = tl.reshape(turned, (acc.shape[0], COLUMNS))
@@ -127,7 +134,6 @@ def sparse_attention_kernel(
     wait_for_inputs(PDL)
     head_tile = tl.program_id(0) % HEAD_TILES
     token = tl.program_id(0) // HEAD_TILES
-    row = tl.load(rows_ptr + token)
     member = tl.arange(0, TILE_ROWS)
     d = tl.arange(0, D_COLUMNS)
     in_group = member < GROUP
@@ -138,12 +144,11 @@ def sparse_attention_kernel(
     weight = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
     out_token = out_ptr + token.to(tl.int64) * OUT_STRIDE
-    if row < 0:
-        if not SPLIT:
-            tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
-        return
 
-    position = tl.load(positions_ptr + token).to(tl.int32)
+    # Few tokens take as long as the chain of reads to the first key. So row, position and choice
+    # are read at once, with no branch that waits for one of them; padding is where no key is.
+    row = tl.load(rows_ptr + token)
+    position = tl.where(row >= 0, tl.load(positions_ptr + token), -1).to(tl.int32)
     oldest = tl.maximum(position - (SIZE - 1), 0)
     in_window = position - oldest + 1
     if chosen_ptr is not None:
@@ -160,6 +165,9 @@ def sparse_attention_kernel(
             # A sum of 0 tells that there is no state.
             tl.store(sums_ptr + state.to(tl.int64) * (2 * GROUP) + GROUP + member, weight, in_group)
             return
+    elif end == 0:
+        tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        return
 
     q = tl.load(q_ptr + token.to(tl.int64) * Q_STRIDE + inner, mask=inside, other=0.0)
     window_table_ptr = window_tables_ptr + row * window_stride
@@ -186,16 +194,16 @@ def sparse_attention_kernel(
     if SPLIT:
         leave(values_ptr, sums_ptr, state, m, weight, acc, in_group, GROUP, D)
     else:
-        _write(
-            out_token, sinks_ptr, cos_sin_ptr, positions_ptr + token, head, in_group, m, weight,
-            acc, factor, D, ROTARY,
-        )  # fmt: skip
+        sinks = tl.load(sinks_ptr + head, mask=in_group, other=0.0)
+        turn = None
+        if ROTARY > 0:
+            turn = _turn_of(cos_sin_ptr, tl.load(positions_ptr + token), D, ROTARY, D_COLUMNS)
+        _write(out_token, sinks, turn, head, in_group, m, weight, acc, factor, D, ROTARY)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def merge_states_kernel(
     positions_ptr,
-    rows_ptr,
     sinks_ptr,
     cos_sin_ptr,
     out_ptr,
@@ -221,26 +229,44 @@ def merge_states_kernel(
     head = tl.program_id(0) % PARTS * HEADS + tl.arange(0, HEADS)
     unit = tl.program_id(0) // PARTS
     token = unit // HEAD_TILES
-    row = tl.load(rows_ptr + token)
+    position = tl.load(positions_ptr + token)
+    head_of_token = unit % HEAD_TILES * GROUP + head
+    sinks = tl.load(sinks_ptr + head_of_token, mask=head < GROUP, other=0.0)
+    turn = None
+    if ROTARY > 0:
+        turn = (tl.zeros([D_COLUMNS // 2], tl.float32), tl.zeros([D_COLUMNS // 2], tl.float32))
     d = tl.arange(0, D_COLUMNS)
-    in_head = (d < D)[None, :]
+    inside = tl.minimum(head, GROUP - 1)
     m = tl.full([HEADS], float("-inf"), tl.float32)
     weight = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, D_COLUMNS], tl.float32)
-    for first in range(0, tl.where(row >= 0, splits, 0), ROUND):
-        for i in tl.static_range(ROUND):  # unrolled, so that loads overlap
-            slot = unit.to(tl.int64) * splits + first + i
-            sums = sums_ptr + slot * (2 * GROUP) + head
-            there = head < tl.where(first + i < splits, GROUP, 0)
-            weight_i = tl.load(sums + GROUP, mask=there, other=0.0)
-            there = there & (weight_i != 0.0)
-            m_i = tl.load(sums, mask=there, other=float("-inf"))
-            values = values_ptr + slot * (GROUP * D) + head[:, None] * D + d[None, :]
-            acc_i = tl.load(values, mask=there[:, None] & in_head, other=0.0)
+    for first in range(0, splits, ROUND):
+        # A round takes as long as one read: none waits for another to tell whether there is a
+        # state, so that what is not one, maybe NaN, is read too and dropped, and past the last the
+        # last is read again. Without the barrier ptxas moves the reads of values to their merges,
+        # to save registers; it cannot while what they are merged with is read after the barrier.
+        values = ()
+        for i in tl.static_range(ROUND):
+            slot = unit.to(tl.int64) * splits + tl.minimum(first + i, splits - 1)
+            place = values_ptr + slot * (GROUP * D) + inside[:, None] * D + d[None, :]
+            values += (tl.load(place, mask=(d < D)[None, :], other=0.0),)
+        if ROTARY > 0:
+            turn = _turn_of(cos_sin_ptr, position, D, ROTARY, D_COLUMNS)
+        tl.debug_barrier()
+        sums = ()
+        for i in tl.static_range(ROUND):
+            slot = unit.to(tl.int64) * splits + tl.minimum(first + i, splits - 1)
+            place = sums_ptr + slot * (2 * GROUP) + inside
+            sums += ((tl.load(place), tl.load(place + GROUP)),)
+        for i in tl.static_range(ROUND):
+            m_i, weight_i = sums[i]
+            # Padding has no states, and so zeros.
+            is_state = (weight_i != 0.0) & (first + i < splits)
+            m_i = tl.where(is_state, m_i, float("-inf"))
+            weight_i = tl.where(is_state, weight_i, 0.0)
+            acc_i = tl.where(is_state[:, None], values[i], 0.0)
             m, weight, acc = merge(m, weight, acc, m_i, weight_i, acc_i, factor)
-    # Padding has no states, and so zeros.
-    head_of_token = unit % HEAD_TILES * GROUP + head
     _write(
-        out_ptr + token.to(tl.int64) * OUT_STRIDE, sinks_ptr, cos_sin_ptr, positions_ptr + token,
-        head_of_token, head < GROUP, m, weight, acc, factor, D, ROTARY,
+        out_ptr + token.to(tl.int64) * OUT_STRIDE, sinks, turn, head_of_token, head < GROUP, m,
+        weight, acc, factor, D, ROTARY,
     )  # fmt: skip

@@ -23,8 +23,7 @@ from quire.kernels.triton.compressed.attend import merge_states_kernel, sparse_a
 from quire.kernels.triton.compressed.stored import converts_e4m3
 from quire.kernels.triton.launch import launch, num_sms
 
-# Parts that a token's keys are divided into at most: merging takes a round for each MERGED_AT_ONCE.
-MAX_SPLITS, MERGED_AT_ONCE = 32, 8
+MAX_SPLITS = 32  # parts that a token's keys are divided into at most
 
 
 def sparse_tiles(
@@ -44,6 +43,13 @@ def sparse_tiles(
         return replace(tiles, keys=32, piece=32, stages=3)
     stages = 1 + (target.shared // 2 - 48 * 1024) // (24 * 1024)
     return replace(tiles, keys=16, piece=16, stages=max(1, min(3, stages)))
+
+
+def merged_at_once(heads: int, most: int) -> int:
+    """States of `heads` heads, of which there are at most `most`, that a program of
+    merge_states_kernel reads at a time: of one head 20, those of a window of 128 tokens and 512
+    entries by tiles of 32. They are in registers, 80 of a thread's where D is 512, or 64."""
+    return min(most, 20 if heads == 1 else 4)
 
 
 def sparse_attention(
@@ -118,8 +124,8 @@ def sparse_attention(
         part = merged_heads(total, group)
         launch(
             merge_states_kernel, (total * count * -(-group // part),), device, tokens.positions,
-            tokens.rows, sinks_H, cos_sin, out, values, sums, splits, factor, HEADS=part,
-            ROUND=MERGED_AT_ONCE, num_warps=4, **shared,
+            sinks_H, cos_sin, out, values, sums, splits, factor, HEADS=part,
+            ROUND=merged_at_once(part, most), num_warps=4, **shared,
         )  # fmt: skip
     return out
 

@@ -144,10 +144,14 @@ def sparse_attention_kernel(
     weight = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
     out_token = out_ptr + token.to(tl.int64) * OUT_STRIDE
-
-    # Few tokens take as long as the chain of reads to the first key. So row, position and choice
-    # are read at once, with no branch that waits for one of them; padding is where no key is.
     row = tl.load(rows_ptr + token)
+    if not SPLIT:
+        if row < 0:
+            tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
+            return
+
+    # Few tokens, which are divided, take as long as the chain of reads to the first key. So theirs
+    # of row, position and choice are issued together: padding has no branch, but no key.
     position = tl.where(row >= 0, tl.load(positions_ptr + token), -1).to(tl.int32)
     oldest = tl.maximum(position - (SIZE - 1), 0)
     in_window = position - oldest + 1
@@ -165,11 +169,7 @@ def sparse_attention_kernel(
             # A sum of 0 tells that there is no state.
             tl.store(sums_ptr + state.to(tl.int64) * (2 * GROUP) + GROUP + member, weight, in_group)
             return
-    elif end == 0:
-        tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
-        return
 
-    q = tl.load(q_ptr + token.to(tl.int64) * Q_STRIDE + inner, mask=inside, other=0.0)
     window_table_ptr = window_tables_ptr + row * window_stride
     entry_table_ptr = entry_tables_ptr + row * entry_stride
     # Where keys lie is read one tile ahead: they must not wait for it.
@@ -177,6 +177,8 @@ def sparse_attention_kernel(
         begin, window_tiles, window_table_ptr, entry_table_ptr, chosen_ptr, oldest, in_window,
         entries, RATIO, WINDOW_BLOCK, ENTRY_BLOCK, TILE,
     )  # fmt: skip
+    # After the reads that lead to keys: they pass to shared memory, which waits for them.
+    q = tl.load(q_ptr + token.to(tl.int64) * Q_STRIDE + inner, mask=inside, other=0.0)
     # One loop for both kinds of keys: in a second one the state would not fit the registers.
     for tile in range(begin, end):
         memory_ptr, turned_ptr = window_ptr, window_turned_ptr

@@ -145,10 +145,9 @@ def sparse_attention_kernel(
     acc = tl.zeros([TILE_ROWS, D_COLUMNS], tl.float32)
     out_token = out_ptr + token.to(tl.int64) * OUT_STRIDE
     row = tl.load(rows_ptr + token)
-    if not SPLIT:
-        if row < 0:
-            tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
-            return
+    if not SPLIT and row < 0:
+        tl.store(out_token + inner, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        return
 
     # Few tokens, which are divided, take as long as the chain of reads to the first key. So theirs
     # of row, position and choice are issued together: padding has no branch, but no key.
@@ -247,7 +246,7 @@ def merge_states_kernel(
         # state, so that what is not one, maybe NaN, is read too and dropped, and past the last the
         # last is read again. Without the barrier ptxas moves the reads of values to their merges,
         # to save registers; it cannot while what they are merged with is read after the barrier.
-        values = ()
+        values = ()  # type: tuple[tl.tensor, ...]
         for i in tl.static_range(ROUND):
             slot = unit.to(tl.int64) * splits + tl.minimum(first + i, splits - 1)
             place = values_ptr + slot * (GROUP * D) + inside[:, None] * D + d[None, :]
@@ -255,7 +254,7 @@ def merge_states_kernel(
         if ROTARY > 0:
             turn = _turn_of(cos_sin_ptr, position, D, ROTARY, D_COLUMNS)
         tl.debug_barrier()
-        sums = ()
+        sums = ()  # type: tuple[tuple[tl.tensor, tl.tensor], ...]
         for i in tl.static_range(ROUND):
             slot = unit.to(tl.int64) * splits + tl.minimum(first + i, splits - 1)
             place = sums_ptr + slot * (2 * GROUP) + inside

@@ -350,7 +350,7 @@ class DeviceRunner:
             for keys in alike.values():
                 for key in {keys[0], keys[-1]}:
                     self._compute(key)()
-        compile_kernels(wanted, self.device)
+        compile_kernels(wanted)
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         captured = self._graphs is not None

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -97,8 +97,8 @@ def wanted_kernels() -> Iterator[Wanted]:
         _wanted = None
 
 
-def compile_kernels(wanted: Wanted, device: torch.device) -> None:
-    """Compile several at a time, with a thread for each processor. One that cannot be compiled is
+def compile_kernels(wanted: Wanted) -> None:
+    """Compile for the current GPU, several at a time, a thread for each processor. One that cannot be compiled is
     left for who launches it."""
 
     def run(compile_one: Callable[[], object]) -> None:
@@ -110,8 +110,9 @@ def compile_kernels(wanted: Wanted, device: torch.device) -> None:
 
     threads = min(len(wanted), len(os.sched_getaffinity(0)), 16)
     if threads > 1:
-        bind = torch.cuda.set_device if device.type == "cuda" else id
-        with ThreadPoolExecutor(threads, initializer=bind, initargs=(device,)) as pool:
+        here = torch.cuda.current_device()
+        bind = partial(torch.cuda.set_device, here)  # each thread has a current device of its own
+        with ThreadPoolExecutor(threads, initializer=bind) as pool:
             list(pool.map(run, wanted.values()))
 
 

@@ -98,8 +98,8 @@ def wanted_kernels() -> Iterator[Wanted]:
 
 
 def compile_kernels(wanted: Wanted) -> None:
-    """Compile for the current GPU, several at a time, a thread for each processor. One that cannot be compiled is
-    left for who launches it."""
+    """Compile for the current GPU, several at a time, a thread for each processor. One that cannot
+    be compiled is left for who launches it."""
 
     def run(compile_one: Callable[[], object]) -> None:
         try:

@@ -121,8 +121,7 @@ def down_small(format: str, target: str) -> Case:
 
 def _words(format: str, target: str) -> tuple[dict[str, str], dict[str, Any]]:
     types, constants = weight(format, target)
-    four = format in ("nvfp4", "mxfp4")
-    types |= dict.fromkeys(("x", "h"), "*i32" if four else "*i64") | {"codes": "*i32"}
+    types |= dict.fromkeys(("x", "h"), "*i64") | {"codes": "*i32"}
     types |= dict.fromkeys(("words", "units"), "i32")
     return types, constants
 
@@ -137,14 +136,14 @@ def _gemv(name: str, kernel: Any, types: dict[str, str], constants: dict[str, An
 def gemv(format: str, tokens: int, kind: str = "", experts: bool = False) -> Case:
     types, constants = _words(format, "sm_90")
     constants |= {"T": tokens, "SLOTS": 8 if experts else 1, "ACTIVATION": kind, "LIMIT": 0.0}
-    constants |= gemv_tiles(format, 4096, experts) | ({} if experts else {"ids": None})
+    constants |= gemv_tiles(4096, experts) | ({} if experts else {"ids": None})
     name = f"gemv {format} T {tokens} {kind}" + " experts" * experts
     return _gemv(name, gemv_kernel, types, constants)
 
 
 def down_gemv(format: str, slots: int) -> Case:
     types, constants = _words(format, "sm_90")
-    constants |= {"SLOTS": slots, **down_tiles(format, slots)}
+    constants |= {"SLOTS": slots, **down_tiles(slots)}
     return _gemv(f"down_gemv {format} {slots}", down_gemv_kernel, types, constants)
 
 
@@ -293,9 +292,8 @@ CASES = [
     skinny(16, 6144, "fp8_block", "sm_90"),
     gemv("fp8", 1),
     gemv("fp8_block", 2, "silu"),
-    gemv("mxfp4", 1, "silu", experts=True),
+    gemv("fp8_block", 1, "silu", experts=True),
     down_gemv("fp8", 8),
-    down_gemv("nvfp4", 6),
     gemm(8, "nvfp4", "sm_90", "silu", 10.0),
     gemm(8, "mxfp4", "sm_90"),
     gemm(32, "nvfp4", "sm_90"),

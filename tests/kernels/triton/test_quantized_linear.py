@@ -60,8 +60,8 @@ def test_rows_and_columns_of_several_scale_blocks(format: str, device: torch.dev
     check(quantized_gemm, 70, weight, device)
 
 
-@pytest.mark.parametrize("format", ["fp8", "fp8_block", "nvfp4", "mxfp4"])
-@pytest.mark.parametrize(("t", "n", "k"), [(1, 300, 288), (2, 150, 1312), (1, 7, 2048)])
+@pytest.mark.parametrize("format", ["fp8", "fp8_block"])
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 300, 260), (2, 150, 1312), (1, 7, 2048)])
 @pytest.mark.parametrize("kind", ["", "silu"])
 def test_one_or_two_tokens_by_multiply_adds(
     t: int, n: int, k: int, kind: str, format: str, device: torch.device

@@ -1,12 +1,10 @@
-"""Products of one or two tokens, or of single pairs with their experts, with weights in e4m3 or
-e2m1, by multiply-adds, at the speed of the memory bus.
+"""Products of one or two tokens, or of single pairs with their experts, with e4m3 weights, by
+multiply-adds, at the speed of the memory bus.
 
 As gemm/gemv.py: a program has a few rows of the weight, which go from memory to its registers, the
 next tile already on its way while it works on this one, and the first before the inputs are there.
-
-Threads read words of codes, and the values of x that belong to them: none go through shared memory.
-A code of e2m1 has the bits of a float32 that is 2^-126 of its value (decode.py); x is made 2^80
-times as large, so that sums stay in the middle of the range.
+(Codes of four bits take 4.6 instructions each so, and 3.2 by the matrix instruction: experts of
+[2048, 768] were 12% faster on an H200, those of [4096, 2048] 15% slower.)
 """
 
 from __future__ import annotations
@@ -17,47 +15,37 @@ import triton.language as tl
 
 from quire.kernels.triton.gemm.epilogue import store_product, weight_rows
 from quire.kernels.triton.launch import INTERPRETED, launch, let_next_start, wait_for_inputs
-from quire.kernels.triton.quantized.decode import float_pair, fp8_floats, wide_pair
+from quire.kernels.triton.quantized.decode import fp8_floats, wide_pair
 from quire.kernels.triton.quantized.operands import instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.rows import row_stride
 
-EIGHT_BITS, FOUR_BITS = ("fp8", "fp8_block"), ("nvfp4", "mxfp4")
-# Four-bit codes of a second token take more instructions than the matrix instruction does.
-MAX_TOKENS = {"fp8": 2, "fp8_block": 2, "nvfp4": 1, "mxfp4": 1}
-# Words that a thread has of each row, for which there is one scale. Of e4m3, four codes each, two:
-# as many values of x are 16 bytes. Of e2m1, eight codes each, four.
-EIGHT_BIT_WORDS, FOUR_BIT_WORDS = tl.constexpr(2), tl.constexpr(4)
-_LARGE = tl.constexpr(2.0**80)
-# What is left to multiply sums of e2m1 with: 2^46 over the factor in the rows' scales (pack.py).
-_NVFP4_REST, _MXFP4_REST = tl.constexpr(2.0**39), tl.constexpr(2.0**-18)
+MAX_TOKENS = 2
+# Words of four codes that a thread has of each row. As many values of x are 16 bytes: so both are
+# loaded by the threads that multiply them, and none go through shared memory.
+WORDS = tl.constexpr(2)
 
 
 @triton.jit
-def _tile(
-    code_rows, scale_rows, scale_stride, start, words, COLUMNS: tl.constexpr, FORMAT: tl.constexpr
-):
+def _tile(code_rows, scale_rows, scale_stride, start, words, COLUMNS: tl.constexpr):
     """(int32 words of codes [.., ROWS, COLUMNS] from word `start` on, zero past the last of
-    `words`; the scales of each thread's words, or 1.0 where scales are of whole rows)."""
-    EIGHT: tl.constexpr = FORMAT == "fp8" or FORMAT == "fp8_block"
-    WORDS: tl.constexpr = EIGHT_BIT_WORDS if EIGHT else FOUR_BIT_WORDS
+    `words`; the scales of each WORDS of them, or 1.0 where scales are of whole rows)."""
     word = start + tl.max_contiguous(tl.arange(0, COLUMNS), [WORDS])[None, None, :]
     codes = tl.load(code_rows + word, mask=word < words, other=0)
     scale = 1.0
     if scale_rows is not None:
         first = start + (tl.arange(0, COLUMNS // WORDS) * WORDS)[None, None, :]
-        block = first // (32 if EIGHT else 16)
-        scale = tl.load(scale_rows + block * scale_stride, mask=first < words, other=0)
-        if FORMAT == "nvfp4":
-            scale = scale >> (first // 8 % 2 * 8)
+        scale = tl.load(scale_rows + first // 32 * scale_stride, mask=first < words, other=0.0)
     return codes, scale
 
 
 @triton.jit
-def _add_eight_bits(sums, x_rows, codes, scale, start, units, CAST: tl.constexpr):
-    """x_rows: bfloat16 by fours as int64."""
-    shape: tl.constexpr = [sums.shape[0], sums.shape[1], sums.shape[2], EIGHT_BIT_WORDS]
-    word = start + tl.arange(0, codes.shape[2])[None, None, :]
+def _add_products(sums, x_rows, codes, scale, start, units, CAST: tl.constexpr):
+    """sums [T, ROWS, COLUMNS / WORDS] + the products of a tile [T or 1, ROWS, COLUMNS] with x_rows
+    [T, 1, 1], whose bfloat16 are read by fours as int64."""
+    COLUMNS: tl.constexpr = codes.shape[2]
+    shape: tl.constexpr = [sums.shape[0], sums.shape[1], COLUMNS // WORDS, WORDS]
+    word = start + tl.arange(0, COLUMNS)[None, None, :]
     x = tl.load(x_rows + word, mask=word < units, other=0)
     x_a, x_b = wide_pair(x.to(tl.uint32))
     x_c, x_d = wide_pair((x >> 32).to(tl.uint32))
@@ -67,68 +55,21 @@ def _add_eight_bits(sums, x_rows, codes, scale, start, units, CAST: tl.constexpr
 
 
 @triton.jit
-def _by_fours(words):
-    """The four tensors of the first, second, third and fourth of every four words, as uint32."""
-    shape: tl.constexpr = words.shape[:-1] + [words.shape[-1] // 4, 2, 2]  # noqa: RUF005
-    even, odd = tl.split(tl.reshape(words.to(tl.uint32, bitcast=True), shape))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _add_pair(part, word, x, D: tl.constexpr):
-    """part + the products of codes D of both halves of `word` with a pair of x."""
-    a, b = wide_pair(float_pair(word, D))
-    x_a, x_b = wide_pair(x)
-    return tl.fma(b, x_b * _LARGE, tl.fma(a, x_a * _LARGE, part))
-
-
-@triton.jit
-def _add_four_bits(sums, x_rows, codes, scale, start, units, FORMAT: tl.constexpr):
-    """x_rows: bfloat16 by twos as int32."""
-    word = start + tl.arange(0, codes.shape[2])[None, None, :]
-    first, second, third, fourth = _by_fours(codes)
-    for d in tl.static_range(4):
-        place = word // 16 * 64 + 16 * d + word % 16
-        x = _by_fours(tl.load(x_rows + place, mask=place < units, other=0))
-        part = _add_pair(tl.zeros_like(sums), first, x[0], d)
-        part = _add_pair(part, second, x[1], d)
-        part = _add_pair(part, third, x[2], d)
-        part = _add_pair(part, fourth, x[3], d)
-        if FORMAT == "nvfp4":  # 8 * (exponent + 10) + mantissa
-            bits = ((scale >> (16 * d)).to(tl.uint32) & 0xFF) * 0x00100000 + 0x3A800000
-        else:
-            bits = ((scale >> (8 * d)).to(tl.uint32) & 0xFF) << 23
-        sums += part * bits.to(tl.float32, bitcast=True)
-    return sums
-
-
-@triton.jit
 def _sum_products(
     x_rows, code_rows, codes, scale_rows, scale, scale_stride, words, units,
-    T: tl.constexpr, FORMAT: tl.constexpr, CAST: tl.constexpr,
+    T: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """[T, ROWS] of whole rows, whose first tile [T or 1, ROWS, COLUMNS] has been loaded. x_rows
-    [T, 1, 1]: of `units` elements."""
+    """[T, ROWS] of whole rows, whose first tile has been loaded."""
     ROWS: tl.constexpr = codes.shape[1]
     COLUMNS: tl.constexpr = codes.shape[2]
-    EIGHT: tl.constexpr = FORMAT == "fp8" or FORMAT == "fp8_block"
-    WORDS: tl.constexpr = EIGHT_BIT_WORDS if EIGHT else FOUR_BIT_WORDS
     sums = tl.zeros([T, ROWS, COLUMNS // WORDS], tl.float32)
     for start in range(0, words, COLUMNS):
         following, following_scale = _tile(
-            code_rows, scale_rows, scale_stride, start + COLUMNS, words, COLUMNS, FORMAT
+            code_rows, scale_rows, scale_stride, start + COLUMNS, words, COLUMNS
         )
-        if EIGHT:
-            sums = _add_eight_bits(sums, x_rows, codes, scale, start, units, CAST)
-        else:
-            sums = _add_four_bits(sums, x_rows, codes, scale, start, units, FORMAT)
+        sums = _add_products(sums, x_rows, codes, scale, start, units, CAST)
         codes, scale = following, following_scale
-    y = tl.sum(sums, axis=2)
-    if not EIGHT:
-        y *= _NVFP4_REST if FORMAT == "nvfp4" else _MXFP4_REST
-    return y
+    return tl.sum(sums, axis=2)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -136,8 +77,7 @@ def gemv_kernel(
     x, ids, codes, scales, row_scales, bias, out, tokens, n, words, units, x_stride, code_stride,
     scale_stride, scale_size, out_stride,
     T: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, CAST: tl.constexpr,
-    PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As skinny_kernel, with `words` of codes in a row of the weight, and `units` of x in one of a
     token. With `ids`, out is [pairs, n]: of each pair's token times its expert's weight."""
@@ -153,12 +93,10 @@ def gemv_kernel(
     code_rows = codes + ((one * height + rows) * code_stride)[None, :, None]
     scale_rows = None
     if scales is not None:
-        scale_row = rows
-        if FORMAT == "fp8_block":
-            # All rows of a program are of one block where they are not of a gate and an up.
-            scale_row = rows // 128 if ACTIVATION != "" else first // 128 + tl.zeros([1], tl.int32)
+        # All rows of a program are of one block where they are not of a gate and an up.
+        scale_row = rows // 128 if ACTIVATION != "" else first // 128 + tl.zeros([1], tl.int32)
         scale_rows = scales + (one * scale_size + scale_row)[None, :, None]
-    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS, FORMAT)
+    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
     row_scale = 1.0
     if row_scales is not None:
         row_scale = tl.load(row_scales + one * height + rows)[None, :]
@@ -167,7 +105,7 @@ def gemv_kernel(
     token = tl.minimum(tl.arange(0, T), tokens - 1)[:, None, None]
     x_rows = x + group // SLOTS * units + token * x_stride
     y = _sum_products(
-        x_rows, code_rows, tile, scale_rows, scale, scale_stride, words, units, T, FORMAT, CAST
+        x_rows, code_rows, tile, scale_rows, scale, scale_stride, words, units, T, CAST
     )
     if bias is not None:
         bias += one * height
@@ -180,7 +118,7 @@ def down_gemv_kernel(
     h, ids, weights, codes, scales, row_scales, bias, out, n, words, units, code_stride,
     scale_stride, scale_size,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FORMAT: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
+    CAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, n]: the weighted sum over a token's slots. PARTS: SLOTS or more, a power of
     two."""
@@ -197,12 +135,11 @@ def down_gemv_kernel(
     code_rows = codes + ((expert * n + row) * code_stride)[:, :, None]
     scale_rows = None
     if scales is not None:
-        scale_row = first // 128 if FORMAT == "fp8_block" else row
-        scale_rows = scales + (expert * scale_size + scale_row)[:, :, None]
-    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS, FORMAT)
+        scale_rows = scales + (expert * scale_size + first // 128)[:, :, None]
+    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
     x_rows = h + (pair * units)[:, :, None]
     y = _sum_products(
-        x_rows, code_rows, tile, scale_rows, scale, scale_stride, words, units, PARTS, FORMAT, CAST
+        x_rows, code_rows, tile, scale_rows, scale, scale_stride, words, units, PARTS, CAST
     )
     if row_scales is not None:
         y *= tl.load(row_scales + expert * n + row)
@@ -214,30 +151,26 @@ def down_gemv_kernel(
     tl.store(out + token * n + column, y.to(out.dtype.element_ty), mask=column < n)
 
 
-def gemv_tiles(format: str, k: int, experts: bool) -> dict[str, int]:
-    """Rows (those of gate and up together) and columns, in words, of a tile, and warps. Those of
-    eight bits were measured on an H200 with benchmarks/gpu/quantized.py."""
-    if format in FOUR_BITS:
-        columns = 128 if k <= 1024 else 256
-        return {"ROWS": 8, "COLUMNS": columns, "num_warps": columns // 128}
+def gemv_tiles(k: int, experts: bool) -> dict[str, int]:
+    """Rows (those of gate and up together) and columns, in words, of a tile, and warps. Measured on
+    an H200 with benchmarks/gpu/quantized.py."""
     if k <= (2048 if experts else 1024):
         return {"ROWS": 8, "COLUMNS": 128, "num_warps": 2}
     return {"ROWS": 2 if k >= 8192 else 4, "COLUMNS": 256, "num_warps": 4}
 
 
-def down_tiles(format: str, slots: int) -> dict[str, int]:
+def down_tiles(slots: int) -> dict[str, int]:
     """Of down_gemv_kernel. As gemv_tiles."""
-    columns = 128 if format in FOUR_BITS else 64
-    parts = int(triton.next_power_of_2(slots))
-    return {"PARTS": parts, "ROWS": 4, "COLUMNS": columns, "num_warps": 8}
+    return {"PARTS": int(triton.next_power_of_2(slots)), "ROWS": 4, "COLUMNS": 64, "num_warps": 8}
 
 
 def gemv_serves(tokens: int, weight: PackedQuantized, device: torch.device) -> bool:
     """Whether a weight is one for `gemv`, and faster so than by the matrix instruction."""
     return (
-        tokens <= MAX_TOKENS.get(weight.format, 0)
+        weight.format in ("fp8", "fp8_block")
+        and tokens <= MAX_TOKENS
         and weight.k % 4 == 0
-        and (weight.format in FOUR_BITS or INTERPRETED or instructions(device)["CAST"])
+        and (INTERPRETED or instructions(device)["CAST"])
     )
 
 
@@ -268,8 +201,8 @@ def gemv(
     slots = 1
     if ids is not None:
         groups, tokens, n, slots = ids.numel(), 1, out.shape[1], ids.shape[1]
-    tiles = tiles or gemv_tiles(weight.format, weight.k, ids is not None)
-    x_units, codes, scales = _units(x, weight), weight.codes.view(torch.int32), weight.scales
+    tiles = tiles or gemv_tiles(weight.k, ids is not None)
+    x_units, codes, scales = x.view(torch.int64), weight.codes.view(torch.int32), weight.scales
     launch(
         gemv_kernel,
         (triton.cdiv(n, tiles["ROWS"] // (1 if kind == "" else 2)), groups),
@@ -291,7 +224,6 @@ def gemv(
         row_stride(out, "out"),
         T=triton.next_power_of_2(tokens),
         SLOTS=slots,
-        FORMAT=weight.format,
         ACTIVATION=kind,
         LIMIT=limit,
         CAST=instructions(x.device)["CAST"],
@@ -310,8 +242,8 @@ def down_gemv(
 ) -> None:
     """out [T, N] = the sum over slots of weights [T, SLOTS] times down of h [T * SLOTS, K]."""
     (tokens, slots), n = ids.shape, out.shape[1]
-    tiles = tiles or down_tiles(down.format, slots)
-    h_units, codes, scales = _units(h, down), down.codes.view(torch.int32), down.scales
+    tiles = tiles or down_tiles(slots)
+    h_units, codes, scales = h.view(torch.int64), down.codes.view(torch.int32), down.scales
     launch(
         down_gemv_kernel,
         (triton.cdiv(n, tiles["ROWS"]), tokens),
@@ -330,14 +262,9 @@ def down_gemv(
         codes.shape[-1],
         *_scale_strides(scales),
         SLOTS=slots,
-        FORMAT=down.format,
         CAST=instructions(h.device)["CAST"],
         **tiles,
     )
-
-
-def _units(x: torch.Tensor, weight: PackedQuantized) -> torch.Tensor:
-    return x.view(torch.int64 if weight.format in EIGHT_BITS else torch.int32)
 
 
 def _scale_strides(scales: torch.Tensor | None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from quire.kernels.device_state import DeviceState, Flag, StepBuffers
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
-from quire.kernels.triton.launch import compile_kernels, wanted_kernels
+from quire.kernels.triton.launch import compile_kernels, compiling_threads, wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
 from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
@@ -338,8 +338,9 @@ class DeviceRunner:
         return len(self._wanted)
 
     def _compile(self) -> None:
-        """Compile what the smallest and the largest shape of each kind launch, several at a time:
-        most kernels there will be. Those of a model that drafts wait until they are launched."""
+        """Compile what steps will launch, several kernels at a time: of all shapes where there are
+        processors for it, else of the smallest and the largest of each kind, which have most.
+        Kernels of a model that drafts wait until they are launched."""
         alike: dict[Hashable, list[Key]] = {}
         for key in self._wanted:
             if isinstance(key, Shape):
@@ -348,7 +349,7 @@ class DeviceRunner:
                 alike.setdefault(key[1:], []).append(key)
         with wanted_kernels() as wanted:
             for keys in alike.values():
-                for key in {keys[0], keys[-1]}:
+                for key in keys if compiling_threads() >= 8 else {keys[0], keys[-1]}:
                     self._compute(key)()
         compile_kernels(wanted)
 

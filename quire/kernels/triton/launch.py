@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quire.errors import QuireError
 
@@ -68,10 +70,10 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     if meta["PDL"]:
         meta["launch_pdl"] = True
     if _wanted is not None:
-        _wanted.setdefault(
-            (kernel, *map(_kind, args), *meta.items()),
-            lambda: kernel.warmup(*args, grid=tuple(grid), **meta),
-        )
+        key = (kernel, *map(_kind, args), *meta.items())
+        if key not in _wanted:
+            small = [_small(a) for a in args]
+            _wanted[key] = partial(kernel.warmup, *small, grid=tuple(grid), **meta)
         return
     try:
         kernel[tuple(grid)](*args, **meta)
@@ -87,8 +89,8 @@ _wanted: Wanted | None = None
 
 @contextmanager
 def wanted_kernels() -> Iterator[Wanted]:
-    """Nothing that is launched inside runs: kernels are only noted, for compile_kernels. Tensors
-    keep what their memory held."""
+    """Nothing that is launched inside runs: kernels are only noted, for compile_kernels. What they
+    would have written is whatever the memory held."""
     global _wanted
     _wanted = {}
     try:
@@ -97,9 +99,14 @@ def wanted_kernels() -> Iterator[Wanted]:
         _wanted = None
 
 
+def compiling_threads() -> int:
+    """Kernels that are compiled at a time: most of that is done without the interpreter's lock."""
+    return min(len(os.sched_getaffinity(0)), 16)
+
+
 def compile_kernels(wanted: Wanted) -> None:
-    """Compile for the current GPU, several at a time, a thread for each processor. One that cannot
-    be compiled is left for who launches it."""
+    """Compile for the current GPU, several at a time. One that cannot be compiled is left for who
+    launches it; with a single thread all are."""
 
     def run(compile_one: Callable[[], object]) -> None:
         try:
@@ -108,10 +115,11 @@ def compile_kernels(wanted: Wanted) -> None:
             if not _from_compiler(error):
                 raise
 
-    threads = min(len(wanted), len(os.sched_getaffinity(0)), 16)
+    threads = min(len(wanted), compiling_threads())
     if threads > 1:
-        here = torch.cuda.current_device()
-        bind = partial(torch.cuda.set_device, here)  # each thread has a current device of its own
+        bind = None  # each thread has a current device of its own
+        if torch.cuda.is_available():
+            bind = partial(torch.cuda.set_device, torch.cuda.current_device())
         with ThreadPoolExecutor(threads, initializer=bind) as pool:
             list(pool.map(run, wanted.values()))
 
@@ -120,9 +128,22 @@ def _kind(value: object) -> object:
     """What Triton compiles a kernel of its own for, or something finer."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
     if isinstance(value, int):
         return value == 1, value % 16 == 0, value.bit_length() > 31
     return repr(value) if value is None or isinstance(value, str | float) else type(value)
+
+
+def _small(value: Any) -> Any:
+    """An argument of the same kind that keeps no memory of a step alive."""
+    if isinstance(value, torch.Tensor):
+        aligned = value.data_ptr() % 16 == 0
+        return torch.empty(2, dtype=value.dtype, device=value.device)[0 if aligned else 1 :]
+    if isinstance(value, TensorDescriptor):
+        value = copy(value)
+        value.base = _small(value.base)
+    return value
 
 
 def _from_compiler(error: Exception) -> bool:

@@ -39,6 +39,7 @@ from quire.kernels.triton.quantized.scaled_grouped_gemm import scaled_grouped_ke
 from quire.kernels.triton.quantized.skinny import skinny_kernel, skinny_tiles
 from quire.kernels.triton.quantized.widen import ROWS as WIDENED_ROWS
 from quire.kernels.triton.quantized.widen import widen_kernel
+from quire.kernels.triton.quantized.words import WORDS, pack_words_kernel
 from tests.kernels.triton.aot import SHARED, Case, instructions
 
 # With an instruction for e4m3, as operands.instructions has it.
@@ -145,6 +146,16 @@ def down_gemv(format: str, slots: int) -> Case:
     types, constants = _words(format, "sm_90")
     constants |= {"SLOTS": slots, **down_tiles(slots)}
     return _gemv(f"down_gemv {format} {slots}", down_gemv_kernel, types, constants)
+
+
+def packing(floats: bool) -> Case:
+    types = {"codes": "*u8", "zero": "*u8", "words": "*i32"}
+    types |= dict.fromkeys(("count", "width", "stored", "groups"), "i32")
+    constants: dict[str, Any] = {"WORDS": WORDS, "FLOATS": floats}
+    if not floats:
+        constants["zero"] = None
+    name = f"pack_words floats {floats}"
+    return Case(name, pack_words_kernel, types, constants, 4, 3, ("count", "width", "stored"))
 
 
 def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
@@ -301,6 +312,8 @@ CASES = [
     gemm(2048, "fp8", "sm_90", "silu"),
     gemm(2048, "int4", "sm_90"),
     gemm(2048, "int8", "sm_90"),
+    packing(True),
+    packing(False),
     *(widening(format, "sm_90") for format in ("mxfp4", "int4", "int8")),
     gate_up_small("nvfp4", "sm_90"),
     down_small("nvfp4", "sm_90"),

@@ -22,12 +22,10 @@ from quire.kernels.reference.quantized.weights import (
     BLOCK,
     FOUR_BITS,
     QuantizedWeight,
-    unpack_codes,
 )
+from quire.kernels.triton.quantized.words import pack_words
 
 COLUMNS = 128
-# Codes that are reordered at a time: their temporaries are four bytes each.
-AT_ONCE = 2**24
 # Weights come out of the registers smaller than they are by these factors, which keep scales
 # within bfloat16: 448 * 2^(126 - 7) and 2^(65 + 126 - 64) are about its largest numbers.
 NVFP4_FACTOR = 2.0**7
@@ -123,51 +121,11 @@ def quantized_nbytes(name: str, n: int, k: int) -> int:
     return codes + 3 * n * groups
 
 
-def _float_halves(codes: torch.Tensor) -> torch.Tensor:
-    """e2m1 codes [.., 4, 16, 2] of each d, word and half as the bits of the halves, [.., 16, 2].
-
-    Each code's sign, exponent and mantissa are as far apart as a bfloat16 has them, 15, 8, 7 and 6,
-    but where another has taken the place: the mantissa of d = 0, and the sign of d = 3, which is in
-    the other half (as decode.py has them).
-    """
-    first, second, third, fourth = codes.unbind(-3)
-    halves = (first & 8) << 12 | (first & 6) << 6 | (first & 1) << 14
-    halves |= (second & 8) << 6 | (second & 7)
-    halves |= (third & 8) << 10 | (third & 7) << 4
-    return halves | (fourth & 7) << 10 | (fourth & 8).flip(-1)
-
-
-def _integer_halves(codes: torch.Tensor) -> torch.Tensor:
-    first, second, third, fourth = codes.unbind(-3)
-    return first | second << 4 | third << 8 | fourth << 12
-
-
-def _words(codes: torch.Tensor, format: str) -> torch.Tensor:
-    """uint8 codes [R, blocks * 128] as int32 words [R, blocks * 16]."""
-    by_place = codes.view(codes.shape[0], -1, 4, 16, 2).int()
-    halves = _integer_halves(by_place) if format == "int4" else _float_halves(by_place)
-    # The upper half's top bit is the word's sign.
-    return (halves[..., 0] | halves[..., 1] << 16).reshape(codes.shape[0], -1)
-
-
 def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> torch.Tensor:
     """Padded and reordered codes; where `zero` [N, K / 16] says so, a group's codes become 0."""
-    four = format in FOUR_BITS
-    rows, width = codes.shape
-    padded = -(-(width * (1 + four)) // COLUMNS) * COLUMNS
-    if not four:
-        if width == padded:
-            return codes.contiguous()
-        return torch.nn.functional.pad(codes, (0, padded - width))
-    words = torch.empty((rows, padded // 8), dtype=torch.int32, device=codes.device)
-    step = max(1, AT_ONCE // padded)
-    for first in range(0, rows, step):
-        part = unpack_codes(codes[first : first + step])
-        if zero is not None:
-            part = part.masked_fill(zero[first : first + step].repeat_interleave(16, dim=1), 0)
-        part = torch.nn.functional.pad(part, (0, padded - part.shape[1]))
-        words[first : first + step] = _words(part, format)
-    return words
+    if format in FOUR_BITS:
+        return pack_words(codes, zero, floats=format != "int4")
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % COLUMNS)).contiguous()
 
 
 def _nvfp4_scale(scales: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,9 @@ from quire.kernels.triton.quantized.gemm import (
     quantized_tile,
 )
 from quire.kernels.triton.quantized.gemv import (
-    down_gemv_kernel,
+    e4m3_down_kernel,
     down_tiles,
-    gemv_kernel,
+    e4m3_gemv_kernel,
     gemv_tiles,
 )
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
@@ -139,13 +139,13 @@ def gemv(format: str, tokens: int, kind: str = "", experts: bool = False) -> Cas
     constants |= {"T": tokens, "SLOTS": 8 if experts else 1, "ACTIVATION": kind, "LIMIT": 0.0}
     constants |= gemv_tiles(4096, experts) | ({} if experts else {"ids": None})
     name = f"gemv {format} T {tokens} {kind}" + " experts" * experts
-    return _gemv(name, gemv_kernel, types, constants)
+    return _gemv(name, e4m3_gemv_kernel, types, constants)
 
 
 def down_gemv(format: str, slots: int) -> Case:
     types, constants = _words(format, "sm_90")
     constants |= {"SLOTS": slots, **down_tiles(slots)}
-    return _gemv(f"down_gemv {format} {slots}", down_gemv_kernel, types, constants)
+    return _gemv(f"down_gemv {format} {slots}", e4m3_down_kernel, types, constants)
 
 
 def packing(floats: bool) -> Case:

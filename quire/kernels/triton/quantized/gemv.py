@@ -73,7 +73,7 @@ def _sum_products(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def gemv_kernel(
+def e4m3_gemv_kernel(
     x, ids, codes, scales, row_scales, bias, out, tokens, n, words, units, x_stride, code_stride,
     scale_stride, scale_size, out_stride,
     T: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -114,7 +114,7 @@ def gemv_kernel(
 
 
 @triton.jit
-def down_gemv_kernel(
+def e4m3_down_kernel(
     h, ids, weights, codes, scales, row_scales, bias, out, n, words, units, code_stride,
     scale_stride, scale_size,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -160,7 +160,7 @@ def gemv_tiles(k: int, experts: bool) -> dict[str, int]:
 
 
 def down_tiles(slots: int) -> dict[str, int]:
-    """Of down_gemv_kernel. As gemv_tiles."""
+    """Of e4m3_down_kernel. As gemv_tiles."""
     return {"PARTS": int(triton.next_power_of_2(slots)), "ROWS": 4, "COLUMNS": 64, "num_warps": 8}
 
 
@@ -204,7 +204,7 @@ def gemv(
     tiles = tiles or gemv_tiles(weight.k, ids is not None)
     x_units, codes, scales = x.view(torch.int64), weight.codes.view(torch.int32), weight.scales
     launch(
-        gemv_kernel,
+        e4m3_gemv_kernel,
         (triton.cdiv(n, tiles["ROWS"] // (1 if kind == "" else 2)), groups),
         x.device,
         x_units,
@@ -245,7 +245,7 @@ def down_gemv(
     tiles = tiles or down_tiles(slots)
     h_units, codes, scales = h.view(torch.int64), down.codes.view(torch.int32), down.scales
     launch(
-        down_gemv_kernel,
+        e4m3_down_kernel,
         (triton.cdiv(n, tiles["ROWS"]), tokens),
         h.device,
         h_units,

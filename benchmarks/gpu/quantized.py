@@ -2,8 +2,6 @@
 
     python -m benchmarks.gpu.quantized                # linear layers and experts, every format
     python -m benchmarks.gpu.quantized linear nvfp4   # one part, one format
-    python -m benchmarks.gpu.quantized sweep nvfp4    # tiles of the kernels for few tokens
-    python -m benchmarks.gpu.quantized sweep-experts fp8   # tiles of experts on e4m3 tokens
 
 A cell is microseconds and the share of the least time possible: the weight's bytes at the measured
 bandwidth, or the product's operations at the measured bf16 rate (twice that for e4m3 tokens),
@@ -13,7 +11,6 @@ whichever is longer. Experts: bytes of those in use.
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,32 +31,28 @@ from quire.kernels.reference.quantized.weights import (
     QuantizedWeight,
     dequantize,
 )
-from quire.kernels.triton.gemm.shared import shared_memory
-from quire.kernels.triton.launch import num_sms
-from quire.kernels.triton.moe.align import align
 from quire.kernels.triton.moe.experts import experts
 from quire.kernels.triton.moe.route import route
 from quire.kernels.triton.quantized.experts import SMALL_PAIRS, quantized_experts
 from quire.kernels.triton.quantized.experts_small import experts_small
 from quire.kernels.triton.quantized.gemm import quantized_gemm
 from quire.kernels.triton.quantized.pack import PackedQuantized, pack
-from quire.kernels.triton.quantized.quantize import QuantizedTokens, quantize
-from quire.kernels.triton.quantized.scaled_experts import scaled_experts, scaled_tiles
+from quire.kernels.triton.quantized.quantize import quantize
+from quire.kernels.triton.quantized.scaled_experts import scaled_experts
 from quire.kernels.triton.quantized.scaled_gemm import ScaledTile, library_scaled, scaled_gemm
-from quire.kernels.triton.quantized.scaled_grouped_gemm import GroupedTile, scaled_grouped_gemm
-from quire.kernels.triton.quantized.skinny import MAX_TOKENS, skinny, skinny_tiles
+from quire.kernels.triton.quantized.skinny import MAX_TOKENS, skinny
 from quire.kernels.triton.quantized.widen import FORMATS as WIDENED_FORMATS
 from quire.kernels.triton.quantized.widen import widen
 
 TOKENS = (1, 8, 32, 256, 2048)
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 E, SLOTS, H, I = 128, 8, 2048, 768  # noqa: E741
-EXPERT_TOKENS, SWEPT_TOKENS = (*TOKENS, 8192), (32, 256, 2048, 8192)
+EXPERT_TOKENS = (*TOKENS, 8192)
 # Of a bf16 result, an inner rounding and an e4m3 token's share.
 TOLERANCE = 1.5e-2
 # Where inner values are quantised, those on a border of two codes may fall to either side.
 INNER_TOLERANCE = 3e-2
-WHATS = ("all", "linear", "experts", "sweep", "sweep-experts")
+WHATS = ("all", "linear", "experts")
 Work = Callable[[], Any]
 
 
@@ -122,7 +115,7 @@ class Cell:
         return "" if error < self.tolerance else f"WRONG: relative error {error:.3g}"
 
 
-def _bind() -> None:
+def bind() -> None:
     """Gives a thread the CUDA context, which tensor maps are made in: the first launch does."""
     torch.ones(1, device=DEVICE)
 
@@ -131,7 +124,7 @@ def show(title: str, cells: list[Cell]) -> None:
     """Check all cells, several at a time, since that compiles; time them; print a table."""
     start = time.perf_counter()
     firsts = list({(c.row, c.tokens): c for c in cells}.values())
-    with ThreadPoolExecutor(12, initializer=_bind) as pool:
+    with ThreadPoolExecutor(12, initializer=bind) as pool:
         problems = dict(zip([id(c) for c in firsts], pool.map(Cell.check, firsts), strict=True))
     torch.cuda.synchronize()
     ready = time.perf_counter() - start
@@ -244,7 +237,7 @@ def expert_cells(format: str, dense: tuple[torch.Tensor, torch.Tensor] | None) -
         if t * SLOTS > SMALL_PAIRS:
             add(f"{format} grouped", partial(quantized_experts, deterministic=False))
         add(f"{format} deterministic", partial(quantized_experts, deterministic=True))
-        if format in ("fp8", "fp8_block") and t >= SWEPT_TOKENS[0]:
+        if format in ("fp8", "fp8_block") and t >= 32:
             wanted = reference_scaled(x[some], weights[some], ids[some], *plain, "silu")
             low = least((gate_up.nbytes + down.nbytes) * used, flops, True)
             add(f"{format} e4m3", scaled_experts, low=low, wanted=wanted,
@@ -253,108 +246,6 @@ def expert_cells(format: str, dense: tuple[torch.Tensor, torch.Tensor] | None) -
             low = least(sum(w.nbytes for w in dense) * used, flops)
             add("bf16", partial(experts, deterministic=False), dense, low, None)
     return cells
-
-
-def sweep(format: str) -> None:
-    """The fastest tiles of the kernel for few tokens."""
-    blocks = (1, 2) if format in ("nvfp4", "mxfp4", "fp8") else (1,)
-    options = list(itertools.product((16, 32, 64), (4, 8), blocks, (2, 3, 4, 5)))
-    for name, (n, k) in SHAPES.items():
-        packed = pack(make(format, n, k))
-        weights = again(packed, packed.nbytes)
-        for t in (1, 8, 32):
-            x = random(t, k)
-            shared = shared_memory(DEVICE)
-            chosen = skinny_tiles(max(8, t), n, format, 128, num_sms(DEVICE), shared)
-            tiles = [chosen] + [
-                {"ROWS": r, "PARTS": p, "BLOCKS": b, "num_warps": p, "num_stages": s}
-                for r, p, b, s in options
-                if p * b * 128 * s * (max(8, t) * 2 + r * 0.6) < shared - 8192
-            ]
-            cells = [
-                Cell(
-                    " ".join(str(v) for v in tile.values()),
-                    t,
-                    partial(
-                        lambda tile, x, ws: [partial(skinny, x, w, tiles=tile) for w in ws],
-                        tile, x, weights,
-                    ),
-                    None,
-                    least(packed.nbytes, 2.0 * t * n * k),
-                )
-                for tile in tiles
-            ]  # fmt: skip
-            print(f"{format} {name} T={t}: rows parts blocks warps stages, the chosen one first")
-            _print_fastest(cells)
-
-
-def grouped_tiles(pairs: int, chosen: GroupedTile, blockwise: bool) -> list[GroupedTile]:
-    """The chosen tile, and others whose stages and sums find room."""
-    found = [chosen]
-    widths = [t for t in (16, 32, 64, 128) if pairs / E / 4 <= t <= max(16, 4 * pairs / E)]
-    for tokens, rows, warps, stages, programs, tall in itertools.product(
-        widths or [128], (64, 128, 256), (4, 8), (3, 4, 5, 6), (1, 2, 3), (True, False)
-    ):
-        stage, sums = (tokens + rows) * 128, tokens * rows // (warps * 32)
-        registers = 65536 // (programs * warps * 32)
-        if (
-            ((tall and tokens <= 64) or (not tall and tokens >= 64))
-            and stages * stage + 4096 <= shared_memory(DEVICE) // programs
-            and stages * stage * programs >= 98304  # enough bytes in flight
-            and sums * (1 + blockwise) + 48 <= min(255, registers)
-            and (warps == 4 or sums >= 16)
-            and not (blockwise and rows > 128)
-        ):
-            found.append(GroupedTile(tokens, rows, warps, stages, programs, tall))
-    return found
-
-
-def sweep_experts(format: str) -> None:
-    """The fastest tiles of each of the two products of experts on e4m3 tokens."""
-    gate_up, down = pack(make(format, 2 * I, H, E)), pack(make(format, H, I, E))
-    group, blockwise = 0 if format == "fp8" else 128, format == "fp8_block"
-    for t in SWEPT_TOKENS:
-        _, ids = route(random(t, E), SLOTS, True)
-        pairs, used = t * SLOTS, len(ids.unique()) / E
-        x = QuantizedTokens(*quantize(random(t, H), group))
-        h = QuantizedTokens(*quantize(random(pairs, I), group))
-        for which, chosen in enumerate(scaled_tiles(pairs, E, format)):
-            name, given, weight, kind = (
-                ("gate_up", x, gate_up, "silu") if which == 0 else ("down", h, down, "")
-            )
-            flops = (4.0 if kind else 2.0) * pairs * H * I
-            low = least(weight.nbytes * used, flops, True)
-
-            def run(
-                tile: GroupedTile, given: QuantizedTokens = given, weight: PackedQuantized = weight,
-                kind: str = kind, ids: torch.Tensor = ids,
-            ) -> list[Work]:  # fmt: skip
-                aligned = align(ids, E, tile.tokens)
-                return [partial(scaled_grouped_gemm, given, weight, aligned, tile, kind=kind,
-                                from_tokens=kind != "")]  # fmt: skip
-
-            wanted = run(chosen)[0]()
-            tiles = grouped_tiles(pairs, chosen, blockwise)
-            cells = [Cell(_words(tile), t, partial(run, tile), wanted, low) for tile in tiles]
-            print(f"{format} {name} T={t}: tokens rows warps stages programs tall, chosen first")
-            _print_fastest(cells)
-
-
-def _words(tile: GroupedTile) -> str:
-    return " ".join(str(int(getattr(tile, f.name))) for f in fields(tile))
-
-
-def _print_fastest(cells: list[Cell], most: int = 5) -> None:
-    """Check and time; the first, and the fastest."""
-    with ThreadPoolExecutor(12, initializer=_bind) as pool:
-        problems = list(pool.map(Cell.check, cells))
-    for cell, problem in zip(cells, problems, strict=True):
-        if problem:
-            print(f"  {cell.row}: {problem}", flush=True)
-    good = [c for c, problem in zip(cells, problems, strict=True) if not problem]
-    timed = [(microseconds(c.runs(), repeats=3), c) for c in good]
-    for took, cell in [*timed[:1], *sorted(timed, key=lambda p: p[0])[:most]]:
-        print(f"  {cell.row:<18} {took:8.2f} us {cell.least / took * 1e6:5.1%}", flush=True)
 
 
 def main() -> None:
@@ -369,11 +260,6 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s, {compute / 1e12:.0f} TFLOP/s"
     )
-    for format in formats:
-        if what == "sweep":
-            sweep(format)
-        elif what == "sweep-experts" and format in ("fp8", "fp8_block"):
-            sweep_experts(format)
     if what in ("all", "experts"):
         dense = random(E, 2 * I, H) * H**-0.5, random(E, H, I) * I**-0.5
         for format in formats:

@@ -20,8 +20,8 @@ from quire.kernels.triton.quantized.gemm import (
     quantized_tile,
 )
 from quire.kernels.triton.quantized.gemv import (
-    e4m3_down_kernel,
     down_tiles,
+    e4m3_down_kernel,
     e4m3_gemv_kernel,
     gemv_tiles,
 )

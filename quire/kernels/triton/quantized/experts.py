@@ -29,7 +29,7 @@ def expert_tile(
     since every further block reads and decodes the weights again.
 
     Deterministic mode starts at 64 tokens for the same instruction in every batch. Measured on an
-    H100 with benchmarks/gpu/quantized.py for nvfp4 and mxfp4 up to 32 tokens; else estimates.
+    H100 with benchmarks/gpu/sweeps.py for nvfp4 and mxfp4 up to 32 tokens; else estimates.
     """
     expected = pairs / experts
     summed = format in ("int4", "int8", "fp8_block")

@@ -153,7 +153,7 @@ def e4m3_down_kernel(
 
 def gemv_tiles(k: int, experts: bool) -> dict[str, int]:
     """Rows (those of gate and up together) and columns, in words, of a tile, and warps. Measured on
-    an H200 with benchmarks/gpu/quantized.py."""
+    an H200 with benchmarks/gpu/sweeps.py."""
     if k <= (2048 if experts else 1024):
         return {"ROWS": 8, "COLUMNS": 128, "num_warps": 2}
     return {"ROWS": 2 if k >= 8192 else 4, "COLUMNS": 256, "num_warps": 4}

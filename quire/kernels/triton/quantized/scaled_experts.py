@@ -28,7 +28,7 @@ SCALED_FROM = 4
 Tiles = tuple[GroupedTile, GroupedTile]
 # Hopper: (gate and up, down) by tokens. Low tiles want many bytes of weights in flight (two or
 # three programs of about 100 or 60 KB on each multiprocessor), high ones much arithmetic for each
-# byte that they move to shared memory. Estimates until measured (that benchmark's `sweep-experts`).
+# byte that they move to shared memory. Estimates until measured (benchmarks/gpu/sweeps.py).
 TILES: dict[int, Tiles] = {
     16: (GroupedTile(16, 128, 4, 5, 2, True), GroupedTile(16, 128, 4, 3, 3, True)),
     32: (GroupedTile(32, 128, 4, 5, 2, True), GroupedTile(32, 128, 4, 3, 3, True)),

@@ -20,7 +20,7 @@ from quire.kernels.device_state import DeviceState, Flag, StepBuffers
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
-from quire.kernels.triton.launch import compile_kernels, compiling_threads, wanted_kernels
+from quire.kernels.triton.launch import compile_kernels, wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
 from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
@@ -49,6 +49,8 @@ from quire.step import Batch, Decoding, Row, TokenLogprobs, written_out
 SCRATCH_BYTES = 128 * 2**20
 # A plain integer: it is looked at for every row of every step.
 LOGPROBS = int(Flag.LOGPROBS)
+# Kernels that are compiled at a time: more would wait for the interpreter's lock.
+MOST_THREADS = 16
 # Host copies of results: of steps in flight, and of the one being written.
 RING = 4
 
@@ -163,6 +165,7 @@ class DeviceRunner:
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted, self._compiled = deque(self._planned()), False
+        self._threads = min(plan.threads, MOST_THREADS)
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
         """One scratch for all layers, of the shape that takes the most."""
@@ -349,9 +352,9 @@ class DeviceRunner:
                 alike.setdefault(key[1:], []).append(key)
         with wanted_kernels() as wanted:
             for keys in alike.values():
-                for key in keys if compiling_threads() >= 8 else {keys[0], keys[-1]}:
+                for key in keys if self._threads >= 8 else {keys[0], keys[-1]}:
                     self._compute(key)()
-        compile_kernels(wanted)
+        compile_kernels(wanted, self._threads)
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         captured = self._graphs is not None

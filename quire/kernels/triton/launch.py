@@ -8,7 +8,7 @@ before that call. `let_next_start` is a hint and may be called at any point.
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -57,6 +57,11 @@ def num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+# Kernels by what they are compiled for, with what compiles them.
+Wanted = dict[tuple[Any, ...], Callable[[], object]]
+_noting = threading.local()
+
+
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run `kernel` over `grid` with its constexpr PDL set for the device. No program: no launch.
 
@@ -69,11 +74,12 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     meta |= {"enable_fp_fusion": True, "PDL": _dependent_launch(device)}
     if meta["PDL"]:
         meta["launch_pdl"] = True
-    if _wanted is not None:
+    wanted: Wanted | None = getattr(_noting, "wanted", None)
+    if wanted is not None:
         key = (kernel, *map(_kind, args), *meta.items())
-        if key not in _wanted:
+        if key not in wanted:
             small = [_small(a) for a in args]
-            _wanted[key] = partial(kernel.warmup, *small, grid=tuple(grid), **meta)
+            wanted[key] = partial(kernel.warmup, *small, grid=tuple(grid), **meta)
         return
     try:
         kernel[tuple(grid)](*args, **meta)
@@ -83,30 +89,21 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
         raise _not_compiled(kernel, device, error) from error
 
 
-Wanted = dict[tuple[Any, ...], Callable[[], object]]
-_wanted: Wanted | None = None
-
-
 @contextmanager
 def wanted_kernels() -> Iterator[Wanted]:
-    """Nothing that is launched inside runs: kernels are only noted, for compile_kernels. What they
-    would have written is whatever the memory held."""
-    global _wanted
-    _wanted = {}
+    """Nothing that this thread launches inside runs: kernels are only noted, for compile_kernels.
+    What they would have written is whatever the memory held."""
+    found: Wanted = {}
+    _noting.wanted = found
     try:
-        yield _wanted
+        yield found
     finally:
-        _wanted = None
+        _noting.wanted = None
 
 
-def compiling_threads() -> int:
-    """Kernels that are compiled at a time: most of that is done without the interpreter's lock."""
-    return min(len(os.sched_getaffinity(0)), 16)
-
-
-def compile_kernels(wanted: Wanted) -> None:
-    """Compile for the current GPU, several at a time. One that cannot be compiled is left for who
-    launches it; with a single thread all are."""
+def compile_kernels(wanted: Wanted, threads: int) -> None:
+    """Compile for the current GPU, `threads` kernels at a time: most of that is done without the
+    interpreter's lock. One that cannot be compiled is left for who launches it."""
 
     def run(compile_one: Callable[[], object]) -> None:
         try:
@@ -115,13 +112,11 @@ def compile_kernels(wanted: Wanted) -> None:
             if not _from_compiler(error):
                 raise
 
-    threads = min(len(wanted), compiling_threads())
-    if threads > 1:
-        bind = None  # each thread has a current device of its own
-        if torch.cuda.is_available():
-            bind = partial(torch.cuda.set_device, torch.cuda.current_device())
-        with ThreadPoolExecutor(threads, initializer=bind) as pool:
-            list(pool.map(run, wanted.values()))
+    bind = None  # each thread has a current device of its own
+    if torch.cuda.is_available():
+        bind = partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(threads, initializer=bind) as pool:
+        list(pool.map(run, wanted.values()))
 
 
 def _kind(value: object) -> object:
@@ -131,7 +126,7 @@ def _kind(value: object) -> object:
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     if isinstance(value, int):
-        return value == 1, value % 16 == 0, value.bit_length() > 31
+        return type(value), value == 1, value % 16 == 0, value.bit_length() > 31
     return repr(value) if value is None or isinstance(value, str | float) else type(value)
 
 

@@ -102,7 +102,7 @@ def _small(tile: SmallTile) -> dict[str, Any]:
 
 def gate_up_small(format: str, target: str) -> Case:
     types, constants = weight(format, target)
-    tile, _ = small_tiles(format, 8)
+    tile, _ = small_tiles(format, format, 8)
     constants |= {"SLOTS": 8, "KIND": "swiglu_oai", "LIMIT": 7.0, **_small(tile)}
     return Case(
         f"gate_up_small {format}", gate_up_small_kernel, types, constants, tile.warps, tile.stages,
@@ -112,7 +112,7 @@ def gate_up_small(format: str, target: str) -> Case:
 
 def down_small(format: str, target: str) -> Case:
     types, constants = weight(format, target)
-    _, tile = small_tiles(format, 6)
+    _, tile = small_tiles(format, format, 6)
     constants |= {"SLOTS": 6, **_small(tile)}
     return Case(
         f"down_small {format}", down_small_kernel, types, constants, tile.warps, tile.stages,

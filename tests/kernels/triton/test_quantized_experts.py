@@ -10,6 +10,7 @@ import torch
 from quire.kernels.reference.quantized.experts import quantized_experts as reference
 from quire.kernels.reference.quantized.weights import FORMATS
 from quire.kernels.triton.quantized.experts import SMALL_PAIRS, quantized_experts
+from quire.kernels.triton.quantized.experts_small import experts_small, small_tiles
 from quire.kernels.triton.quantized.pack import pack
 from tests.kernels.triton import quantized_inputs
 from tests.kernels.triton.moe_inputs import poisoned_memory, random, random_ids
@@ -57,6 +58,32 @@ def test_experts_equal_reference(
     with poisoned_memory():
         found = quantized_experts(*ready, "silu", **biases, deterministic=deterministic)
     close(found, reference(*given, "silu", **biases))
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down"),
+    [("fp8", "fp8"), ("fp8_block", "fp8_block"), ("nvfp4", "int4"), ("fp8_block", "mxfp4")],
+)
+def test_single_pairs_by_the_matrix_instruction(
+    gate_up: str, down: str, device: torch.device
+) -> None:
+    """E4m3 as GPUs without an instruction for it have to; and formats that are not alike."""
+    given, biases = inputs(gate_up, 2, 4, 3, 288, 320, device)
+    other, _ = inputs(down, 2, 4, 3, 288, 320, device)
+    given = (*given[:4], other[4])
+    tiles = small_tiles(gate_up, down, 3)
+    found = experts_small(*packed(given), "silu", **biases, tiles=tiles)
+    close(found, reference(*given, "silu", **biases))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_token_may_lie_anywhere(first: int, device: torch.device) -> None:
+    given, _ = inputs("fp8", 1, 4, 2, 132, 64, device)
+    wide = torch.zeros(1, 140, device=device, dtype=torch.bfloat16)
+    wide[:, first : first + 132] = given[0]
+    ready = (wide[:, first : first + 132], *packed(given)[1:])
+    found = quantized_experts(*ready, "silu", deterministic=False)
+    close(found, reference(*given, "silu"))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("silu", 0.4), ("swiglu_oai", 0.7)])

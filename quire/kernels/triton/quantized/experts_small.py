@@ -2,7 +2,8 @@
 
 Two launches at the speed of the memory bus: gate and up with the activation, in which the warps of
 a program share K, and down, in which each warp has one of a token's experts and their weighted sum
-is the sum over warps. Nothing is sorted.
+is the sum over warps. Nothing is sorted. Weights in e4m3 go by multiply-adds where the GPU has an
+instruction that widens them (gemv.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from quire.kernels.triton.gemm.epilogue import activate, weight_rows
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
-from quire.kernels.triton.quantized.gemv import down_gemv, gemv, gemv_serves
+from quire.kernels.triton.quantized.gemv import aligned, down_gemv, gemv, gemv_serves
 from quire.kernels.triton.quantized.operands import check_experts, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
@@ -145,13 +146,18 @@ def down_small_kernel(
     tl.store(out + token * n + first + tl.arange(0, ROWS), y.to(out.dtype.element_ty), mask=inside)
 
 
-def small_tiles(format: str, slots: int) -> tuple[SmallTile, SmallTile]:
-    """For gate and up, and for down. Estimates until measured with benchmarks/gpu/quantized.py."""
-    blocks = 2 if format in ("nvfp4", "mxfp4") else 1
+def small_tiles(gate_up: str, down: str, slots: int) -> tuple[SmallTile, SmallTile]:
+    """For weights of these formats. Estimates until measured with benchmarks/gpu/quantized.py."""
     parts = max(2, triton.next_power_of_2(slots))
-    return SmallTile(16, 4, blocks, 4, 3), SmallTile(
-        16, parts, blocks, min(16, parts), 3 if parts <= 8 else 2
+    stages = 3 if parts <= 8 else 2
+    return (
+        SmallTile(16, 4, _blocks(gate_up), 4, 3),
+        SmallTile(16, parts, _blocks(down), min(16, parts), stages),
     )
+
+
+def _blocks(format: str) -> int:
+    return 2 if format in ("nvfp4", "mxfp4") else 1
 
 
 def pieces(weight: PackedQuantized) -> tuple[object, ...]:
@@ -191,12 +197,13 @@ def experts_small(
     (t, slots), hidden, intermediate = ids.shape, gate_up.k, down.k
     h = torch.empty((t * slots, intermediate), dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
-    if tiles is None and all(gemv_serves(1, w, x.device) for w in (gate_up, down)):
+    serves = aligned(x) and all(gemv_serves(1, w, x.device) for w in (gate_up, down))
+    if tiles is None and serves:
         gemv(x, gate_up, gate_up_bias, h, kind, limit, ids=ids)
         down_gemv(h, weights, ids, down, down_bias, out)
         return out
     has = instructions(x.device)
-    first, second = tiles or small_tiles(gate_up.format, slots)
+    first, second = tiles or small_tiles(gate_up.format, down.format, slots)
     launch(
         gate_up_small_kernel,
         (t * slots, triton.cdiv(intermediate, first.rows // 2)),

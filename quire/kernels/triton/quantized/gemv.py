@@ -175,8 +175,8 @@ def gemv_serves(tokens: int, weight: PackedQuantized, device: torch.device) -> b
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Whether rows of bfloat16 begin at multiples of 8 bytes."""
-    return x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0
+    """Whether rows of bfloat16 are contiguous and begin at multiples of 8 bytes."""
+    return x.stride(1) == 1 and x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0
 
 
 def gemv(

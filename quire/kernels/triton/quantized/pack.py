@@ -125,7 +125,8 @@ def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> 
     """Padded and reordered codes; where `zero` [N, K / 16] says so, a group's codes become 0."""
     if format in FOUR_BITS:
         return pack_words(codes, zero, floats=format != "int4")
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % COLUMNS)).contiguous()
+    missing = -codes.shape[1] % COLUMNS
+    return torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
 
 
 def _nvfp4_scale(scales: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.launch import launch, wait_for_inputs
 
 WORDS = 1024  # of a program
 
@@ -18,7 +18,7 @@ def pack_words_kernel(
 ):  # fmt: skip
     """`count` words in rows of `width`, of codes in rows of `stored` bytes. `zero` or none: uint8,
     not 0 for those of `groups` of 16 columns in each row whose codes become 0."""
-    let_next_start(PDL)
+    # What is written is a weight, which later kernels read without waiting: they may not start yet.
     wait_for_inputs(PDL)
     at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     inside = at < count

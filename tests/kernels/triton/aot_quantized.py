@@ -72,7 +72,7 @@ def skinny(tokens: int, n: int, format: str, target: str, kind: str = "") -> Cas
     types, constants = weight(format, target)
     sizes = skinny_tiles(tokens, n, format, 128, 132, SHARED[target])
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    constants |= {"T": tokens, "ONE": tokens == 8, "AHEAD": 1024, "ACTIVATION": kind, "LIMIT": 0.0}
+    constants |= {"T": tokens, "AHEAD": 1024, "ACTIVATION": kind, "LIMIT": 0.0}
     constants |= sizes
     name = f"skinny {format} T {tokens} rows {n} {kind}"
     return Case(name, skinny_kernel, types, constants, warps, stages, ALIGNED, (target,))

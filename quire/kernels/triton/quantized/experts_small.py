@@ -21,7 +21,7 @@ from quire.kernels.triton.quantized.operands import check_experts, format_of, in
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
 
-T = 8  # the matrix instruction's columns, all of them the one token's
+T = 8  # the matrix instruction's tokens, of which one is there
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,6 @@ def scale_offset(expert, rows, groups, scale_stride, FORMAT: tl.constexpr):
     if FORMAT == "fp8_block":
         row = rows // 128
     return expert.to(tl.int64) * (groups * scale_stride) + row
-
-
-@triton.jit
-def only_column(y):
-    """[..] of sums [.., T] that are the same in all columns."""
-    column = tl.arange(0, y.shape[-1])
-    return tl.sum(tl.where(column == 0, y, 0.0), axis=len(y.shape) - 1)
 
 
 @triton.jit
@@ -80,15 +73,17 @@ def gate_up_small_kernel(
         scale_rows = scales + scale_at
     if zeros is not None:
         zero_rows = zeros + scale_at
+    token = tl.arange(0, T)
     y = sum_products(
         tl.zeros([PARTS, ROWS, T], tl.float32),
-        x + (pair // SLOTS).to(tl.int64) * k + tl.zeros([1, 1, 1], tl.int32),
-        tl.full([1, 1, 1], True, tl.int1),
+        x + (pair // SLOTS).to(tl.int64) * k + tl.zeros([1, 1, T], tl.int32),
+        (token == 0)[None, None, :],
         k, codes + (row_64 * code_stride)[None, :, None], scale_rows, zero_rows, scale_stride,
         tl.arange(0, PARTS)[:, None, None], blocks, FORMAT, GROUP, BLOCKS, PARTS, EVEN, PACKED,
         CAST,
     )  # fmt: skip
-    y = only_column(tl.sum(y, axis=0))
+    # All tokens but the first are zero.
+    y = tl.sum(tl.sum(y, axis=0), axis=1)
     if row_scales is not None:
         y *= tl.load(row_scales + row_64)
     if bias is not None:
@@ -128,14 +123,15 @@ def down_small_kernel(
         scale_rows = scales + scale_at[:, :, None]
     if zeros is not None:
         zero_rows = zeros + scale_at[:, :, None]
+    column = tl.arange(0, T)[None, None, :]
     y = sum_products(
         tl.zeros([PARTS, ROWS, T], tl.float32),
-        h + (pair * k)[:, None, None],
-        (slot < SLOTS)[:, None, None],
+        h + (pair * k)[:, None, None] + tl.zeros([1, 1, T], tl.int32),
+        (slot < SLOTS)[:, None, None] & (column == 0),
         k, codes + (row_64 * code_stride)[:, :, None], scale_rows, zero_rows, scale_stride,
         tl.full([1, 1, 1], 0, tl.int32), blocks, FORMAT, GROUP, BLOCKS, 1, EVEN, PACKED, CAST,
     )  # fmt: skip
-    y = only_column(y)
+    y = tl.sum(y, axis=2)
     if row_scales is not None:
         y *= tl.load(row_scales + row_64)
     if bias is not None:

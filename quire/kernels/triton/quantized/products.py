@@ -39,13 +39,11 @@ def down(values, PARTED: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_rows, x_inside, column, k, T: tl.constexpr, EVEN: tl.constexpr):
-    """x at some columns, [.., columns, T]; zero where a token or column is not there."""
+def _inputs(x_rows, x_inside, column, k, EVEN: tl.constexpr):
+    """x at some columns, [.., columns, tokens]; zero where a token or column is not there."""
     if EVEN:
-        x = tl.load(x_rows + column, mask=x_inside, other=0.0)
-    else:
-        x = tl.load(x_rows + column, mask=x_inside & (column < k), other=0.0)
-    return tl.broadcast_to(x, x.shape[:-1] + [T])  # noqa: RUF005
+        return tl.load(x_rows + column, mask=x_inside, other=0.0)
+    return tl.load(x_rows + column, mask=x_inside & (column < k), other=0.0)
 
 
 @triton.jit
@@ -70,8 +68,7 @@ def sum_products(
 ):  # fmt: skip
     """y + W x, [(parts,) rows, tokens] float32.
 
-    Pointers to the beginnings of rows: `x_rows` [(.,) 1, tokens], of which `x_inside` exist, or
-    [(.,) 1, 1] for one token, whose sums are then in all columns of y, and which takes less memory;
+    Pointers to the beginnings of rows: `x_rows` [(.,) 1, tokens], of which `x_inside` exist,
     `code_rows`, `scale_rows` and `zero_rows` [(.,) rows, 1]; from one group's scales to the next
     are `scale_stride` elements. `part`: of K's PARTS, each program's or [parts, 1, 1]. `blocks`:
     of 128 columns in all; BLOCKS: in a step of a part, 1 for int4, int8 and fp8_block. EVEN: all
@@ -79,7 +76,6 @@ def sum_products(
     """
     PARTED: tl.constexpr = len(y.shape) == 3
     EIGHT: tl.constexpr = FORMAT == "fp8" or FORMAT == "fp8_block" or FORMAT == "int8"
-    T: tl.constexpr = y.shape[-1]
     STEP: tl.constexpr = GROUP if FORMAT == "int8" and GROUP < 128 else 128 * BLOCKS
     WORDS: tl.constexpr = 16 * BLOCKS
     word = tl.arange(0, WORDS)
@@ -93,7 +89,7 @@ def sum_products(
             for piece in tl.static_range(128 * BLOCKS // STEP):
                 first = block * 128 + piece * STEP
                 codes = _codes(code_rows, first + across(step_column, PARTED), blocks * 128, EVEN)
-                x = _inputs(x_rows, x_inside, first + down(step_column, PARTED), k, T, EVEN)
+                x = _inputs(x_rows, x_inside, first + down(step_column, PARTED), k, EVEN)
                 if FORMAT == "fp8":
                     y = multiply_add(fp8_values(codes, PACKED, CAST), x, y)
                 else:
@@ -115,7 +111,7 @@ def sum_products(
                 scales = _scales(scale_rows, index, blocks, scale_stride, EVEN)
             for d in tl.static_range(4):
                 column = block * 128 + 32 * d + down(half_column, PARTED)
-                x = _inputs(x_rows, x_inside, column, k, T, EVEN)
+                x = _inputs(x_rows, x_inside, column, k, EVEN)
                 if FORMAT == "int4":
                     if 32 * d % GROUP == 0:
                         index = (block * 128 + 32 * d) // GROUP

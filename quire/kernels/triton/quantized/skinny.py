@@ -29,7 +29,7 @@ MAX_TOKENS = 64
 def skinny_kernel(
     x, codes, scales, row_scales, zeros, bias, out, tokens, n, k, blocks, x_stride, code_stride,
     scale_stride, scale_size, out_stride,
-    T: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     BLOCKS: tl.constexpr, AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr, PDL: tl.constexpr,
@@ -54,7 +54,7 @@ def skinny_kernel(
     if PDL:
         prefetch_rows(codes, rows.to(tl.int64), 0, code_stride, AHEAD)
     wait_for_inputs(PDL)
-    token = tl.arange(0, 1 if ONE else T)
+    token = tl.arange(0, T)
     zero_rows = None if zeros is None else zeros + rows[None, :, None]
     scale_rows = scales
     if scales is not None:
@@ -191,7 +191,6 @@ def _run(
         0 if scales is None else scales.shape[-2] * scales.shape[-1],
         row_stride(out, "out"),
         T=bucket,
-        ONE=tokens == 1,
         AHEAD=ahead(weight, step * (sizes["num_stages"] - 1)),
         EVEN=weight.k % (128 * step) == 0,
         ACTIVATION=kind,

@@ -10,7 +10,7 @@ submitted before this one's are known.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -41,6 +41,7 @@ from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
 from quire.runner.packets import PacketRing, Run
 from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
+from quire.runner.shapes import Guessing, Key, Reading, Sampling, Shape, Shapes, ends
 from quire.runner.watch import WatchLogits
 from quire.step import Batch, Decoding, Row, TokenLogprobs, written_out
 
@@ -53,43 +54,6 @@ LOGPROBS = int(Flag.LOGPROBS)
 MOST_THREADS = 16
 # Host copies of results: of steps in flight, and of the one being written.
 RING = 4
-
-
-class Shape(NamedTuple):
-    """Tokens and rows of a forward pass with its padding. They are equal where every row has one
-    token, and only there: that is how the attention kernels know (TritonKernels.attention)."""
-
-    tokens: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Tokens and rows of the pass in which a model that drafts reads a step, with its padding; more
-    tokens than rows."""
-
-    tokens: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Guessing:
-    """Rows of its passes after that, with padding, and the sampler's variant."""
-
-    rows: int
-    variant: str
-
-
-class Sampling(NamedTuple):
-    """Rows of a sampling pass with its padding, the kernel's variant, and whether any row wants
-    log-probabilities."""
-
-    rows: int
-    variant: str
-    logprobs: bool
-
-
-Key = Shape | Sampling | Reading | Guessing
 
 
 @dataclass(frozen=True)
@@ -127,13 +91,15 @@ class DeviceRunner:
         self.model, self.device = model, build.device
         self._kernels = cast(TritonKernels, build.kernels)
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
-        self._rows, self._tokens, self._logit_rows = rows, tokens, min(LOGIT_ROWS, rows)
+        self._tokens, self._logit_rows = tokens, min(LOGIT_ROWS, rows)
         block_sizes = [group.block_size for group in plan.groups]
         groups, max_blocks = len(block_sizes), -(-plan.max_model_len // BLOCK_SIZE) + 1
-        self._decode_sizes, self._mixed_sizes = plan.decode_graphs, plan.mixed_graphs
         # Tables of rows: those that are computed, those that sample, those that a drafter reads.
         sampled = self._sampled = plan.max_sampled
-        drafted = self._size(rows, self._decode_sizes) if draft or mtp else 0
+        graphs = plan.decode_graphs, plan.mixed_graphs
+        drafting = draft is not None or mtp is not None
+        self._shapes = Shapes(tokens, rows, sampled, *graphs, drafting)
+        drafted = self._shapes.padded(rows) if drafting else 0
         sizes = (rows, plan.max_model_len, vocab_size, block_sizes, max_blocks)
         self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
         self._stateful = bool(build.states)
@@ -164,7 +130,7 @@ class DeviceRunner:
         self.watch: WatchLogits | None = None  # and this
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
-        self._wanted, self._compiled = deque(self._planned()), False
+        self._wanted, self._compiled = deque(self._shapes.planned()), False
         self._threads = min(plan.threads, MOST_THREADS)
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
@@ -207,7 +173,7 @@ class DeviceRunner:
         batch = written_out(batch)
         rows = batch.rows
         columns = Columns.of(rows, self._drafter is not None, split=not self._stateful)
-        shape = self._shape(columns.num_tokens, columns.num_rows)
+        shape = self._shapes.of(columns.num_tokens, columns.num_rows)
         tables = [self._diffs.rows(columns, shape.rows)]
         if self._drafter is not None:
             padded = max(self._reading(columns).rows, self._guessing_rows(columns))
@@ -236,7 +202,7 @@ class DeviceRunner:
             self._apply(batch, [self._diffs.next_rows(steady.rows, columns)])
         else:
             columns = Columns.plain(decoding)
-            shape = self._shape(columns.num_tokens, columns.num_rows)
+            shape = self._shapes.of(columns.num_tokens, columns.num_rows)
             table = self._diffs.rows(columns, shape.rows)
             self._apply(batch, [table, self._sampling_table(columns)])
             steady = self._steady = Steady(columns, shape, table, self._sampling(columns))
@@ -261,7 +227,7 @@ class DeviceRunner:
     def _sampling(self, columns: Columns) -> Sampling:
         """What samples for the rows that do."""
         flags = {self._diffs.flags[slot] for slot in columns.sampling_slots}
-        size = self._size(len(columns.sampling), self._decode_sizes)
+        size = self._shapes.padded(len(columns.sampling))
         return Sampling(size, variant(flags), any(each & LOGPROBS for each in flags))
 
     def _launch_sampling(self, pending: DevicePending, sampling: Sampling) -> None:
@@ -293,11 +259,11 @@ class DeviceRunner:
     def _reading(self, columns: Columns) -> Reading:
         # Behind each row one token more at most; and so there are more tokens than rows.
         rows = len(columns.slots)
-        shape = self._shape(columns.num_tokens + rows, rows)
+        shape = self._shapes.of(columns.num_tokens + rows, rows)
         return Reading(shape.tokens, shape.rows)
 
     def _guessing_rows(self, columns: Columns) -> int:
-        return self._size(len(columns.slots), self._decode_sizes)
+        return self._shapes.padded(len(columns.slots))
 
     def _compute(self, key: Key) -> Callable[[], None]:
         """What computes a shape."""
@@ -312,7 +278,7 @@ class DeviceRunner:
         return lambda: drafter.draft(key.rows, key.variant)
 
     def _sampling_table(self, columns: Columns) -> Run:
-        size = self._size(len(columns.sampling), self._decode_sizes)
+        size = self._shapes.padded(len(columns.sampling))
         return self._diffs.sampling_rows(columns, size, first=self._sampled)
 
     def reset(self) -> None:
@@ -342,60 +308,18 @@ class DeviceRunner:
 
     def _compile(self) -> None:
         """Compile what steps will launch, several kernels at a time: of all shapes where there are
-        processors for it, else of the smallest and the largest of each kind, which have most.
-        Kernels of a model that drafts wait until they are launched."""
-        alike: dict[Hashable, list[Key]] = {}
-        for key in self._wanted:
-            if isinstance(key, Shape):
-                alike.setdefault(key.tokens == key.rows, []).append(key)
-            elif isinstance(key, Sampling):
-                alike.setdefault(key[1:], []).append(key)
+        processors for it, else of some. Those of a model that drafts wait for their launch."""
+        keys = [key for key in self._wanted if isinstance(key, Shape | Sampling)]
         with wanted_kernels() as wanted:
-            for keys in alike.values():
-                for key in keys if self._threads >= 8 else {keys[0], keys[-1]}:
-                    self._compute(key)()
+            for key in keys if self._threads >= 8 else ends(keys):
+                self._compute(key)()
         compile_kernels(wanted, self._threads)
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
-        captured = self._graphs is not None
-        if isinstance(key, Shape | Reading):
-            alike = self._decode_sizes if key.tokens == key.rows else self._mixed_sizes
-            captured &= key.tokens in alike
-        if self._graphs is None or not captured:
+        if self._graphs is None or not self._shapes.gets_graph(key):
             compute()
         elif not self._graphs.known(key):
             self._graphs.capture(key, compute)
-
-    def _planned(self) -> list[Key]:
-        """Shapes to prepare, the largest first, so that the others find memory in the pool."""
-        size, keys = self._tokens, list[Key]()
-        # What gets no graph is computed at every doubling: between them kernels are the same
-        # (gemm_tiles.size_class).
-        while size > max((*self._mixed_sizes, 1)):
-            keys.append(self._shape(size, min(self._rows, max(1, size - 1))))
-            size = -(-size // 2)
-        keys += [Shape(tokens, self._mixed_rows(tokens)) for tokens in reversed(self._mixed_sizes)]
-        most = min(self._sampled, self._tokens)
-        # Without graphs, a size of each class of rows that kernels tell apart.
-        sizes = self._decode_sizes or sorted({most, *(min(2**i, most) for i in range(7))})
-        for rows in reversed(sizes):
-            keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
-        keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
-        # The rest is captured where a request asks for it; its kernels are compiled before.
-        rest = (("full", False), ("greedy", True), ("full", True))
-        keys += [Sampling(sizes[-1], name, logprobs) for name, logprobs in rest]
-        return keys if self._drafter is None else keys + self._planned_drafts(keys, sizes)
-
-    def _planned_drafts(self, keys: list[Key], sizes: Sequence[int]) -> list[Key]:
-        """Of the model that drafts: it reads steps of all sizes, and guesses for all requests."""
-        mixed = [key for key in keys if isinstance(key, Shape) and key.tokens > key.rows]
-        found: list[Key] = [Reading(self._tokens + self._rows, self._rows)]
-        found += [Reading(*key) for key in mixed]
-        most = self._size(self._rows, self._decode_sizes)
-        guessing = [rows for rows in reversed(sizes) if rows <= most]
-        for rows in guessing:
-            found += [Guessing(rows, name) for name in ("greedy", "plain")]
-        return [*found, Guessing(guessing[0], "full")]
 
     def _run(self, key: Key, compute: Callable[[], None]) -> None:
         """Launch the graph of a shape, or its kernels one by one where there is none yet."""
@@ -405,23 +329,6 @@ class DeviceRunner:
             if isinstance(key, Sampling | Guessing) and not self._graphs.known(key):
                 self._wanted.appendleft(key)  # captured only where a request asks for it
             compute()
-
-    @staticmethod
-    def _size(count: int, sizes: Sequence[int]) -> int:
-        """The first of ascending `sizes` that holds `count`; `count` itself where none does."""
-        return next((size for size in sizes if size >= count), count)
-
-    def _shape(self, tokens: int, rows: int) -> Shape:
-        if tokens == rows:
-            padded = self._size(rows, self._decode_sizes)
-            return Shape(padded, padded)
-        if not self._mixed_sizes or max(tokens, rows + 1) > self._mixed_sizes[-1]:
-            return Shape(tokens, rows)
-        padded = self._size(max(tokens, rows + 1), self._mixed_sizes)
-        return Shape(padded, self._mixed_rows(padded))
-
-    def _mixed_rows(self, tokens: int) -> int:
-        return min(self._rows, tokens - 1)
 
     def _apply(self, batch: Batch, tables: list[Run]) -> None:
         """Bring what is new to the device, and the tables of rows."""

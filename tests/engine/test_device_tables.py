@@ -8,6 +8,7 @@ Batch written out.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,9 +20,10 @@ from test_scheduler import LAYOUTS, MODEL_LEN, Driver, least_blocks, random_oper
 
 from quire.kernels.device_state import Flag, Scalar
 from quire.runner import device
-from quire.runner.device import DeviceRunner, Sampling, Shape
+from quire.runner.device import DeviceRunner
 from quire.runner.diffs import flags_of, variant
 from quire.runner.pending import DevicePending
+from quire.runner.shapes import Sampling, Shape
 from quire.step import Batch, Result, Row, written_out
 
 SLOTS, BUDGET = 6, 64
@@ -146,7 +148,7 @@ def live(model: str, family: str, seed: int, operations: int) -> Beside:
     sizes = {"max_num_seqs": SLOTS, "max_num_batched_tokens": BUDGET, "max_model_len": MODEL_LEN}
     runner = engine(model, "cuda", warm=False, runner="eager", **sizes).core.runner
     assert isinstance(runner, DeviceRunner)
-    runner._decode_sizes, runner._mixed_sizes = DECODE_SIZES, MIXED_SIZES
+    runner._shapes = replace(runner._shapes, decode=DECODE_SIZES, mixed=MIXED_SIZES)
     rng = random.Random(seed)
     groups, budget = LAYOUTS[LAYOUT[family]], rng.choice([16, 33, BUDGET])
     blocks = [n + rng.choice([0, 3, 60]) for n in least_blocks(groups, MODEL_LEN, budget)]

@@ -14,7 +14,7 @@ from quant.stored import SCHEMES
 
 from quire.engine.wire import Add
 from quire.params import SamplingParams
-from quire.runner.device import Sampling
+from quire.runner.shapes import Sampling
 from runner.engines import (
     FAMILIES,
     SMALL,
@@ -346,7 +346,7 @@ def test_nothing_is_allocated_or_compiled_once_all_is_warm(write_model: WriteMod
     run(made, requests(4, 8))
     # Graphs that sample log-probabilities are made where a request asks for them: all of them now.
     runner: Any = made.core.runner
-    runner._wanted += [Sampling(rows, "greedy", True) for rows in runner._decode_sizes]
+    runner._wanted += [Sampling(rows, "greedy", True) for rows in runner._shapes.decode]
     while made.core.warm():
         pass
     compiled: list[str] = []

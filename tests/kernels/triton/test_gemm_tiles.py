@@ -10,7 +10,7 @@ import torch
 from quire.kernels.triton.gemm.gemm_tiles import gemm_tiles, size_class
 from quire.kernels.triton.moe.tiles import tiles
 from quire.plan.gpu import graph_sizes
-from quire.runner.device import DeviceRunner, Shape
+from quire.runner.shapes import Shape, Shapes
 
 H200 = {"sms": 132, "hopper": True, "shared": 232448}
 # Heights of SmolLM2's weights and of Qwen3-8B's: queries to values, gate and up, others, the head.
@@ -32,22 +32,13 @@ def moe_variant(tokens: int, deterministic: bool) -> Variant:
     )
 
 
-def runner(most: int, rows: int) -> DeviceRunner:
-    """Only what chooses shapes."""
-    made = object.__new__(DeviceRunner)
-    made._tokens, made._rows, made._sampled = most, rows, rows
-    made._drafter = None
-    made._decode_sizes, made._mixed_sizes = graph_sizes(most, rows)
-    return made
-
-
 @pytest.mark.parametrize("most", [48, 300, 1000, 2048, 2049, 3000, 6000, 8192, 8193, 16384])
 @pytest.mark.parametrize("rows", [4, 512])
 def test_every_step_has_the_variants_of_a_warmed_one(most: int, rows: int) -> None:
-    made = runner(most, rows)
-    warmed = {key.tokens for key in made._planned() if isinstance(key, Shape)}
-    computed = {made._shape(tokens, 1).tokens for tokens in range(1, most + 1)}
-    computed |= {made._shape(count, count).tokens for count in range(1, min(rows, most) + 1)}
+    shapes = Shapes(most, rows, rows, *graph_sizes(most, rows), drafting=False)
+    warmed = {key.tokens for key in shapes.planned() if isinstance(key, Shape)}
+    computed = {shapes.of(tokens, 1).tokens for tokens in range(1, most + 1)}
+    computed |= {shapes.of(count, count).tokens for count in range(1, min(rows, most) + 1)}
     choices = [lambda t, h=h: gemm_variant(t, h) for h in HEIGHTS]
     choices += [lambda t, d=d: moe_variant(t, d) for d in (False, True)]
     for choose in choices:

@@ -153,3 +153,9 @@ def test_importing_quire_does_not_import_torch(statement: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_an_engine_on_a_cpu_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import quire.engine.startup"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -23,7 +23,6 @@ from quire.kernels.reference.quantized.weights import (
     FOUR_BITS,
     QuantizedWeight,
 )
-from quire.kernels.triton.quantized.words import pack_words
 
 COLUMNS = 128
 # Weights come out of the registers smaller than they are by these factors, which keep scales
@@ -124,6 +123,9 @@ def quantized_nbytes(name: str, n: int, k: int) -> int:
 def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> torch.Tensor:
     """Padded and reordered codes; where `zero` [N, K / 16] says so, a group's codes become 0."""
     if format in FOUR_BITS:
+        # Here, since plans count bytes with this file where there is no Triton.
+        from quire.kernels.triton.quantized.words import pack_words
+
         return pack_words(codes, zero, floats=format != "int4")
     missing = -codes.shape[1] % COLUMNS
     return torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()

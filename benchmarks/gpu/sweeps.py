@@ -1,5 +1,6 @@
 """The fastest tiles of kernels with quantised weights: what their tables of tiles come from.
 
+    python -m benchmarks.gpu.sweeps                 # all of these, long
     python -m benchmarks.gpu.sweeps skinny nvfp4    # few tokens, by the matrix instruction
     python -m benchmarks.gpu.sweeps gemv fp8        # one token, by multiply-adds
     python -m benchmarks.gpu.sweeps grouped nvfp4   # sorted pairs of tokens and experts
@@ -23,6 +24,7 @@ import torch
 from benchmarks.gpu.harness import microseconds, need_gpu
 from benchmarks.gpu.quantized import SHAPES, SLOTS, Cell, E, H, I, Work, again, bind, least, make
 from benchmarks.gpu.shapes import DEVICE, random
+from quire.kernels.reference.quantized.weights import FORMATS
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import num_sms
 from quire.kernels.triton.moe.align import align
@@ -222,22 +224,28 @@ def sweep_scaled(format: str) -> None:
             print_fastest(title, cells)
 
 
+# What sweeps, and the formats that it does where none are named.
 SWEEPS = {
-    "skinny": sweep_skinny, "gemv": sweep_gemv, "grouped": sweep_grouped, "scaled": sweep_scaled,
-}  # fmt: skip
+    "skinny": (sweep_skinny, FORMATS),
+    "gemv": (sweep_gemv, ("fp8", "fp8_block")),
+    "grouped": (sweep_grouped, ("nvfp4", "mxfp4")),
+    "scaled": (sweep_scaled, ("fp8", "fp8_block")),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kernel", choices=SWEEPS)
-    parser.add_argument("formats", nargs="+")
+    parser.add_argument("kernel", nargs="?", choices=SWEEPS)
+    parser.add_argument("formats", nargs="*", choices=[[], *FORMATS], default=[])
     arguments = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
-    for format in arguments.formats:
-        SWEEPS[arguments.kernel](format)
+    for name, (sweep, formats) in SWEEPS.items():
+        if arguments.kernel in (None, name):
+            for format in arguments.formats or formats:
+                sweep(format)
 
 
 if __name__ == "__main__":

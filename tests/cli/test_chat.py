@@ -32,6 +32,8 @@ class Typist:
         variables = environment(HOME=str(home), TERM="xterm")
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
+            # As a shell at a terminal has it; ignored where this was started in the background.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(command[0], command, variables)
 
     def expect(self, text: str, seconds: float = 40.0) -> str:

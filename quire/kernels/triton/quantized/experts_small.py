@@ -193,8 +193,8 @@ def experts_small(
     (t, slots), hidden, intermediate = ids.shape, gate_up.k, down.k
     h = torch.empty((t * slots, intermediate), dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
-    serves = aligned(x) and all(gemv_serves(1, w, x.device) for w in (gate_up, down))
-    if tiles is None and serves:
+    both = (gate_up, down)
+    if tiles is None and aligned(x) and all(gemv_serves(1, w, x.device) for w in both):
         gemv(x, gate_up, gate_up_bias, h, kind, limit, ids=ids)
         down_gemv(h, weights, ids, down, down_bias, out)
         return out

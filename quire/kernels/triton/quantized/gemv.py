@@ -16,7 +16,7 @@ import triton.language as tl
 from quire.kernels.triton.gemm.epilogue import store_product, weight_rows
 from quire.kernels.triton.launch import INTERPRETED, launch, let_next_start, wait_for_inputs
 from quire.kernels.triton.quantized.decode import fp8_floats, wide_pair
-from quire.kernels.triton.quantized.operands import instructions
+from quire.kernels.triton.quantized.operands import instructions, scale_strides
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.rows import row_stride
 
@@ -74,8 +74,8 @@ def _sum_products(
 
 @triton.jit(do_not_specialize=["tokens"])
 def e4m3_gemv_kernel(
-    x, ids, codes, scales, row_scales, bias, out, tokens, n, words, units, x_stride, code_stride,
-    scale_stride, scale_size, out_stride,
+    x, ids, codes, scales, row_scales, bias, out, tokens, n, words, units, x_stride, scale_stride,
+    scale_size, out_stride,
     T: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def e4m3_gemv_kernel(
         wait_for_inputs(PDL)
         one = tl.load(ids + group).to(tl.int64)
     height = n if ACTIVATION == "" else 2 * n
-    code_rows = codes + ((one * height + rows) * code_stride)[None, :, None]
+    code_rows = codes + ((one * height + rows) * words)[None, :, None]
     scale_rows = None
     if scales is not None:
         # All rows of a program are of one block where they are not of a gate and an up.
@@ -115,8 +115,8 @@ def e4m3_gemv_kernel(
 
 @triton.jit
 def e4m3_down_kernel(
-    h, ids, weights, codes, scales, row_scales, bias, out, n, words, units, code_stride,
-    scale_stride, scale_size,
+    h, ids, weights, codes, scales, row_scales, bias, out, n, words, units, scale_stride,
+    scale_size,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def e4m3_down_kernel(
     pair = token * SLOTS + tl.minimum(slot, SLOTS - 1)
     expert = tl.load(ids + pair).to(tl.int64)
     share = tl.load(weights + pair, mask=slot < SLOTS, other=0.0)
-    code_rows = codes + ((expert * n + row) * code_stride)[:, :, None]
+    code_rows = codes + ((expert * n + row) * words)[:, :, None]
     scale_rows = None
     if scales is not None:
         scale_rows = scales + (expert * scale_size + first // 128)[:, :, None]
@@ -217,10 +217,9 @@ def gemv(
         tokens,
         n,
         codes.shape[-1],
-        x_units.shape[1] // (1 if weight.experts is None or ids is not None else groups),
+        weight.k // 4,
         row_stride(x_units, "x"),
-        codes.shape[-1],
-        *_scale_strides(scales),
+        *scale_strides(scales),
         row_stride(out, "out"),
         T=triton.next_power_of_2(tokens),
         SLOTS=slots,
@@ -243,12 +242,12 @@ def down_gemv(
     """out [T, N] = the sum over slots of weights [T, SLOTS] times down of h [T * SLOTS, K]."""
     (tokens, slots), n = ids.shape, out.shape[1]
     tiles = tiles or down_tiles(slots)
-    h_units, codes, scales = h.view(torch.int64), down.codes.view(torch.int32), down.scales
+    codes, scales = down.codes.view(torch.int32), down.scales
     launch(
         e4m3_down_kernel,
         (triton.cdiv(n, tiles["ROWS"]), tokens),
         h.device,
-        h_units,
+        h.view(torch.int64),
         ids,
         weights,
         codes,
@@ -258,16 +257,9 @@ def down_gemv(
         out,
         n,
         codes.shape[-1],
-        h_units.shape[1],
-        codes.shape[-1],
-        *_scale_strides(scales),
+        down.k // 4,
+        *scale_strides(scales),
         SLOTS=slots,
         CAST=instructions(h.device)["CAST"],
         **tiles,
     )
-
-
-def _scale_strides(scales: torch.Tensor | None) -> tuple[int, int]:
-    if scales is None:
-        return 0, 0
-    return scales.shape[-1], scales.shape[-2] * scales.shape[-1]

@@ -27,6 +27,14 @@ def ahead(weight: PackedQuantized, blocks: int) -> int:
     return 1 << (elements.bit_length() - 1) if elements else 0
 
 
+def scale_strides(scales: torch.Tensor | None) -> tuple[int, int]:
+    """Elements from one group's scales to the next, and from one weight's of a stack to the
+    next."""
+    if scales is None:
+        return 0, 0
+    return scales.shape[-1], scales.shape[-2] * scales.shape[-1]
+
+
 def format_of(weight: PackedQuantized) -> dict[str, str | int]:
     """The kernels' constexprs FORMAT and GROUP."""
     return {"FORMAT": weight.format, "GROUP": weight.group if weight.format[:3] == "int" else 128}

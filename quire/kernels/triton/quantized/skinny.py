@@ -17,7 +17,13 @@ from quire.kernels.triton.gemm.prefetch import prefetch_rows
 from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
 from quire.kernels.triton.quantized.gemv import aligned, gemv, gemv_serves
-from quire.kernels.triton.quantized.operands import ahead, check_linear, format_of, instructions
+from quire.kernels.triton.quantized.operands import (
+    ahead,
+    check_linear,
+    format_of,
+    instructions,
+    scale_strides,
+)
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.products import sum_products
 from quire.kernels.triton.rows import empty_rows, row_stride
@@ -29,10 +35,10 @@ MAX_TOKENS = 64
 def skinny_kernel(
     x, codes, scales, row_scales, zeros, bias, out, tokens, n, k, blocks, x_stride, code_stride,
     scale_stride, scale_size, out_stride,
-    T: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr, AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr,
-    LIMIT: tl.constexpr, PDL: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    PACKED: tl.constexpr, CAST: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`n`: columns of out; `code_stride`, `scale_stride`: see sum_products. A program's second
     number is that of its weight, where there are several: each has its own k columns of x and n of
@@ -187,8 +193,7 @@ def _run(
         weight.blocks,
         row_stride(x, "x"),
         weight.codes.shape[-1],
-        0 if scales is None else scales.shape[-1],
-        0 if scales is None else scales.shape[-2] * scales.shape[-1],
+        *scale_strides(scales),
         row_stride(out, "out"),
         T=bucket,
         AHEAD=ahead(weight, step * (sizes["num_stages"] - 1)),

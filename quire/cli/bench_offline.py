@@ -35,7 +35,7 @@ def add_flags(parser: Parser) -> None:
         "--scenarios",
         default=CPU_DEFAULT,
         metavar="NAMES",
-        help=f"[{CPU_DEFAULT}]; bN, dBxC, fBxC too",
+        help=f"[{CPU_DEFAULT}]; bN, dBxC, fBxC, prefillN too",
     )
     group.add_argument("--repeat", default="3", metavar="N", help="report the median of N [3]")
     group.add_argument(

@@ -66,8 +66,8 @@ CPU_DEFAULT = "single,prefill512,offline64"
 
 
 def find_scenarios(names: str) -> list[Scenario]:
-    """Scenarios by name, comma-separated; bN, dBxC (B requests, a context of C) and fBxC (the same,
-    which is not computed) are any size.
+    """Scenarios by name, comma-separated; bN, dBxC (B requests, a context of C), fBxC (the same,
+    which is not computed) and prefillN are any size.
 
     Raises CommandLineError.
     """
@@ -76,8 +76,12 @@ def find_scenarios(names: str) -> list[Scenario]:
     for name in (n.strip() for n in names.split(",")):
         batch = re.fullmatch(r"b([1-9]\d{0,3})", name)
         deep = re.fullmatch(r"([df])([1-9]\d{0,3})x([1-9]\d{0,6})", name)
+        prompt = re.fullmatch(r"prefill([1-9]\d{0,6})", name)
         if name in known:
             found.append(known[name])
+        elif prompt:
+            about = f"prefill rate of one prompt of {prompt[1]} tokens"
+            found.append(Scenario(name, PREFILL, 1, int(prompt[1]), 1, about))
         elif batch:
             about = f"time between tokens, {batch[1]} requests"
             found.append(Scenario(name, DECODE, int(batch[1]), 128, 257, about))
@@ -86,7 +90,10 @@ def find_scenarios(names: str) -> list[Scenario]:
             about = f"time between tokens, {count} requests after {context} tokens"
             found.append(Scenario(name, DECODE, count, context, 65, about, filled=filled))
         else:
-            fix = suggest(name, list(known)) or f"scenarios: {', '.join(known)}, bN, dBxC, fBxC"
+            fix = (
+                suggest(name, list(known))
+                or f"scenarios: {', '.join(known)}, bN, dBxC, fBxC, prefillN"
+            )
             raise CommandLineError("unknown_scenario", f"unknown scenario {name!r}", fix=fix)
     return found
 
@@ -97,7 +104,7 @@ def make_prompts(scenario: Scenario, vocab_size: int, seed: int) -> list[list[in
     low = min(SPECIAL_IDS, vocab_size // 4)
 
     def tokens(count: int) -> list[int]:
-        return [numbers.randrange(low, vocab_size - low) for _ in range(count)]
+        return numbers.choices(range(low, vocab_size - low), k=count)
 
     shared = tokens(scenario.shared)
     prompts = []

@@ -21,6 +21,8 @@ def test_the_fields_workload_has_its_known_sizes() -> None:
     assert sizes["b32"] == (32, 128, 257) and sizes["b256"] == (256, 128, 257)
     assert sizes["thr"] == (512, 512, 256) and sizes["pre"] == (16, 8192, 1)
     assert find_scenarios("b7")[0].requests == 7
+    prefill = find_scenarios("prefill8192")[0]
+    assert (prefill.requests, prefill.prompt, prefill.output) == (1, 8192, 1)
     deep = find_scenarios("d4x2048")[0]
     assert (deep.requests, deep.prompt) == (4, 2048)
     filled = find_scenarios("f8x32768")[0]

@@ -105,7 +105,7 @@ def make_plan(
         theirs = find_model(drafter)
         draft = _facts(drafter, theirs, open_weights(drafter, theirs))
     machine = detect(gpu=options.engine.device != "cpu")
-    tiers = measure_tiers(options)
+    tiers = measure_tiers(options, gpu=machine.gpu is not None)
     return resolve(options, facts, machine, found, draft=draft, tiers=tiers)
 
 

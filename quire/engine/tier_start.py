@@ -19,7 +19,7 @@ from quire.tiers.directory import TierDirectory
 from quire.tiers.dram import DramTier
 from quire.tiers.filesystem import FileTier
 from quire.tiers.mooncake import MooncakeTier
-from quire.tiers.probe import disk_rates, memory_rate
+from quire.tiers.probe import disk_rates, link_rates, memory_rate
 from quire.tiers.slab import HostSlab
 
 # Assumed of what cannot be measured.
@@ -27,15 +27,16 @@ DISK_RATE = 1e9
 NETWORK_RATE = 1e9
 
 
-def measure_tiers(options: Options) -> list[TierFacts]:
-    """What a plan shows, one for each of `--kv-tiers`. Nothing is made that stays: a directory that
-    is not there yet is measured by the one it will be in."""
-    return [_measure(spec) for spec in parse_tiers(options.engine.kv_tiers or "")]
+def measure_tiers(options: Options, gpu: bool) -> list[TierFacts]:
+    """What a plan shows, one for each of `--kv-tiers`. `gpu`: there is one, so pages cross its
+    link. Nothing is made that stays: a directory that is not there yet is measured by the one it
+    will be in."""
+    return [_measure(spec, gpu) for spec in parse_tiers(options.engine.kv_tiers or "")]
 
 
-def _measure(spec: TierSpec) -> TierFacts:
+def _measure(spec: TierSpec, gpu: bool) -> TierFacts:
     if spec.kind == "dram":
-        return TierFacts(read=memory_rate())
+        return TierFacts(*link_rates()) if gpu else TierFacts(read=memory_rate())
     if spec.kind == "fs":
         path = Path(spec.path).absolute()
         there = next(each for each in (path, *path.parents) if each.is_dir())

@@ -1,5 +1,5 @@
-"""How fast this machine's memory and a directory's disk are, each measured in a tenth of a second
-or two."""
+"""How fast this machine's memory, its link to the GPU and a directory's disk are, each measured in
+a tenth of a second or two."""
 
 from __future__ import annotations
 
@@ -25,6 +25,28 @@ def memory_rate() -> float:
         target[:] = source
         best = min(best, time.perf_counter() - begun)
     return PROBE_BYTES / best
+
+
+def link_rates() -> tuple[float, float]:
+    """Bytes a second that the GPU copies from this machine's pinned memory, and to it. Needs
+    one that torch sees."""
+    import torch
+
+    host = torch.zeros(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    device = torch.zeros_like(host, device="cuda")
+
+    def rate(source: torch.Tensor, target: torch.Tensor) -> float:
+        best = math.inf
+        for _ in range(3):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1e3)
+        return PROBE_BYTES / best
+
+    return rate(host, device), rate(device, host)
 
 
 def disk_rates(directory: str) -> tuple[float, float]:

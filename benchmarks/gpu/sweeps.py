@@ -3,6 +3,7 @@
     python -m benchmarks.gpu.sweeps                 # all of these, long
     python -m benchmarks.gpu.sweeps skinny nvfp4    # few tokens, by the matrix instruction
     python -m benchmarks.gpu.sweeps gemv fp8        # one token, by multiply-adds
+    python -m benchmarks.gpu.sweeps small nvfp4     # experts of one token, by the same instruction
     python -m benchmarks.gpu.sweeps grouped nvfp4   # sorted pairs of tokens and experts
     python -m benchmarks.gpu.sweeps scaled fp8      # the same on e4m3 tokens
 
@@ -16,7 +17,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -30,6 +31,7 @@ from quire.kernels.triton.launch import num_sms
 from quire.kernels.triton.moe.align import align
 from quire.kernels.triton.moe.route import route
 from quire.kernels.triton.quantized.experts import expert_tile
+from quire.kernels.triton.quantized.experts_small import SmallTile, experts_small, small_tiles
 from quire.kernels.triton.quantized.gemm import QuantizedTile
 from quire.kernels.triton.quantized.gemv import down_gemv, down_tiles, gemv, gemv_tiles
 from quire.kernels.triton.quantized.grouped_gemm import quantized_grouped_gemm
@@ -41,6 +43,20 @@ from quire.kernels.triton.quantized.skinny import skinny, skinny_tiles
 
 # DeepSeek V4 Flash's, beside those of Qwen3.
 MORE = {"q_b": (32768, 1024), "o_b": (4096, 8192), "q_a kv": (1536, 4096), "shared": (4096, 2048)}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Sizes of a layer's experts, and how many a token goes to."""
+
+    name: str
+    hidden: int
+    inner: int
+    count: int
+    slots: int
+
+
+EXPERTS = (Experts("Qwen3-30B-A3B", H, I, E, SLOTS), Experts("DeepSeek V4", 4096, 2048, 64, 6))
 
 
 def print_fastest(title: str, cells: list[Cell], most: int = 5) -> None:
@@ -141,6 +157,45 @@ def sweep_gemv(format: str) -> None:
     print_fastest(f"{format} experts, down: parts rows columns warps", cells)
 
 
+def sweep_small(format: str) -> None:
+    shared = shared_memory(DEVICE)
+    for each in EXPERTS:
+        gate_up = pack(make(format, 2 * each.inner, each.hidden, each.count))
+        down = pack(make(format, each.hidden, each.inner, each.count))
+        batches = [
+            (random(1, each.hidden), *route(random(1, each.count), each.slots, True))
+            for _ in range(10)
+        ]
+        chosen = small_tiles(format, format, each.slots)
+
+        def runs(
+            tiles: tuple[SmallTile, SmallTile], gate_up: PackedQuantized = gate_up,
+            down: PackedQuantized = down, batches: list[tuple[torch.Tensor, ...]] = batches,
+        ) -> list[Work]:  # fmt: skip
+            return [partial(experts_small, *batch, gate_up, down, "silu", tiles=tiles)
+                    for batch in batches]  # fmt: skip
+
+        options = [
+            SmallTile(rows, parts, blocks, warps, stages)
+            for rows, parts, blocks, warps, stages in itertools.product(
+                (16, 32), (2, 4, 8), (1, 2, 4), (2, 4, 8), (2, 3, 4)
+            )
+            if parts / 2 <= warps <= parts * rows // 16
+            and parts * blocks * 128 * stages * (16 + rows * 0.6) < shared - 8192
+        ]
+        firsts = [(t, chosen[1]) for t in options if t.parts * t.blocks * 128 <= each.hidden]
+        seconds = [(chosen[0], t) for t in options if t.parts == chosen[1].parts]
+        low = least((gate_up.nbytes + down.nbytes) * each.slots / each.count, 0)
+        wanted = runs(chosen)[0]()
+        for name, part, tiles in (("gate and up", 0, firsts), ("down", 1, seconds)):
+            cells = [
+                Cell(_words(astuple(pair[part])), 1, partial(runs, pair), wanted, low)
+                for pair in [chosen, *tiles]
+            ]
+            title = f"{format} experts of {each.name}, {name}"
+            print_fastest(f"{title}: rows parts blocks warps stages", cells)
+
+
 def sweep_grouped(format: str) -> None:
     gate_up, down = pack(make(format, 2 * I, H, E)), pack(make(format, H, I, E))
     shared = shared_memory(DEVICE)
@@ -228,6 +283,7 @@ def sweep_scaled(format: str) -> None:
 SWEEPS = {
     "skinny": (sweep_skinny, FORMATS),
     "gemv": (sweep_gemv, ("fp8", "fp8_block")),
+    "small": (sweep_small, ("nvfp4", "mxfp4")),
     "grouped": (sweep_grouped, ("nvfp4", "mxfp4")),
     "scaled": (sweep_scaled, ("fp8", "fp8_block")),
 }

@@ -110,7 +110,7 @@ def test_the_sizes_it_runs_with_choose_as_the_reference(device: torch.device) ->
 def test_a_list_that_is_too_short_changes_nothing(device: torch.device) -> None:
     step = Step([1, 1], [190, 290], device)
     step.check(12, Sizes(tokens=2, programs=1, tile=16, listed=4))
-    step.check(12, Sizes(tokens=2, programs=1, tile=16, listed=300))
+    step.check(12, Sizes(tokens=2, programs=1, tile=16, listed=256))
 
 
 def test_of_equal_scores_the_earliest_count(device: torch.device) -> None:

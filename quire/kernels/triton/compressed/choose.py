@@ -16,7 +16,6 @@ from quire.kernels.triton.launch import let_next_start, wait_for_inputs
 from quire.kernels.triton.sampling.likely import raw_key
 
 _ABSENT = tl.constexpr(2**31 - 1)
-_WORST = tl.constexpr(0x7F800000)  # the key of -inf
 _BEFORE_ALL = tl.constexpr(-(2**31) - 1)
 
 
@@ -29,15 +28,9 @@ def _keys(scores_ptr, index, visible):
 
 
 @triton.jit
-def _candidates(fits, scores_ptr, keys_ptr, entries_ptr, index, total):
-    """(keys, entries) of candidates `index`: the list's where that `fits`, else of all scores."""
-    if fits:
-        key = tl.load(keys_ptr + index, mask=index < total, other=_ABSENT)
-        entry = tl.load(entries_ptr + index, mask=index < total, other=0)
-    else:
-        key = _keys(scores_ptr, index, total)
-        entry = index
-    return key, entry
+def _before(keys):
+    """Just before the least of keys: a search from there takes fewer steps than one among all."""
+    return tl.min(keys).to(tl.int64) - 1
 
 
 @triton.jit
@@ -49,6 +42,16 @@ def _narrow(low, high, few, many, middle, found, COUNT: tl.constexpr):
     many = tl.where(reached, found, many)
     low = tl.where(reached, low, middle)
     few = tl.where(reached, few, found)
+    return low, high, few, many
+
+
+@triton.jit
+def _search(keys, low, high, few, many, COUNT: tl.constexpr):
+    """The bracket narrowed until its upper end is the cut among keys in registers."""
+    while (high - low > 1) & (many != COUNT):
+        middle = (low + high) >> 1
+        found = tl.sum((keys <= middle.to(tl.int32)).to(tl.int32))
+        low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
     return low, high, few, many
 
 
@@ -84,28 +87,30 @@ def _choose_listed(
             tl.store(list_entry_ptr + place, start + each, mask=kept)
         listed += more
     tl.debug_barrier()  # the list is read by other threads than wrote it
-    fits = listed <= LISTED
-    total = tl.where(fits, listed, visible)
-    low, high = tl.full([], _BEFORE_ALL, tl.int64), bound.to(tl.int64)
-    few, many = visible * 0, listed
-    while (high - low > 1) & (many != COUNT):
-        middle = (low + high) >> 1
-        found = visible * 0
-        for start in range(0, total, TILE):
-            key, _ = _candidates(
-                fits, scores_ptr, list_key_ptr, list_entry_ptr, start + each, total
+    high, few, many = bound.to(tl.int64), visible * 0, listed
+    if listed <= LISTED:
+        place = tl.arange(0, LISTED)
+        key = tl.load(list_key_ptr + place, mask=place < listed, other=_ABSENT)
+        entry = tl.load(list_entry_ptr + place, mask=place < listed, other=0)
+        low, high, few, many = _search(key, _before(key), high, few, many, COUNT)
+        ties = tl.where(many == COUNT, COUNT, COUNT - few)
+        _append(chosen_ptr, key, entry, high.to(tl.int32), ties, 0, 0)
+    else:  # more of one score than there is room for
+        low = tl.full([], _BEFORE_ALL, tl.int64)
+        while (high - low > 1) & (many != COUNT):
+            middle = (low + high) >> 1
+            found = visible * 0
+            for start in range(0, visible, TILE):
+                key = _keys(scores_ptr, start + each, visible)
+                found += tl.sum((key <= middle.to(tl.int32)).to(tl.int32))
+            low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
+        ties = tl.where(many == COUNT, COUNT, COUNT - few)
+        better_before, ties_before = visible * 0, visible * 0
+        for start in range(0, visible, TILE):
+            key = _keys(scores_ptr, start + each, visible)
+            better_before, ties_before = _append(
+                chosen_ptr, key, start + each, high.to(tl.int32), ties, better_before, ties_before
             )
-            found += tl.sum((key <= middle.to(tl.int32)).to(tl.int32))
-        low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
-    ties = tl.where(many == COUNT, COUNT, COUNT - few)
-    better_before, ties_before = visible * 0, visible * 0
-    for start in range(0, total, TILE):
-        key, entry = _candidates(
-            fits, scores_ptr, list_key_ptr, list_entry_ptr, start + each, total
-        )
-        better_before, ties_before = _append(
-            chosen_ptr, key, entry, high.to(tl.int32), ties, better_before, ties_before
-        )
 
 
 @triton.jit(do_not_specialize=["first_token", "score_stride"])
@@ -146,12 +151,9 @@ def choose_kernel(
         if LISTED:
             for start in range(TILE, visible, TILE):
                 best = tl.minimum(best, _keys(scores_ptr, start + each, visible))
-        low, high = tl.full([], _BEFORE_ALL, tl.int64), tl.full([], _WORST, tl.int64)
+        worst = tl.max(tl.where(best < _ABSENT, best, -(2**31))).to(tl.int64)
         few, many = visible * 0, tl.minimum(visible, TILE)
-        while (high - low > 1) & (many != COUNT):
-            middle = (low + high) >> 1
-            found = tl.sum((best <= middle.to(tl.int32)).to(tl.int32))
-            low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
+        low, high, few, many = _search(best, _before(best), worst, few, many, COUNT)
         if visible <= TILE:
             ties = tl.where(many == COUNT, COUNT, COUNT - few)
             _append(chosen_ptr, best, each, high.to(tl.int32), ties, 0, 0)

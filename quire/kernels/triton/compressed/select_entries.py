@@ -19,7 +19,8 @@ from quire.kernels.triton.launch import launch, num_sms
 class Sizes:
     """`tokens` that a program scores one after another, with one look at the keys; `programs` for
     each multiprocessor, that divide the keys; `tile`: keys that a program choosing has in
-    registers, `listed`: candidates that it has room for where a token has more entries than that.
+    registers, `listed`: candidates that it has room for where a token has more entries than that;
+    both powers of two.
 
     Estimates for an H200, to be measured (benchmarks/gpu/sparse.py): 32 tokens read as much of
     queries as 17 KB of packed keys are read once for; 16 programs for each multiprocessor because

@@ -28,12 +28,6 @@ def _keys(scores_ptr, index, visible):
 
 
 @triton.jit
-def _before(keys):
-    """Just before the least of keys: a search from there takes fewer steps than one among all."""
-    return tl.min(keys).to(tl.int64) - 1
-
-
-@triton.jit
 def _narrow(low, high, few, many, middle, found, COUNT: tl.constexpr):
     """The bracket after `found` keys were counted up to its middle: of its ends, and of how many
     keys are up to them, `few` < COUNT <= `many`."""
@@ -46,13 +40,21 @@ def _narrow(low, high, few, many, middle, found, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _search(keys, low, high, few, many, COUNT: tl.constexpr):
-    """The bracket narrowed until its upper end is the cut among keys in registers."""
+def _ties(few, many, COUNT: tl.constexpr):
+    """How many keys that equal the cut are chosen."""
+    return tl.where(many == COUNT, COUNT, COUNT - few)
+
+
+@triton.jit
+def _search(keys, high, many, COUNT: tl.constexpr):
+    """Of keys in registers, of which `many` are up to `high`: (the cut, how many of those that
+    equal it are chosen)."""
+    low, few = tl.min(keys).to(tl.int64) - 1, many * 0
     while (high - low > 1) & (many != COUNT):
         middle = (low + high) >> 1
         found = tl.sum((keys <= middle.to(tl.int32)).to(tl.int32))
         low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
-    return low, high, few, many
+    return high.to(tl.int32), _ties(few, many, COUNT)
 
 
 @triton.jit
@@ -87,16 +89,15 @@ def _choose_listed(
             tl.store(list_entry_ptr + place, start + each, mask=kept)
         listed += more
     tl.debug_barrier()  # the list is read by other threads than wrote it
-    high, few, many = bound.to(tl.int64), visible * 0, listed
     if listed <= LISTED:
         place = tl.arange(0, LISTED)
         key = tl.load(list_key_ptr + place, mask=place < listed, other=_ABSENT)
         entry = tl.load(list_entry_ptr + place, mask=place < listed, other=0)
-        low, high, few, many = _search(key, _before(key), high, few, many, COUNT)
-        ties = tl.where(many == COUNT, COUNT, COUNT - few)
-        _append(chosen_ptr, key, entry, high.to(tl.int32), ties, 0, 0)
+        cut, ties = _search(key, bound.to(tl.int64), listed, COUNT)
+        _append(chosen_ptr, key, entry, cut, ties, 0, 0)
     else:  # more of one score than there is room for
-        low = tl.full([], _BEFORE_ALL, tl.int64)
+        low, high = tl.full([], _BEFORE_ALL, tl.int64), bound.to(tl.int64)
+        few, many = visible * 0, listed
         while (high - low > 1) & (many != COUNT):
             middle = (low + high) >> 1
             found = visible * 0
@@ -104,7 +105,7 @@ def _choose_listed(
                 key = _keys(scores_ptr, start + each, visible)
                 found += tl.sum((key <= middle.to(tl.int32)).to(tl.int32))
             low, high, few, many = _narrow(low, high, few, many, middle, found, COUNT)
-        ties = tl.where(many == COUNT, COUNT, COUNT - few)
+        ties = _ties(few, many, COUNT)
         better_before, ties_before = visible * 0, visible * 0
         for start in range(0, visible, TILE):
             key = _keys(scores_ptr, start + each, visible)
@@ -152,13 +153,11 @@ def choose_kernel(
             for start in range(TILE, visible, TILE):
                 best = tl.minimum(best, _keys(scores_ptr, start + each, visible))
         worst = tl.max(tl.where(best < _ABSENT, best, -(2**31))).to(tl.int64)
-        few, many = visible * 0, tl.minimum(visible, TILE)
-        low, high, few, many = _search(best, _before(best), worst, few, many, COUNT)
+        cut, ties = _search(best, worst, tl.minimum(visible, TILE), COUNT)
         if visible <= TILE:
-            ties = tl.where(many == COUNT, COUNT, COUNT - few)
-            _append(chosen_ptr, best, each, high.to(tl.int32), ties, 0, 0)
+            _append(chosen_ptr, best, each, cut, ties, 0, 0)
         elif LISTED:
             _choose_listed(
                 chosen_ptr, scores_ptr, list_key_ptr + at * LISTED, list_entry_ptr + at * LISTED,
-                visible, high.to(tl.int32), COUNT, TILE, LISTED,
+                visible, cut, COUNT, TILE, LISTED,
             )  # fmt: skip

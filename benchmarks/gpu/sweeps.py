@@ -4,6 +4,7 @@
     python -m benchmarks.gpu.sweeps skinny nvfp4    # few tokens, by the matrix instruction
     python -m benchmarks.gpu.sweeps gemv fp8        # one token, by multiply-adds
     python -m benchmarks.gpu.sweeps small nvfp4     # experts of one token, by the same instruction
+    python -m benchmarks.gpu.sweeps norm_gemv fp8   # residual addition and norm with it, in one
     python -m benchmarks.gpu.sweeps grouped nvfp4   # sorted pairs of tokens and experts
     python -m benchmarks.gpu.sweeps scaled fp8      # the same on e4m3 tokens
 
@@ -30,17 +31,22 @@ from quire.kernels.triton.gemm.shared import shared_memory
 from quire.kernels.triton.launch import num_sms
 from quire.kernels.triton.moe.align import align
 from quire.kernels.triton.moe.route import route
+from quire.kernels.triton.norm.rms_norm import add_rms_norm
 from quire.kernels.triton.quantized.experts import expert_tile
 from quire.kernels.triton.quantized.experts_small import SmallTile, experts_small, small_tiles
 from quire.kernels.triton.quantized.gemm import QuantizedTile
 from quire.kernels.triton.quantized.gemv import down_gemv, down_tiles, gemv, gemv_tiles
 from quire.kernels.triton.quantized.grouped_gemm import quantized_grouped_gemm
+from quire.kernels.triton.quantized.norm_gemv import norm_gemv, norm_gemv_tiles
 from quire.kernels.triton.quantized.pack import PackedQuantized, pack
 from quire.kernels.triton.quantized.quantize import QuantizedTokens, quantize
 from quire.kernels.triton.quantized.scaled_experts import scaled_tiles
 from quire.kernels.triton.quantized.scaled_grouped_gemm import GroupedTile, scaled_grouped_gemm
 from quire.kernels.triton.quantized.skinny import skinny, skinny_tiles
 
+# Products after a norm: Qwen3-8B's, and the attention's of Qwen3-30B-A3B.
+EPS = 1e-6
+NORMED = {"qkv": (6144, 4096, ""), "gate_up": (24576, 4096, "silu"), "30b qkv": (5120, 2048, "")}
 # DeepSeek V4 Flash's, beside those of Qwen3.
 MORE = {"q_b": (32768, 1024), "o_b": (4096, 8192), "q_a kv": (1536, 4096), "shared": (4096, 2048)}
 
@@ -196,6 +202,50 @@ def sweep_small(format: str) -> None:
             print_fastest(f"{title}: rows parts blocks warps stages", cells)
 
 
+def sweep_norm_gemv(format: str) -> None:
+    for (name, (n, k, kind)), t in itertools.product(NORMED.items(), (1, 2)):
+        packed = pack(make(format, n, k))
+        weights, scale = again(packed, packed.nbytes), torch.rand(k, device=DEVICE)
+        x, residual = random(2, t, k).unbind()
+        summed = residual.clone()
+        sizes = norm_gemv_tiles(t, k)
+        tiles = [sizes | {"programs": 16 // sizes["num_warps"]}] + [
+            {"ROWS": r, "num_warps": w, "programs": resident // w}
+            for r, w, resident in itertools.product((2, 4, 8), (1, 2, 4, 8), (8, 12, 16, 24))
+            if 16 <= t * k // (32 * w) <= 64 and r * k // (32 * w) <= 256 and resident % w == 0
+        ]
+
+        def apart(
+            w: PackedQuantized, x: torch.Tensor = x, residual: torch.Tensor = summed,
+            scale: torch.Tensor = scale, kind: str = kind,
+        ) -> torch.Tensor:  # fmt: skip
+            return skinny(add_rms_norm(x, residual, scale, EPS), w, kind=kind)
+
+        def runs(
+            tile: dict[str, int], x: torch.Tensor = x, residual: torch.Tensor = residual,
+            scale: torch.Tensor = scale, kind: str = kind, ws: list[PackedQuantized] = weights,
+        ) -> list[Work]:  # fmt: skip
+            tile = dict(tile)
+            programs = tile.pop("programs")
+            fused = partial(norm_gemv, x, residual, scale, EPS)
+            return [
+                lambda w=w: fused(w, None, kind, tiles=tile, programs_per_sm=programs)[0]
+                for w in ws
+            ]
+
+        wanted, low = apart(packed), least(packed.nbytes, 0)
+        _, both, alone = (  # the first that is timed finds the clocks low
+            microseconds([partial(call, w) for w in weights])
+            for call in (apart, apart, partial(skinny, x, kind=kind))
+        )
+        cells = [Cell(_words(e.values()), t, partial(runs, e), wanted, low) for e in tiles]
+        print_fastest(
+            f"{format} norm and {name} T={t} ({both:.2f} us by two kernels, {alone:.2f} by the "
+            "second alone): rows warps programs",
+            cells,
+        )
+
+
 def sweep_grouped(format: str) -> None:
     gate_up, down = pack(make(format, 2 * I, H, E)), pack(make(format, H, I, E))
     shared = shared_memory(DEVICE)
@@ -284,6 +334,7 @@ SWEEPS = {
     "skinny": (sweep_skinny, FORMATS),
     "gemv": (sweep_gemv, ("fp8", "fp8_block")),
     "small": (sweep_small, ("nvfp4", "mxfp4")),
+    "norm_gemv": (sweep_norm_gemv, ("fp8", "fp8_block")),
     "grouped": (sweep_grouped, ("nvfp4", "mxfp4")),
     "scaled": (sweep_scaled, ("fp8", "fp8_block")),
 }

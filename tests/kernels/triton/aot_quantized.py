@@ -27,6 +27,7 @@ from quire.kernels.triton.quantized.gemv import (
 )
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
 from quire.kernels.triton.quantized.linear import EXACT
+from quire.kernels.triton.quantized.norm_gemv import e4m3_norm_gemv_kernel, norm_gemv_tiles
 from quire.kernels.triton.quantized.quantize import (
     _sizes,
     activation_quantize_kernel,
@@ -140,6 +141,28 @@ def gemv(format: str, tokens: int, kind: str = "", experts: bool = False) -> Cas
     constants |= gemv_tiles(4096, experts) | ({} if experts else {"ids": None})
     name = f"gemv {format} T {tokens} {kind}" + " experts" * experts
     return _gemv(name, e4m3_gemv_kernel, types, constants)
+
+
+def norm_gemv(format: str, tokens: int, k: int, kind: str = "", add: bool = True) -> Case:
+    types, constants = weight(format, "sm_90")
+    types |= dict.fromkeys(("residual", "residual_out"), "*bf16") | {"codes": "*i32"}
+    types |= {"words": "i32", "residual_stride": "i32", "norm_weight": "*fp32", "eps": "fp32"}
+    constants |= {"T": tokens, "COLUMNS": k // 4, "ACTIVATION": kind, "LIMIT": 0.0}
+    constants |= {} if add else {"x": None, "residual_out": None}
+    sizes = norm_gemv_tiles(tokens, k)
+    warps = sizes.pop("num_warps")
+    given = {n: v for n, v in (constants | sizes).items() if n in e4m3_norm_gemv_kernel.arg_names}
+    return Case(
+        f"norm_gemv {format} T {tokens} K {k} {kind}{' of a sum' if add else ''}",
+        e4m3_norm_gemv_kernel,
+        types,
+        given,
+        warps,
+        3,
+        (*ALIGNED, "words", "residual_stride"),
+        CASTING,
+        {"maxnreg": 128},
+    )
 
 
 def down_gemv(format: str, slots: int) -> Case:
@@ -305,6 +328,9 @@ CASES = [
     gemv("fp8_block", 2, "silu"),
     gemv("fp8_block", 1, "silu", experts=True),
     down_gemv("fp8", 8),
+    norm_gemv("fp8", 1, 4096),
+    norm_gemv("fp8_block", 1, 4096, "silu"),
+    norm_gemv("fp8", 2, 2048, "silu", add=False),
     gemm(8, "nvfp4", "sm_90", "silu", 10.0),
     gemm(8, "mxfp4", "sm_90"),
     gemm(32, "nvfp4", "sm_90"),

@@ -61,6 +61,41 @@ def gemv_kernel(
     store_product(y, bias, rows, out, first, tokens, n, out_stride, T, ROWS, ACTIVATION)
 
 
+@triton.jit
+def norm_scale(norm_weight, k, BLOCK_K: tl.constexpr):
+    """[1, 1, BLOCK_K], by the threads that have one token's values; zero past column k."""
+    column = tl.arange(0, BLOCK_K)[None, None, :]
+    return tl.load(norm_weight + column, mask=column < k, other=0.0)
+
+
+@triton.jit
+def norm_tokens(
+    x, residual, scale, residual_out, normed_out, tokens, k, x_stride, residual_stride, eps,
+    T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[T, 1, BLOCK_K]: the RMS norm of residual + x times norm_scale's, rounded as a norm of its
+    own would. The first program writes sum and norm, elsewhere than where the others read."""
+    column = tl.arange(0, BLOCK_K)
+    total = _tokens(residual, tokens, residual_stride, column, k, T)
+    token = tl.arange(0, T)[:, None, None]
+    place = token * k + column[None, None, :]
+    inside = (token < tokens) & (column < k)[None, None, :]
+    writes = tl.program_id(0) == 0
+    if x is not None:
+        part = _tokens(x, tokens, x_stride, column, k, T)
+        # The norm is of what later layers will read, hence of the rounded sum.
+        total = (total.to(tl.float32) + part.to(tl.float32)).to(residual.dtype.element_ty)
+        if writes:
+            tl.store(residual_out + place, total, mask=inside)
+    values = total.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / k + eps)
+    normed = (values * inverse * scale).to(residual.dtype.element_ty)
+    if normed_out is not None:  # noqa: SIM102 (known when compiling)
+        if writes:
+            tl.store(normed_out + place, normed, mask=inside)
+    return normed
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def norm_gemv_kernel(
     x, residual, norm_weight, weight, bias, out, residual_out, normed_out,
@@ -77,27 +112,13 @@ def norm_gemv_kernel(
     first = tl.program_id(0) * WIDTH
     rows = weight_rows(first, n, ROWS, ACTIVATION)
     tile = _weights(weight, rows, column, k, k)
-    scale = tl.load(norm_weight + column, mask=column < k, other=0.0)
+    scale = norm_scale(norm_weight, k, BLOCK_K)
     wait_for_inputs(PDL)
-    total = _tokens(residual, tokens, residual_stride, column, k, T)
-    # One program writes the sum and the norm, elsewhere than where the others read.
-    token = tl.arange(0, T)[:, None, None]
-    place = token * k + column[None, None, :]
-    inside = (token < tokens) & (column < k)[None, None, :]
-    writes = tl.program_id(0) == 0
-    if x is not None:
-        part = _tokens(x, tokens, x_stride, column, k, T)
-        # The norm is of what later layers will read, hence of the rounded sum.
-        total = (total.to(tl.float32) + part.to(tl.float32)).to(residual.dtype.element_ty)
-        if writes:
-            tl.store(residual_out + place, total, mask=inside)
-    values = total.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(values * values, axis=2, keep_dims=True) / k + eps)
-    rounded = (values * inverse * scale[None, None, :]).to(out.dtype.element_ty)
-    if normed_out is not None:  # noqa: SIM102 (known when compiling)
-        if writes:
-            tl.store(normed_out + place, rounded, mask=inside)
-    normed = rounded.to(tl.float32)
+    normed = norm_tokens(
+        x, residual, scale, residual_out, normed_out, tokens, k, x_stride, residual_stride, eps,
+        T, BLOCK_K,
+    )  # fmt: skip
+    normed = normed.to(tl.float32)
     for group in range(first, n, step):
         following_rows = weight_rows(group + step, n, ROWS, ACTIVATION)
         end = tl.where(group + step < n, k, 0)

@@ -27,7 +27,7 @@ WORDS = tl.constexpr(2)
 
 
 @triton.jit
-def _tile(code_rows, scale_rows, scale_stride, start, words, COLUMNS: tl.constexpr):
+def load_tile(code_rows, scale_rows, scale_stride, start, words, COLUMNS: tl.constexpr):
     """(int32 words of codes [.., ROWS, COLUMNS] from word `start` on, zero past the last of
     `words`; the scales of each WORDS of them, or 1.0 where scales are of whole rows)."""
     word = start + tl.max_contiguous(tl.arange(0, COLUMNS), [WORDS])[None, None, :]
@@ -64,7 +64,7 @@ def _sum_products(
     COLUMNS: tl.constexpr = codes.shape[2]
     sums = tl.zeros([T, ROWS, COLUMNS // WORDS], tl.float32)
     for start in range(0, words, COLUMNS):
-        following, following_scale = _tile(
+        following, following_scale = load_tile(
             code_rows, scale_rows, scale_stride, start + COLUMNS, words, COLUMNS
         )
         sums = _add_products(sums, x_rows, codes, scale, start, units, CAST)
@@ -96,7 +96,7 @@ def e4m3_gemv_kernel(
         # All rows of a program are of one block where they are not of a gate and an up.
         scale_row = rows // 128 if ACTIVATION != "" else first // 128 + tl.zeros([1], tl.int32)
         scale_rows = scales + (one * scale_size + scale_row)[None, :, None]
-    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
+    tile, scale = load_tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
     row_scale = 1.0
     if row_scales is not None:
         row_scale = tl.load(row_scales + one * height + rows)[None, :]
@@ -136,7 +136,7 @@ def e4m3_down_kernel(
     scale_rows = None
     if scales is not None:
         scale_rows = scales + (expert * scale_size + first // 128)[:, :, None]
-    tile, scale = _tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
+    tile, scale = load_tile(code_rows, scale_rows, scale_stride, 0, words, COLUMNS)
     x_rows = h + (pair * units)[:, :, None]
     y = _sum_products(
         x_rows, code_rows, tile, scale_rows, scale, scale_stride, words, units, PARTS, CAST

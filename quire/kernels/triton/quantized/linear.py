@@ -15,6 +15,7 @@ from quire.kernels.triton.gemm.shared import is_hopper
 from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.triton.quantized import quantize
 from quire.kernels.triton.quantized.gemm import quantized_gemm
+from quire.kernels.triton.quantized.norm_gemv import norm_gemv, norm_gemv_serves
 from quire.kernels.triton.quantized.operands import check_linear
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.quantize import QuantizedTokens
@@ -169,7 +170,10 @@ def quantized_norm_linear(
     then: PackedQuantized | None = None,
 ) -> tuple[Tokens, torch.Tensor]:
     """Residual addition, RMS norm and linear layer, gated with a `kind`: (y, new residual), as
-    gemm.linear.add_norm_linear. Tokens that are quantised are so by the norm's kernel."""
+    gemm.linear.add_norm_linear: only the returned residual counts afterwards. Tokens that are
+    quantised are so by the norm's kernel."""
+    if not deterministic and norm_gemv_serves(x_TK, residual_TK, weight, kind):
+        return norm_gemv(x_TK, residual_TK, norm_weight_K, eps, weight, bias, kind, limit)
     normed: Tokens
     tokens, device = residual_TK.shape[0], residual_TK.device
     if not deterministic and takes_quantized_tokens(weight, tokens, device):

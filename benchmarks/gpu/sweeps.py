@@ -208,11 +208,11 @@ def sweep_norm_gemv(format: str) -> None:
         weights, scale = again(packed, packed.nbytes), torch.rand(k, device=DEVICE)
         x, residual = random(2, t, k).unbind()
         summed = residual.clone()
-        sizes = norm_gemv_tiles(t, k)
-        tiles = [sizes | {"programs": 16 // sizes["num_warps"]}] + [
-            {"ROWS": r, "num_warps": w, "programs": resident // w}
-            for r, w, resident in itertools.product((2, 4, 8), (1, 2, 4, 8), (8, 12, 16, 24))
-            if 16 <= t * k // (32 * w) <= 64 and r * k // (32 * w) <= 256 and resident % w == 0
+        sizes, programs = norm_gemv_tiles(t, k)
+        tiles = [sizes | {"programs": programs}] + [
+            {"ROWS": r, "num_warps": w, "programs": warps // w}
+            for r, w, warps in itertools.product((2, 4, 8), (1, 2, 4, 8), (8, 12, 16, 20, 24))
+            if 16 <= t * k // (32 * w) <= 64 and r * k // (32 * w) <= 128 and warps % w == 0
         ]
 
         def apart(

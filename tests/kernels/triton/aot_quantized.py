@@ -27,7 +27,11 @@ from quire.kernels.triton.quantized.gemv import (
 )
 from quire.kernels.triton.quantized.grouped_gemm import GROUP_BLOCKS, quantized_grouped_kernel
 from quire.kernels.triton.quantized.linear import EXACT
-from quire.kernels.triton.quantized.norm_gemv import e4m3_norm_gemv_kernel, norm_gemv_tiles
+from quire.kernels.triton.quantized.norm_gemv import (
+    e4m3_norm_gemv_kernel,
+    norm_gemv_tiles,
+    registers,
+)
 from quire.kernels.triton.quantized.quantize import (
     _sizes,
     activation_quantize_kernel,
@@ -149,7 +153,7 @@ def norm_gemv(format: str, tokens: int, k: int, kind: str = "", add: bool = True
     types |= {"words": "i32", "residual_stride": "i32", "norm_weight": "*fp32", "eps": "fp32"}
     constants |= {"T": tokens, "COLUMNS": k // 4, "ACTIVATION": kind, "LIMIT": 0.0}
     constants |= {} if add else {"x": None, "residual_out": None}
-    sizes = norm_gemv_tiles(tokens, k)
+    sizes, programs = norm_gemv_tiles(tokens, k)
     warps = sizes.pop("num_warps")
     given = {n: v for n, v in (constants | sizes).items() if n in e4m3_norm_gemv_kernel.arg_names}
     return Case(
@@ -161,7 +165,7 @@ def norm_gemv(format: str, tokens: int, k: int, kind: str = "", add: bool = True
         3,
         (*ALIGNED, "words", "residual_stride"),
         CASTING,
-        {"maxnreg": 128},
+        {"maxnreg": registers(programs, warps)},
     )
 
 
@@ -331,6 +335,7 @@ CASES = [
     norm_gemv("fp8", 1, 4096),
     norm_gemv("fp8_block", 1, 4096, "silu"),
     norm_gemv("fp8", 2, 2048, "silu", add=False),
+    norm_gemv("fp8", 1, 8192),
     gemm(8, "nvfp4", "sm_90", "silu", 10.0),
     gemm(8, "mxfp4", "sm_90"),
     gemm(32, "nvfp4", "sm_90"),

@@ -3,7 +3,8 @@
 As norm_gemv_kernel of gemm/gemv.py: every program norms all tokens for itself, while its first rows
 of codes are on their way, and keeps them in registers for one group of rows after another. A
 thread loads and norms the values that belong to its own codes, eight of each at a time, so that
-none go through shared memory.
+none go through shared memory. Two groups are on their way: a compiler puts loads behind the
+products that registers are scarce for, but not behind the sums from warp to warp that follow.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_KEPT = 8 * 32 * 32
 
 
 @triton.jit
-def _block_scales(scales, scale_stride, first, n, words, end, COLUMNS: tl.constexpr):
+def _block_scales(scales, scale_stride, first, end, COLUMNS: tl.constexpr):
     """Of the rows from `first` on, which are of one block, for every two words of codes."""
     word = (tl.arange(0, COLUMNS // 2) * 2)[None, None, :]
     return tl.load(scales + first // 128 + word // 32 * scale_stride, mask=word < end, other=0.0)
@@ -34,24 +35,25 @@ def _block_scales(scales, scale_stride, first, n, words, end, COLUMNS: tl.conste
 
 @triton.jit
 def _load_group(
-    codes, scales, row_scales, scale_stride, first, n, words, end,
+    codes, scales, row_scales, scale_stride, first, n, words,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The weight's rows for the outputs from `first` on; their codes, int32 [1, ROWS, COLUMNS],
-    zero from word `end` on; the scales of every two words, and of rows, or 1.0."""
+    """Of the weight's rows for the outputs from `first` on: codes, int32 [1, ROWS, COLUMNS], the
+    scales of every two words, and of rows, or 1.0. Nothing is read past the last word and row."""
     rows = weight_rows(first, n, ROWS, ACTIVATION)
+    end = tl.where(first < n, words, 0)
     code_rows = codes + (rows.to(tl.int64) * words)[None, :, None]
     tile, _ = load_tile(code_rows, None, 0, 0, end, COLUMNS)
     scale = 1.0
     if scales is not None:
-        scale = _block_scales(scales, scale_stride, first, n, words, end, COLUMNS)
+        scale = _block_scales(scales, scale_stride, first, end, COLUMNS)
         if ACTIVATION != "":
-            up_scale = _block_scales(scales, scale_stride, n + first, n, words, end, COLUMNS)
+            up_scale = _block_scales(scales, scale_stride, n + first, end, COLUMNS)
             scale = tl.where((tl.arange(0, ROWS) < ROWS // 2)[None, :, None], scale, up_scale)
     row_scale = 1.0
     if row_scales is not None:
         row_scale = tl.load(row_scales + rows)[None, :]
-    return rows, tile, scale, row_scale
+    return tile, scale, row_scale
 
 
 @triton.jit
@@ -80,8 +82,11 @@ def e4m3_norm_gemv_kernel(
     WIDTH: tl.constexpr = ROWS if ACTIVATION == "" else ROWS // 2
     step = tl.num_programs(0) * WIDTH
     first = tl.program_id(0) * WIDTH
-    rows, tile, scale, row_scale = _load_group(
-        codes, scales, row_scales, scale_stride, first, n, words, words, ROWS, COLUMNS, ACTIVATION
+    tile, scale, row_scale = _load_group(
+        codes, scales, row_scales, scale_stride, first, n, words, ROWS, COLUMNS, ACTIVATION
+    )
+    next_tile, next_scale, next_row_scale = _load_group(
+        codes, scales, row_scales, scale_stride, first + step, n, words, ROWS, COLUMNS, ACTIVATION
     )
     norm = norm_scale(norm_weight, k, 4 * COLUMNS)
     wait_for_inputs(PDL)
@@ -91,20 +96,20 @@ def e4m3_norm_gemv_kernel(
     )  # fmt: skip
     x0, x1, x2, x3, x4, x5, x6, x7 = _eighths(normed.to(tl.float32))
     for group in range(first, n, step):
-        following_rows, following, following_scale, following_row_scale = _load_group(
-            codes, scales, row_scales, scale_stride, group + step, n, words,
-            tl.where(group + step < n, words, 0), ROWS, COLUMNS, ACTIVATION,
-        )  # fmt: skip
         first_words, second_words = tl.split(tl.reshape(tile, (1, ROWS, COLUMNS // 2, 2)))
         a, b, c, d = fp8_floats(first_words, CAST)
         products = tl.fma(d, x3, tl.fma(c, x2, tl.fma(b, x1, a * x0)))
         a, b, c, d = fp8_floats(second_words, CAST)
-        products = tl.fma(d, x7, tl.fma(c, x6, tl.fma(b, x5, tl.fma(a, x4, products))))
-        y = tl.sum(products * scale, axis=2) * row_scale
-        store_product(y, bias, rows, out, group, tokens, n, out_stride, T, ROWS, ACTIVATION, LIMIT)
-        rows, tile, scale, row_scale = (
-            following_rows, following, following_scale, following_row_scale,
+        products = tl.fma(d, x7, tl.fma(c, x6, tl.fma(b, x5, tl.fma(a, x4, products)))) * scale
+        after, after_scale, after_row_scale = _load_group(
+            codes, scales, row_scales, scale_stride, group + 2 * step, n, words, ROWS, COLUMNS,
+            ACTIVATION,
         )  # fmt: skip
+        y = tl.sum(products, axis=2) * row_scale
+        rows = weight_rows(group, n, ROWS, ACTIVATION)
+        store_product(y, bias, rows, out, group, tokens, n, out_stride, T, ROWS, ACTIVATION, LIMIT)
+        tile, scale, row_scale = next_tile, next_scale, next_row_scale
+        next_tile, next_scale, next_row_scale = after, after_scale, after_row_scale
 
 
 def norm_gemv_serves(
@@ -125,14 +130,22 @@ def norm_gemv_serves(
     )
 
 
-def norm_gemv_tiles(tokens: int, k: int) -> dict[str, int]:
-    """Rows of a tile (those of gate and up together) and warps; a tile is a whole row wide.
+def norm_gemv_tiles(tokens: int, k: int) -> tuple[dict[str, int], int]:
+    """Rows of a tile (those of gate and up together) and warps, a tile being a whole row wide; and
+    programs on a multiprocessor.
 
-    A thread has 32 values of tokens, and where those are of one token 128 codes, with as many on
-    their way. Estimates until measured with benchmarks/gpu/sweeps.py.
+    A thread has 32 values of tokens, and where those are of one token 128 codes in each of two
+    tiles, for which it takes 168 registers, else 128. Estimates until measured with
+    benchmarks/gpu/sweeps.py.
     """
-    values = tokens * triton.next_power_of_2(k)
-    return {"ROWS": 4, "num_warps": min(8, max(1, values // (32 * 32)))}
+    warps = min(8, max(1, tokens * triton.next_power_of_2(k) // (32 * 32)))
+    rows = 4 if k <= 4096 else 2
+    return {"ROWS": rows, "num_warps": warps}, (12 if tokens == 1 and rows == 4 else 16) // warps
+
+
+def registers(programs_per_sm: int, warps: int) -> int:
+    """Most that a thread may have, of a multiprocessor's 65,536, which go to warps by eights."""
+    return min(255, 65536 // (programs_per_sm * warps * 32) // 8 * 8)
 
 
 def norm_gemv(
@@ -159,9 +172,8 @@ def norm_gemv(
         raise ValueError(f"x: {list(x_TK.shape)} is not the residual's {list(residual_TK.shape)}")
     (tokens, k), n, device = residual_TK.shape, out.shape[1], out.device
     bucket = triton.next_power_of_2(tokens)
-    tiles = tiles or norm_gemv_tiles(bucket, k)
-    programs_per_sm = programs_per_sm or 16 // tiles["num_warps"]
-    registers = min(255, 65536 // (programs_per_sm * tiles["num_warps"] * 32) // 8 * 8)
+    chosen, programs = norm_gemv_tiles(bucket, k)
+    tiles, programs_per_sm = tiles or chosen, programs_per_sm or programs
     groups = triton.cdiv(n, tiles["ROWS"] // (1 if kind == "" else 2))
     # No more programs than give all the same number of groups; all are there from the beginning.
     rounds = triton.cdiv(groups, num_sms(device) * programs_per_sm)
@@ -194,7 +206,7 @@ def norm_gemv(
         ACTIVATION=kind,
         LIMIT=limit,
         CAST=instructions(device)["CAST"],
-        maxnreg=registers,
+        maxnreg=registers(programs_per_sm, tiles["num_warps"]),
         **tiles,
     )
     return out, residual_TK if residual_out is None else residual_out

@@ -131,10 +131,10 @@ def short(
     dtype: torch.dtype = torch.bfloat16,
     window: int = 0,
     extras: bool = False,
-    tile: ShortTile = ShortTile(),
     only_full: bool = False,
 ) -> Case:
     """The kernel of few short requests as decode_short would launch it."""
+    tile = ShortTile()
     constants = {
         "Q_STRIDE": heads * d,
         "OUT_STRIDE": heads * d,

@@ -83,7 +83,8 @@ def _tile(
     k = ()
     for first in tl.static_range(0, D, CHUNK):
         inside = seen[:, None] & _columns(first, D, CHUNK)
-        k = k + (tl.load(k_ptrs + first // 2, mask=inside, other=0),)  # noqa: RUF005
+        chunk = tl.load(k_ptrs + first // 2, mask=inside, other=0)
+        k = k + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
     return k, tl.load(v_ptrs + places * V_WORDS, mask=seen[:, None] & v_columns, other=0)
 
 
@@ -155,7 +156,7 @@ def decode_short_kernel(
     q = ()
     for first in tl.static_range(0, D, CHUNK):
         inside = column < (D - first) // 2
-        q = q + _wide(tl.load(q_head + first // 2 + column, mask=inside, other=0), DTYPE)  # noqa: RUF005
+        q = q + _wide(tl.load(q_head + first // 2 + column, mask=inside, other=0), DTYPE)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     at = oldest // BLOCK * BLOCK
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride

@@ -53,7 +53,14 @@ def run_of(
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
             pieces, _, _ = pieces_of(
-                index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE, SHORT
+                index,
+                index < rows,
+                context_len_ptr,
+                query_start_ptr,
+                ONE_QUERY,
+                WINDOW,
+                PIECE,
+                SHORT,
             )
             total += tl.sum(pieces, 0) * KV_HEADS
             longest = tl.maximum(longest, tl.max(pieces, 0))
@@ -70,7 +77,14 @@ def run_of(
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
             pieces, _, _ = pieces_of(
-                index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE, SHORT
+                index,
+                index < rows,
+                context_len_ptr,
+                query_start_ptr,
+                ONE_QUERY,
+                WINDOW,
+                PIECE,
+                SHORT,
             )
             units = pieces * KV_HEADS
             before = passed + tl.cumsum(units, 0) <= unit

@@ -208,15 +208,19 @@ def decode_short_kernel(
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int) -> bool:
-    """Whether decode_short is for these queries of `rows` requests: of caches in their own 16 bits,
+def short_rows(heads: int, dtype: torch.dtype, k_cache: torch.Tensor) -> int:
+    """For how many requests with queries in `dtype` decode_short is: of caches in the same 16 bits,
     and so few that each program has a multiprocessor."""
-    if q.dtype.itemsize != 2 or k_cache.dtype != q.dtype:
-        return False
     head_size = k_cache.shape[3]
-    whole_words = head_size % 2 == row_stride(q, "q") % 2 == q.storage_offset() % 2 == 0
-    programs = rows * (q.shape[1] // head_size) * -(-head_size // ShortTile.chunk)
-    return whole_words and programs <= num_sms(q.device)
+    if dtype.itemsize != 2 or k_cache.dtype != dtype or head_size % 2:
+        return 0
+    return num_sms(k_cache.device) // (heads * -(-head_size // ShortTile.chunk))
+
+
+def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int) -> bool:
+    """Whether decode_short is for these queries of `rows` requests; they are read two by two."""
+    whole_words = row_stride(q, "q") % 2 == q.storage_offset() % 2 == 0
+    return whole_words and rows <= short_rows(q.shape[1] // k_cache.shape[3], q.dtype, k_cache)
 
 
 def decode_short(

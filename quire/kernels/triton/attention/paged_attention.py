@@ -91,6 +91,8 @@ def paged_attention(
     # Logits in log2 units are dot * factor, or tanh(dot * inner_scale) * factor.
     factor = (scale if softcap is None else softcap) * log2_e
     inner_scale = 1.0 if softcap is None else scale / softcap
+    # Where tables do not say that all are short, lengths do, on the device: each kernel leaves the
+    # other's requests alone.
     short = decode and not deterministic and serves_short(q, k_cache, rows)
     if short:
         decode_short(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention import decode_short as module
+from quire.kernels.triton.attention import paged_attention as public
 from quire.kernels.triton.attention.decode_short import ShortTile, decode_short, serves_short
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
-from quire.kernels.triton.launch import num_sms
+from quire.kernels.triton.launch import launch, num_sms
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
 
 
@@ -28,8 +30,8 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
 
-PLAIN = Shape(2, 1, 16)
-EXTRAS = Shape(3, 1, 80, window=70, softcap=3.0, sinks=True)
+PLAIN = Shape(3, 1, 16)
+EXTRAS = Shape(1, 1, 80, window=70, softcap=3.0, sinks=True)
 SHAPES = [
     PLAIN,
     EXTRAS,
@@ -85,6 +87,14 @@ class Requests(PagedRequests):
         return out
 
 
+def scratch_of(shape: Shape, device: torch.device) -> Scratch:
+    """For the tests' requests, all of them."""
+    return Scratch.allocate(
+        8, shape.heads, shape.kv_heads, shape.d, total_tokens=0, dtype=shape.dtype,
+        deterministic=False, device=device,
+    )  # fmt: skip
+
+
 def check(found: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = TOLERANCE[expected.dtype]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -99,11 +109,11 @@ def test_short_requests_equal_the_reference(shape: Shape, device: torch.device) 
 
 @pytest.mark.full
 @pytest.mark.parametrize("tile", [ShortTile(128, 64, 16), ShortTile(32, 32, 4), ShortTile(64, 128)])
-@pytest.mark.parametrize("shape", [EXTRAS, Shape(4, 1, 128)], ids=str)
+@pytest.mark.parametrize("shape", [EXTRAS, Shape(2, 1, 128)], ids=str)
 def test_tiles_of_other_sizes_equal_the_reference(
     shape: Shape, tile: ShortTile, device: torch.device
 ) -> None:
-    requests = Requests(shape, CONTEXTS, device)
+    requests = Requests(shape, [1, 129, 290, 512], device)
     step = requests.step()
     check(requests.short(step, tile), requests.expected(step))
 
@@ -127,10 +137,7 @@ def test_both_kernels_together_serve_requests_of_all_lengths(
     requests = Requests(shape, [512, 700, 30, 513, 1100], device)
     q, *others = step = requests.step()
     assert serves_short(q, requests.caches[0], len(requests.contexts))
-    scratch = Scratch.allocate(
-        5, shape.heads, shape.kv_heads, shape.d, total_tokens=0, dtype=shape.dtype,
-        deterministic=False, device=device,
-    )  # fmt: skip
+    scratch = scratch_of(shape, device)
     for _ in range(2):  # the second finds scratch as the first left it
         out = requests.nowhere(*q.shape)
         paged_attention(
@@ -139,6 +146,32 @@ def test_both_kernels_together_serve_requests_of_all_lengths(
         )  # fmt: skip
         check(out, requests.expected(step))
         assert not scratch.arrived.any()
+
+
+def test_where_tables_say_that_all_are_short_one_kernel_gives_the_same_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests(PLAIN, [290, 512], device)
+    q, tables, *others = step = requests.step()
+    launched = []
+
+    def watched(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(module, "launch", watched)
+    monkeypatch.setattr(public, "launch", watched)
+    found = []
+    for columns, kernels in ((34, 2), (32, 1)):
+        launched.clear()
+        out = paged_attention(
+            q, *requests.caches, tables[:, :columns], *others, PLAIN.d**-0.5, None, None, None,
+            decode=True, deterministic=False, scratch=scratch_of(PLAIN, device),
+        )  # fmt: skip
+        assert len(launched) == kernels
+        found.append(out)
+    assert torch.equal(*found)
+    check(found[0], requests.expected(step))
 
 
 @pytest.mark.parametrize("window", [None, 32])
@@ -159,4 +192,5 @@ def test_it_serves_16_bits_and_as_many_programs_as_there_are_multiprocessors(
     assert serves_short(q, cache, most)
     assert not serves_short(q, cache, most + 1)
     assert not serves_short(q.float(), cache, 1)
+    assert not serves_short(requests.nowhere(1, 161)[:, 1:], cache, 1)  # halves of words
     assert not serves_short(q, cache.view(torch.uint8), 1)

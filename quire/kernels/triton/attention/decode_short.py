@@ -3,13 +3,16 @@
 What one short request waits for in decode.py is not its keys and values, which take under 1 us, but
 the states that programs hand on, which takes 3. Here a program has one query head and CHUNK columns
 of its values. It scores all keys, as the other programs of its head do, and needs none of them. So
-the keys of a KV head are read for each of its query heads and chunks; up to SHORT_CONTEXT tokens
-that takes less time than handing states on.
+the keys of a KV head are read for each of its query heads and chunks, from L2 but for the first
+time: for long contexts that would take more than it saves. Where steps are submitted it is known
+whether all contexts are short (Shapes.short_context); then this kernel is launched alone. Else both
+are, and each leaves the other's requests alone.
 
 Products are float32's own: an MMA would want more queries for a key than there are, and keys by way
 of shared memory. A thread has some columns of some keys of every tile, and for each of these places
 in a tile a softmax of its own; threads meet once, when all tiles are done. Two tiles are in flight,
-and block numbers are read two tiles ahead of them, the first before the length is known.
+and block numbers are read two tiles ahead of them, the first before the length is known. Programs
+of a KV head begin with different tiles, so that all of its keys are on their way to L2 at once.
 
 Keys and values are words of two columns from memory to arithmetic: as numbers of 16 bits they would
 be taken apart, each in a register of its own, as soon as they are there, which a program would wait
@@ -29,7 +32,7 @@ from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_fo
 from quire.kernels.triton.quantized.decode import wide_pair
 from quire.kernels.triton.rows import row_stride
 
-# Tokens that a query sees at most.
+# Tokens that a query sees at most; a power of two.
 SHORT_CONTEXT = 512
 
 
@@ -60,10 +63,11 @@ def _wide(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def _blocks(table_ptr, first, blocks, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Block numbers [TILE] of the keys from `first` on, a multiple of BLOCK; past the table, 0."""
-    index = first // BLOCK + tl.arange(0, TILE) // BLOCK
-    return tl.load(table_ptr + index, mask=index < blocks, other=0)
+def _blocks(table_ptr, number, tile, blocks, BLOCK: tl.constexpr):
+    """Block numbers [TILE] of the keys of a tile, in the first of which they are the `number`-th of
+    the table; past the table, 0."""
+    number += tile * (number.shape[0] // BLOCK)
+    return tl.load(table_ptr + number, mask=number < blocks, other=0)
 
 
 @triton.jit
@@ -158,44 +162,50 @@ def decode_short_kernel(
         inside = column < (D - first) // 2
         q = q + _wide(tl.load(q_head + first // 2 + column, mask=inside, other=0), DTYPE)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-    at = oldest // BLOCK * BLOCK
+    left = length - oldest
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
-    block_a = _blocks(table_ptr, at, blocks, TILE, BLOCK)
-    block_b = _blocks(table_ptr, at + TILE, blocks, TILE, BLOCK)
-    next_a = _blocks(table_ptr, at + 2 * TILE, blocks, TILE, BLOCK)
-    next_b = _blocks(table_ptr, at + 3 * TILE, blocks, TILE, BLOCK)
-    if length - oldest > SHORT:
+    number = (oldest + key) // BLOCK
+    # Even, so the tiles of a pair are 2 i and 2 i + 1.
+    turn = 2 * (program % (GROUP * SLICES)) % (SHORT // TILE)
+    block_a = _blocks(table_ptr, number, turn, blocks, BLOCK)
+    block_b = _blocks(table_ptr, number, turn + 1, blocks, BLOCK)
+    following = turn ^ 2
+    next_a = _blocks(table_ptr, number, following, blocks, BLOCK)
+    next_b = _blocks(table_ptr, number, following + 1, blocks, BLOCK)
+    if left > SHORT:
         return  # decode.py's
 
     # A block's heads begin BLOCK * D // 2 words apart, its tokens D // 2.
-    inner = (head // GROUP * BLOCK + key % BLOCK)[:, None] * (D // 2) + column[None, :]
+    inner = (head // GROUP * BLOCK + (oldest + key) % BLOCK)[:, None] * (D // 2) + column[None, :]
     k_ptrs, v_ptrs = _words(k_ptr) + inner, _words(v_ptr) + begin // 2 + inner
     in_slice = _columns(begin, D, CHUNK)
-    seen_a = (at + key >= oldest) & (at + key < length)
-    seen_b = at + TILE + key < length
+    seen_a, seen_b = turn * TILE + key < left, (turn + 1) * TILE + key < left
     k_a, v_a = _tile(k_ptrs, v_ptrs, block_a, seen_a, in_slice, K_WORDS, V_WORDS, D, CHUNK)
     k_b, v_b = _tile(k_ptrs, v_ptrs, block_b, seen_b, in_slice, K_WORDS, V_WORDS, D, CHUNK)
     m = tl.full([TILE], float("-inf"), tl.float32)
     weight = tl.zeros([TILE], tl.float32)
     low_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
     high_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
-    for first in range(at, length, 2 * TILE):
-        m, weight, low_acc, high_acc = _extend(
-            q, k_a, v_a, seen_a, m, weight, low_acc, high_acc, factor, inner_scale, SOFTCAP, DTYPE
-        )
-        seen_a = first + 2 * TILE + key < length
+    for i in range(0, SHORT // TILE, 2):
+        pair, following, after = i ^ turn, (i + 2) ^ turn, (i + 4) ^ turn
+        if pair * TILE < left:
+            m, weight, low_acc, high_acc = _extend(
+                q, k_a, v_a, seen_a, m, weight, low_acc, high_acc, factor, inner_scale,
+                SOFTCAP, DTYPE,
+            )  # fmt: skip
+        seen_a = following * TILE + key < left
         k_a, v_a = _tile(k_ptrs, v_ptrs, next_a, seen_a, in_slice, K_WORDS, V_WORDS, D, CHUNK)
-        next_a = _blocks(table_ptr, first + 4 * TILE, blocks, TILE, BLOCK)
+        next_a = _blocks(table_ptr, number, after, blocks, BLOCK)
         # Or the compiler asks for the tile after the other one's arithmetic, when that is there.
         tl.debug_barrier()
-        if first + TILE < length:
+        if (pair + 1) * TILE < left:
             m, weight, low_acc, high_acc = _extend(
                 q, k_b, v_b, seen_b, m, weight, low_acc, high_acc, factor, inner_scale,
                 SOFTCAP, DTYPE,
             )  # fmt: skip
-        seen_b = first + 3 * TILE + key < length
+        seen_b = (following + 1) * TILE + key < left
         k_b, v_b = _tile(k_ptrs, v_ptrs, next_b, seen_b, in_slice, K_WORDS, V_WORDS, D, CHUNK)
-        next_b = _blocks(table_ptr, first + 5 * TILE, blocks, TILE, BLOCK)
+        next_b = _blocks(table_ptr, number, after + 1, blocks, BLOCK)
 
     top = tl.max(m, 0, keep_dims=True)
     share = tl.exp2((m - finite(top)) * factor)

@@ -38,8 +38,9 @@ SHORT_CONTEXT = 512
 
 @dataclass(frozen=True)
 class ShortTile:
-    """Keys of a tile, fewer than threads: what is read once for each is read by all who need it,
-    and not handed on. Columns of `chunk`: 8 threads share a key's 64."""
+    """`keys` of a tile: a power of two, half of SHORT_CONTEXT at most, and fewer than threads, as
+    then each thread reads the block numbers that it needs, where it would get them through shared
+    memory otherwise. `chunk`: columns, a power of two."""
 
     keys: int = 64
     chunk: int = 64

@@ -280,14 +280,15 @@ class StepBuffers:
         of_groups = groups * (4 * rows * max_blocks + 8 * tokens)
         return 4 * (2 * rows + 1) + 8 * rows + 24 * tokens + of_groups
 
-    def view(self, rows: int, tokens: int) -> StepBuffers:
-        """The same memory, for a step of that many rows and tokens."""
+    def view(self, rows: int, tokens: int, blocks: int | None = None) -> StepBuffers:
+        """The same memory, for a step of that many rows and tokens. `blocks`: as many as a request
+        has at most, if less than max_blocks."""
         return StepBuffers(
             self.query_start[: rows + 1],
             self.context_len[:rows],
             self.tokens[:tokens],
             self.positions[:tokens],
-            self.block_tables[:, :rows],
+            self.block_tables[:, :rows, :blocks],
             self.slots[:, :tokens],
             self.state_slots[:rows],
             self.rows[:tokens],

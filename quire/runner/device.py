@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from quire.kernels.device_state import DeviceState, Flag, StepBuffers
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
+from quire.kernels.triton.attention.decode_short import SHORT_CONTEXT, short_rows
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
 from quire.kernels.triton.launch import compile_kernels, wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
@@ -98,7 +100,10 @@ class DeviceRunner:
         sampled = self._sampled = plan.max_sampled
         graphs = plan.decode_graphs, plan.mixed_graphs
         drafting = draft is not None or mtp is not None
-        self._shapes = Shapes(tokens, rows, sampled, *graphs, drafting)
+        self._shapes = Shapes(
+            tokens, rows, sampled, *graphs, drafting, self._short_rows(build), SHORT_CONTEXT
+        )
+        self._short_blocks = SHORT_CONTEXT // min(block_sizes, default=BLOCK_SIZE)
         drafted = self._shapes.padded(rows) if drafting else 0
         sizes = (rows, plan.max_model_len, vocab_size, block_sizes, max_blocks)
         self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
@@ -160,6 +165,14 @@ class DeviceRunner:
         largest = max(shapes, key=lambda shape: AttentionScratch.nbytes(*shape, **common))
         self._kernels.scratch = AttentionScratch.allocate(*largest, **common)
 
+    def _short_rows(self, build: Build) -> int:
+        """Rows for which attention has a kernel for short contexts, in some of the layers."""
+        if self._kernels.deterministic:
+            return 0
+        caches = (c for c in build.caches if c.by_kernels and not c.latent)
+        dtype = self._kernels.dtype
+        return max((short_rows(c.heads, dtype, c.tensors[0]) for c in caches), default=0)
+
     # -- a step ------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -173,7 +186,7 @@ class DeviceRunner:
         batch = written_out(batch)
         rows = batch.rows
         columns = Columns.of(rows, self._drafter is not None, split=not self._stateful)
-        shape = self._shapes.of(columns.num_tokens, columns.num_rows)
+        shape = self._shape(columns)
         tables = [self._diffs.rows(columns, shape.rows)]
         if self._drafter is not None:
             padded = max(self._reading(columns).rows, self._guessing_rows(columns))
@@ -200,9 +213,11 @@ class DeviceRunner:
         if steady is not None and steady.columns.slots == decoding.slots:
             columns = steady.columns._replace(starts=decoding.starts)
             self._apply(batch, [self._diffs.next_rows(steady.rows, columns)])
+            if steady.shape.short:  # until it has become too long
+                steady = self._steady = steady._replace(shape=self._shape(columns))
         else:
             columns = Columns.plain(decoding)
-            shape = self._shapes.of(columns.num_tokens, columns.num_rows)
+            shape = self._shape(columns)
             table = self._diffs.rows(columns, shape.rows)
             self._apply(batch, [table, self._sampling_table(columns)])
             steady = self._steady = Steady(columns, shape, table, self._sampling(columns))
@@ -255,6 +270,12 @@ class DeviceRunner:
             flags = {self._diffs.flags[columns.slots[i]] for i in columns.propose}
             guessing = Guessing(self._guessing_rows(columns), variant(flags))
             self._run(guessing, self._compute(guessing))
+
+    def _shape(self, columns: Columns) -> Shape:
+        longest = None
+        if columns.num_rows <= self._shapes.short_rows:
+            longest = max(map(add, columns.starts, columns.lengths), default=0)
+        return self._shapes.of(columns.num_tokens, columns.num_rows, longest)
 
     def _reading(self, columns: Columns) -> Reading:
         # Behind each row one token more at most; and so there are more tokens than rows.
@@ -362,7 +383,8 @@ class DeviceRunner:
 
     def _forward(self, shape: Shape) -> None:
         """Hidden states of the step's tokens, from the table of rows on the device."""
-        buffers = self._buffers.view(shape.rows, shape.tokens)
+        blocks = self._short_blocks if shape.short else None
+        buffers = self._buffers.view(shape.rows, shape.tokens, blocks)
         table = self.state.rows[: shape.rows]
         hidden_TH = forward_table(self.model, self.state, table, buffers)
         if self._hidden is None:

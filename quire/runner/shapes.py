@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 class Shape(NamedTuple):
     """Tokens and rows of a forward pass with its padding. They are equal where every row has one
-    token, and only there: that is how the attention kernels know (TritonKernels.attention)."""
+    token, and only there: that is how the attention kernels know (TritonKernels.attention).
+    `short`: contexts are, so that one kernel of attention does in the place of two."""
 
     tokens: int
     rows: int
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ Key = Shape | Sampling | Reading | Guessing
 class Shapes:
     """Of steps of up to `tokens` tokens for up to `rows` requests, of which up to `sampled` rows
     sample. `decode` and `mixed`: ascending sizes that get a graph, of steps with one token for
-    each row and of others. `drafting`: a model drafts beside this one."""
+    each row and of others. `drafting`: a model drafts beside this one. Steps with one token for
+    each of up to `short_rows` rows have a shape of their own where no context is longer than
+    `short_context` tokens."""
 
     tokens: int
     rows: int
@@ -56,12 +60,16 @@ class Shapes:
     decode: Sequence[int]
     mixed: Sequence[int]
     drafting: bool
+    short_rows: int = 0
+    short_context: int = 0
 
-    def of(self, tokens: int, rows: int) -> Shape:
-        """A step's, padded."""
+    def of(self, tokens: int, rows: int, longest: int | None = None) -> Shape:
+        """A step's, padded. `longest`: tokens of the longest context; not needed above short_rows
+        rows."""
         if tokens == rows:
             size = self.padded(rows)
-            return Shape(size, size)
+            few = size <= self.short_rows
+            return Shape(size, size, few and longest is not None and longest <= self.short_context)
         if not self.mixed or max(tokens, rows + 1) > self.mixed[-1]:
             return Shape(tokens, rows)
         size = _size(max(tokens, rows + 1), self.mixed)
@@ -90,6 +98,7 @@ class Shapes:
         sizes = self.decode or sorted({most, *(min(2**i, most) for i in range(7))})
         for rows in reversed(sizes):
             keys += [Shape(rows, rows), Sampling(rows, "greedy", False)]
+            keys += [Shape(rows, rows, short=True)] * (rows <= self.short_rows)
         keys += [Sampling(rows, "plain", False) for rows in reversed(sizes)]
         # The rest is captured where a request asks for it; its kernels are compiled before.
         rest = (("full", False), ("greedy", True), ("full", True))
@@ -100,7 +109,7 @@ class Shapes:
         """Of the model that drafts: it reads steps of all sizes, and guesses for all requests."""
         mixed = [key for key in keys if isinstance(key, Shape) and key.tokens > key.rows]
         found: list[Key] = [Reading(self.tokens + self.rows, self.rows)]
-        found += [Reading(*key) for key in mixed]
+        found += [Reading(key.tokens, key.rows) for key in mixed]
         guessing = [rows for rows in reversed(sizes) if rows <= self.padded(self.rows)]
         for rows in guessing:
             found += [Guessing(rows, name) for name in ("greedy", "plain")]

@@ -28,6 +28,7 @@ from quire.step import Batch, Result, Row, written_out
 
 SLOTS, BUDGET = 6, 64
 DECODE_SIZES, MIXED_SIZES = (1, 2, 4, SLOTS), (16, 48)
+SHORT = 40  # tokens of a context that is
 LAYOUT = {"llama": "full", "gemma3": "one pool"}  # as many groups as the family's
 WriteModel = Any
 
@@ -50,7 +51,7 @@ class Beside:
         self._mock, self._device, self._rng = runner, beside, rng
         self._launched: list[Shape | Sampling] = []
         self._masked: set[int] = set()  # slots that were given a mask
-        self.resent = self.steady = 0
+        self.resent = self.steady = self.short = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mock, name)
@@ -99,6 +100,10 @@ class Beside:
     def _check_rows(self, rows: list[Row]) -> None:
         state, shape = self._device.state, self._launched[0]
         assert isinstance(shape, Shape)
+        lengths = [row.start + len(row.tokens) for row in rows]
+        decode, longest = all(len(row.tokens) == 1 for row in rows), max(lengths, default=0)
+        assert shape.short == (decode and shape.rows <= 2 and longest <= SHORT)
+        self.short += shape.short
         table = state.rows[: shape.rows].tolist()
         expected = [[row.slot, row.start, len(row.tokens), int(row.sample)] for row in rows]
         assert table[: len(rows)] == expected
@@ -149,6 +154,7 @@ def live(model: str, family: str, seed: int, operations: int) -> Beside:
     runner = engine(model, "cuda", warm=False, runner="eager", **sizes).core.runner
     assert isinstance(runner, DeviceRunner)
     runner._shapes = replace(runner._shapes, decode=DECODE_SIZES, mixed=MIXED_SIZES)
+    runner._shapes = replace(runner._shapes, short_rows=2, short_context=SHORT)
     rng = random.Random(seed)
     groups, budget = LAYOUTS[LAYOUT[family]], rng.choice([16, 33, BUDGET])
     blocks = [n + rng.choice([0, 3, 60]) for n in least_blocks(groups, MODEL_LEN, budget)]
@@ -175,6 +181,7 @@ def live(model: str, family: str, seed: int, operations: int) -> Beside:
 def test_what_is_on_the_device_is_what_the_step_needs(models: dict[str, str], family: str) -> None:
     lives = [live(models[family], family, seed, operations=60) for seed in range(2)]
     assert sum(each.steady for each in lives) > 50 and sum(each.resent for each in lives) > 20
+    assert sum(each.short for each in lives) > 10
 
 
 @pytest.mark.full

@@ -14,7 +14,9 @@ from quant.stored import SCHEMES
 
 from quire.engine.wire import Add
 from quire.params import SamplingParams
-from quire.runner.shapes import Sampling
+from quire.runner import device as device_runner
+from quire.runner.device import DeviceRunner
+from quire.runner.shapes import Sampling, Shape
 from runner.engines import (
     FAMILIES,
     SMALL,
@@ -43,6 +45,31 @@ def test_a_tiny_model_equals_the_cpu_runner(write_model: WriteModel) -> None:
     for name, want in expected.items():
         assert found[name].tokens == want.tokens
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+
+
+def test_contexts_that_become_long_leave_short_steps_and_change_no_bits(
+    write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block is short here: steps of such contexts have tables of one block."""
+    monkeypatch.setattr(device_runner, "SHORT_CONTEXT", 16)
+    launched = []
+    run_key = DeviceRunner._run
+
+    def watched(runner: DeviceRunner, key: Any, compute: Any) -> None:
+        launched.append(key)
+        run_key(runner, key, compute)
+
+    monkeypatch.setattr(DeviceRunner, "_run", watched)
+    model = write_model(**TINY)
+    params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=1, ignore_eos=True)
+    adds = [Add("a", list(range(3, 18)), params, seed=0)]
+    found = run(engine(model, "cuda", dtype="bfloat16", **SMALL), adds)
+    decoding = [key for key in launched if isinstance(key, Shape) and key.tokens == key.rows]
+    assert [key.short for key in decoding[:2]] == [True, False]
+    monkeypatch.setattr(device_runner, "short_rows", lambda *_: 0)
+    launched.clear()
+    assert run(engine(model, "cuda", dtype="bfloat16", **SMALL), adds) == found
+    assert not any(key.short for key in launched if isinstance(key, Shape))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

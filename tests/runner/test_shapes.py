@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quire.runner.shapes import Guessing, Reading, Sampling, Shape, Shapes, ends
 
 SHAPES = Shapes(300, 6, 8, decode=(1, 2, 4, 8), mixed=(16, 64), drafting=True)
@@ -37,6 +39,19 @@ def test_the_largest_steps_are_prepared_first_and_all_that_have_a_graph() -> Non
     assert len(planned) == len(set(planned))
     without = Shapes(300, 6, 8, (1, 2, 4, 8), (16, 64), drafting=False).planned()
     assert without == [key for key in planned if isinstance(key, Shape | Sampling)]
+
+
+def test_few_short_contexts_have_shapes_of_their_own() -> None:
+    shapes = replace(SHAPES, short_rows=3, short_context=512)
+    assert shapes.of(1, 1, 512) == Shape(1, 1, short=True)
+    assert shapes.of(1, 1, 513) == Shape(1, 1)
+    assert shapes.of(2, 2, 512) == Shape(2, 2, short=True)
+    assert shapes.of(3, 3, 100) == Shape(4, 4)
+    assert shapes.of(3, 2, 100) == Shape(16, 6)
+    assert shapes.gets_graph(Shape(2, 2, short=True))
+    more = set(shapes.planned()) - set(SHAPES.planned())
+    assert more == {Shape(1, 1, short=True), Shape(2, 2, short=True)}
+    assert len(shapes.planned()) == len(set(shapes.planned()))
 
 
 def test_ends_are_the_first_and_the_last_of_each_kind() -> None:

@@ -9,6 +9,11 @@ import torch
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, packed_width
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
+from quire.kernels.triton.attention.decode_short import (
+    SHORT_CONTEXT,
+    ShortTile,
+    decode_short_kernel,
+)
 from quire.kernels.triton.attention.latent_attention import MERGED_AT_ONCE, merged_heads
 from quire.kernels.triton.attention.latent_decode import latent_decode_kernel, latent_merge_kernel
 from quire.kernels.triton.attention.tiles import (
@@ -97,7 +102,7 @@ def case(
     if kind == "decode":
         constants |= {"ONE_QUERY": decode, "ONE_ROW": one_row, "GROUP_ROWS": power_of_2(group)}
     if kernel is decode_kernel:
-        constants |= {"PIECE": tiles.piece}
+        constants |= {"PIECE": tiles.piece, "SHORT": SHORT_CONTEXT if one_row else 0}
     if kernel is varlen_kernel:
         constants |= {"DETERMINISTIC": deterministic, "REST": 0, "REST_COLUMNS": 1}
     name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
@@ -113,6 +118,47 @@ def case(
         tiles.stages,
         targets=(target,),
         options={"maxnreg": tiles.registers} if tiles.registers else {},
+        only_full=only_full,
+    )
+
+
+def short(
+    target: str,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int = 0,
+    extras: bool = False,
+    only_full: bool = False,
+) -> Case:
+    """The kernel of few short requests as decode_short would launch it."""
+    tile = ShortTile()
+    constants = {
+        "Q_STRIDE": heads * d,
+        "OUT_STRIDE": heads * d,
+        "K_STRIDE": kv_heads * 16 * d,
+        "V_STRIDE": kv_heads * 16 * d,
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "D": d,
+        "BLOCK": 16,
+        "WINDOW": window,
+        "SOFTCAP": extras,
+        "HAS_SINKS": extras,
+        "SHORT": SHORT_CONTEXT,
+        "TILE": tile.keys,
+        "CHUNK": tile.chunk,
+    }
+    return Case(
+        f"short {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "") + " extras" * extras,
+        decode_short_kernel,
+        _types(dtype, dtype, decode_short_kernel),
+        constants,
+        tile.warps,
+        1,
+        targets=(target,),
         only_full=only_full,
     )
 
@@ -183,6 +229,8 @@ def _for_target(target: str) -> list[Case]:
         case("decode", target, 32, 8, 128),
         case("varlen", target, 32, 8, 128),
         case("decode", target, 32, 8, 128, one_row=True, **rest),
+        short(target, 32, 8, 128, **rest),
+        short(target, 8, 4, 256, window=1024, extras=True, **rest),
         case("decode", target, 32, 8, 128, deterministic=True, decode=False, **rest),
         case("varlen", target, 32, 8, 128, deterministic=True, small=True, **rest),
         case("decode", target, 8, 4, 256, **extras),
@@ -197,6 +245,7 @@ def _for_target(target: str) -> list[Case]:
 CASES = [new for target in AHEAD for new in _for_target(target) + _latents_for_target(target)] + [
     case("decode", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
     case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
+    short("sm_90", 9, 3, 80, dtype=torch.float16, only_full=True),
     case("varlen", "sm_90", 32, 8, 128, small=True, only_full=True),
     case("varlen", "sm_90", 8, 4, 256, deterministic=True, only_full=True),
     case("varlen", "sm_90", 32, 8, 128, deterministic=True, only_full=True),

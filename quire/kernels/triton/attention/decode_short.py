@@ -1,0 +1,267 @@
+"""Decode of few requests with short contexts: no program waits for another.
+
+What one short request waits for in decode.py is not its keys and values, which take under 1 us, but
+the states that programs hand on, which takes 3. Here a program has one query head and CHUNK columns
+of its values. It scores all keys, as the other programs of its head do, and needs none of them. So
+the keys of a KV head are read for each of its query heads and chunks, from L2 but for the first
+time: for long contexts that would take more than it saves. Where steps are submitted it is known
+whether all contexts are short (Shapes.short_context); then this kernel is launched alone. Else both
+are, and each leaves the other's requests alone.
+
+Products are float32's own: an MMA would want more queries for a key than there are, and keys by way
+of shared memory. A thread has some columns of some keys of every tile, and for each of these places
+in a tile a softmax of its own; threads meet once, when all tiles are done. Two tiles are in flight,
+and block numbers are read two tiles ahead of them, the first before the length is known. Programs
+of a KV head begin with different tiles, so that all of its keys are on their way to L2 at once.
+
+Keys and values are words of two columns from memory to arithmetic: as numbers of 16 bits they would
+be taken apart, each in a register of its own, as soon as they are there, which a program would wait
+for before it asks for the next tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from quire.kernels.triton.attention.tile import capped, finite, normalised
+from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
+from quire.kernels.triton.quantized.decode import wide_pair
+from quire.kernels.triton.rows import row_stride
+
+# Tokens that a query sees at most; a power of two.
+SHORT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class ShortTile:
+    """`keys` of a tile: a power of two, half of SHORT_CONTEXT at most, and fewer than threads, as
+    then each thread reads the block numbers that it needs, where it would get them through shared
+    memory otherwise. `chunk`: columns, a power of two."""
+
+    keys: int = 64
+    chunk: int = 64
+    warps: int = 8
+
+
+@triton.jit
+def _words(pointer):
+    return pointer.to(tl.pointer_type(tl.uint32), bitcast=True)
+
+
+@triton.jit
+def _wide(words, dtype: tl.constexpr):
+    """Both columns of words, in float32."""
+    if dtype == tl.bfloat16:
+        low, high = wide_pair(words)
+    else:
+        low = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _blocks(table_ptr, number, tile, blocks, BLOCK: tl.constexpr):
+    """Block numbers [TILE] of the keys of a tile, in the first of which they are the `number`-th of
+    the table; past the table, 0."""
+    number += tile * (number.shape[0] // BLOCK)
+    return tl.load(table_ptr + number, mask=number < blocks, other=0)
+
+
+@triton.jit
+def _columns(first, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether the words [1, CHUNK / 2] of the columns from `first` on are the head's."""
+    return (tl.arange(0, CHUNK // 2) < (D - first) // 2)[None, :]
+
+
+@triton.jit
+def _tile(
+    k_ptrs, v_ptrs, block, seen, v_columns,
+    K_WORDS: tl.constexpr, V_WORDS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """(all chunks of keys, the program's chunk of values) of the keys `seen`, in words."""
+    places = block.to(tl.int64)[:, None]
+    k_ptrs += places * K_WORDS
+    k = ()
+    for first in tl.static_range(0, D, CHUNK):
+        inside = seen[:, None] & _columns(first, D, CHUNK)
+        chunk = tl.load(k_ptrs + first // 2, mask=inside, other=0)
+        k = k + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
+    return k, tl.load(v_ptrs + places * V_WORDS, mask=seen[:, None] & v_columns, other=0)
+
+
+@triton.jit
+def _extend(
+    q, k, v, seen, m, weight, low_acc, high_acc, factor, inner_scale,
+    SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The states of the places in a tile with one key more each: m and weight [TILE], and acc
+    [TILE, CHUNK / 2] of both columns of words."""
+    products = tl.zeros(low_acc.shape, tl.float32)
+    for i in tl.static_range(len(k)):
+        low, high = _wide(k[i], DTYPE)
+        products += low * q[2 * i][None, :]
+        products += high * q[2 * i + 1][None, :]
+    s = tl.sum(products, 1)
+    s = tl.where(seen, capped(s, inner_scale) if SOFTCAP else s, float("-inf"))
+    top = tl.maximum(m, s)
+    reference = finite(top) * factor
+    p = tl.exp2(tl.fma(s, factor, -reference))
+    shrink = tl.exp2(tl.fma(m, factor, -reference))
+    low, high = _wide(v, DTYPE)
+    low_acc = low_acc * shrink[:, None] + low * p[:, None]
+    high_acc = high_acc * shrink[:, None] + high * p[:, None]
+    return top, weight * shrink + p, low_acc, high_acc
+
+
+@triton.jit(do_not_specialize=["table_stride", "blocks"])
+def decode_short_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    context_len_ptr,
+    sinks_ptr,
+    out_ptr,
+    table_stride,
+    blocks,
+    factor,
+    inner_scale,
+    Q_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SHORT: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    K_WORDS: tl.constexpr = K_STRIDE // 2
+    V_WORDS: tl.constexpr = V_STRIDE // 2
+    SLICES: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    program = tl.program_id(0)
+    head, row = program // SLICES % (KV_HEADS * GROUP), program // (SLICES * KV_HEADS * GROUP)
+    begin = program % SLICES * CHUNK
+    key, column = tl.arange(0, TILE), tl.arange(0, CHUNK // 2)
+    length = tl.load(context_len_ptr + row)
+    q_head = _words(q_ptr) + row.to(tl.int64) * (Q_STRIDE // 2) + head * (D // 2)
+    q = ()
+    for first in tl.static_range(0, D, CHUNK):
+        inside = column < (D - first) // 2
+        q = q + _wide(tl.load(q_head + first // 2 + column, mask=inside, other=0), DTYPE)
+    oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    left = length - oldest
+    table_ptr = tables_ptr + row.to(tl.int64) * table_stride
+    number = (oldest + key) // BLOCK
+    # Even, so the tiles of a pair are 2 i and 2 i + 1.
+    turn = 2 * (program % (GROUP * SLICES)) % (SHORT // TILE)
+    block_a = _blocks(table_ptr, number, turn, blocks, BLOCK)
+    block_b = _blocks(table_ptr, number, turn + 1, blocks, BLOCK)
+    following = turn ^ 2
+    next_a = _blocks(table_ptr, number, following, blocks, BLOCK)
+    next_b = _blocks(table_ptr, number, following + 1, blocks, BLOCK)
+    if left > SHORT:
+        return  # decode.py's
+
+    # A block's heads begin BLOCK * D // 2 words apart, its tokens D // 2.
+    inner = (head // GROUP * BLOCK + (oldest + key) % BLOCK)[:, None] * (D // 2) + column[None, :]
+    k_ptrs, v_ptrs = _words(k_ptr) + inner, _words(v_ptr) + begin // 2 + inner
+    in_slice = _columns(begin, D, CHUNK)
+    seen_a, seen_b = turn * TILE + key < left, (turn + 1) * TILE + key < left
+    k_a, v_a = _tile(k_ptrs, v_ptrs, block_a, seen_a, in_slice, K_WORDS, V_WORDS, D, CHUNK)
+    k_b, v_b = _tile(k_ptrs, v_ptrs, block_b, seen_b, in_slice, K_WORDS, V_WORDS, D, CHUNK)
+    m = tl.full([TILE], float("-inf"), tl.float32)
+    weight = tl.zeros([TILE], tl.float32)
+    low_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
+    high_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
+    for i in range(0, SHORT // TILE, 2):
+        pair, following, after = i ^ turn, (i + 2) ^ turn, (i + 4) ^ turn
+        if pair * TILE < left:
+            m, weight, low_acc, high_acc = _extend(
+                q, k_a, v_a, seen_a, m, weight, low_acc, high_acc, factor, inner_scale,
+                SOFTCAP, DTYPE,
+            )  # fmt: skip
+        seen_a = following * TILE + key < left
+        k_a, v_a = _tile(k_ptrs, v_ptrs, next_a, seen_a, in_slice, K_WORDS, V_WORDS, D, CHUNK)
+        next_a = _blocks(table_ptr, number, after, blocks, BLOCK)
+        # Or the compiler asks for the tile after the other one's arithmetic, when that is there.
+        tl.debug_barrier()
+        if (pair + 1) * TILE < left:
+            m, weight, low_acc, high_acc = _extend(
+                q, k_b, v_b, seen_b, m, weight, low_acc, high_acc, factor, inner_scale,
+                SOFTCAP, DTYPE,
+            )  # fmt: skip
+        seen_b = (following + 1) * TILE + key < left
+        k_b, v_b = _tile(k_ptrs, v_ptrs, next_b, seen_b, in_slice, K_WORDS, V_WORDS, D, CHUNK)
+        next_b = _blocks(table_ptr, number, after + 1, blocks, BLOCK)
+
+    top = tl.max(m, 0, keep_dims=True)
+    share = tl.exp2((m - finite(top)) * factor)
+    weight = tl.sum(weight * share, 0, keep_dims=True)
+    acc = tl.interleave(low_acc, high_acc) * share[:, None]
+    sinks = tl.load(sinks_ptr + head) if HAS_SINKS else 0.0
+    result = normalised(top, weight, tl.sum(acc, 0, keep_dims=True), sinks, factor, HAS_SINKS)
+    column = begin + tl.arange(0, CHUNK)[None, :]
+    out = out_ptr + row.to(tl.int64) * OUT_STRIDE + head * D + column
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+def short_rows(heads: int, dtype: torch.dtype, k_cache: torch.Tensor) -> int:
+    """For how many requests with queries in `dtype` decode_short is: of caches in the same 16 bits,
+    and so few that each program has a multiprocessor."""
+    head_size = k_cache.shape[3]
+    if dtype.itemsize != 2 or k_cache.dtype != dtype or head_size % 2:
+        return 0
+    return num_sms(k_cache.device) // (heads * -(-head_size // ShortTile.chunk))
+
+
+def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int) -> bool:
+    """Whether decode_short is for these queries of `rows` requests; they are read two by two."""
+    whole_words = row_stride(q, "q") % 2 == q.storage_offset() % 2 == 0
+    return whole_words and rows <= short_rows(q.shape[1] // k_cache.shape[3], q.dtype, k_cache)
+
+
+def decode_short(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_len: torch.Tensor,
+    factor: float,
+    inner_scale: float,
+    window: int | None,
+    softcap: bool,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: ShortTile = ShortTile(),
+) -> None:
+    """paged_attention's `decode` in 16 bits, for requests of which a query sees at most
+    SHORT_CONTEXT tokens; rows of others are left as they are. Logits in log2 units are
+    dot * factor, or tanh(dot * inner_scale) * factor with `softcap`. Rows of block_tables are read
+    beyond the context."""
+    rows, columns = block_tables.shape
+    _, kv_heads, block, head_size = k_cache.shape
+    heads = q.shape[1] // head_size
+    launch(
+        decode_short_kernel, (rows * heads * -(-head_size // tile.chunk),), q.device,
+        q, k_cache, v_cache, block_tables, context_len, context_len if sinks is None else sinks,
+        out, block_tables.stride(0), columns, factor, inner_scale,
+        Q_STRIDE=row_stride(q, "q"), OUT_STRIDE=row_stride(out, "out"),
+        K_STRIDE=k_cache.stride(0), V_STRIDE=v_cache.stride(0), KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads, D=head_size, BLOCK=block, WINDOW=window or 0, SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None, SHORT=SHORT_CONTEXT, TILE=tile.keys, CHUNK=tile.chunk,
+        num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip

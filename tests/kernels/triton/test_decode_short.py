@@ -1,0 +1,196 @@
+"""Decode of few short requests against the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from quire.kernels.reference.attention.paged_attention import paged_attention as reference
+from quire.kernels.triton.attention import decode_short as module
+from quire.kernels.triton.attention import paged_attention as public
+from quire.kernels.triton.attention.decode_short import ShortTile, decode_short, serves_short
+from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
+from quire.kernels.triton.launch import launch, num_sms
+from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    d: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+
+PLAIN = Shape(3, 1, 16)
+EXTRAS = Shape(1, 1, 80, window=70, softcap=3.0, sinks=True)
+SHAPES = [
+    PLAIN,
+    EXTRAS,
+    *(
+        pytest.param(shape, marks=pytest.mark.full)
+        for shape in (
+            Shape(3, 3, 64, sinks=True, dtype=torch.float16),
+            Shape(8, 2, 128),
+            Shape(8, 1, 64, window=1),
+            Shape(4, 2, 80, softcap=2.0),
+            Shape(3, 1, 128, window=511, dtype=torch.float16),
+            Shape(2, 2, 256, window=100, sinks=True),
+        )
+    ),
+]
+# Around borders of blocks, tiles, pairs of them, and of what is short.
+CONTEXTS = [1, 16, 17, 63, 64, 65, 127, 128, 129, 290, 385, 511, 512]
+
+
+class Requests(PagedRequests):
+    def __init__(self, shape: Shape, contexts: Sequence[int], device: torch.device):
+        self.shape = shape
+        sizes = shape.heads * shape.d, shape.dtype, 2 * shape.kv_heads, shape.d, shape.dtype
+        super().__init__(contexts, *sizes, device)
+        self.sinks = None
+        if shape.sinks:
+            self.sinks = torch.randn(shape.heads, generator=self.generator).to(device)
+        self.caches = self.cache.unflatten(1, (2, -1)).unbind(1)
+
+    def step(self) -> tuple[torch.Tensor, ...]:
+        """(q, block tables, query_start, context_len) of each request's last position."""
+        rows = range(len(self.contexts))
+        return self.inputs([1] * len(rows), self.contexts, rows, padding=0)
+
+    def expected(self, step: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        q, *others = step
+        shape = self.shape
+        return reference(
+            q, *self.caches, *others, shape.d**-0.5, shape.window, shape.softcap, self.sinks,
+            decode=True, deterministic=False,
+        )  # fmt: skip
+
+    def short(self, step: tuple[torch.Tensor, ...], tile: ShortTile) -> torch.Tensor:
+        q, tables, _, context_len = step
+        shape, scale = self.shape, self.shape.d**-0.5
+        factor = (shape.softcap or scale) * math.log2(math.e)
+        inner_scale = scale / shape.softcap if shape.softcap else 1.0
+        out = self.nowhere(*q.shape)
+        decode_short(
+            q, *self.caches, tables, context_len, factor, inner_scale, shape.window,
+            shape.softcap is not None, self.sinks, out, tile,
+        )  # fmt: skip
+        return out
+
+
+def scratch_of(shape: Shape, device: torch.device) -> Scratch:
+    """For the tests' requests, all of them."""
+    return Scratch.allocate(
+        8, shape.heads, shape.kv_heads, shape.d, total_tokens=0, dtype=shape.dtype,
+        deterministic=False, device=device,
+    )  # fmt: skip
+
+
+def check(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_short_requests_equal_the_reference(shape: Shape, device: torch.device) -> None:
+    requests = Requests(shape, CONTEXTS, device)
+    step = requests.step()
+    check(requests.short(step, ShortTile()), requests.expected(step))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tile", [ShortTile(128, 64, 16), ShortTile(32, 32, 4), ShortTile(64, 128)])
+@pytest.mark.parametrize("shape", [EXTRAS, Shape(2, 1, 128)], ids=str)
+def test_tiles_of_other_sizes_equal_the_reference(
+    shape: Shape, tile: ShortTile, device: torch.device
+) -> None:
+    requests = Requests(shape, [1, 129, 290, 512], device)
+    step = requests.step()
+    check(requests.short(step, tile), requests.expected(step))
+
+
+def test_rows_that_see_more_are_left_as_they_are(device: torch.device) -> None:
+    requests = Requests(PLAIN, [20, 513, 512], device)
+    step = requests.step()
+    found = requests.short(step, ShortTile())
+    assert found.isnan().all(1).tolist() == [False, True, False]
+    # What a window hides is not seen.
+    requests.shape = replace(PLAIN, window=512)
+    check(requests.short(step, ShortTile()), requests.expected(step))
+
+
+@pytest.mark.parametrize("window", [None, 100, 600])
+def test_both_kernels_together_serve_requests_of_all_lengths(
+    window: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "num_sms", lambda device: 10**6)
+    shape = replace(PLAIN, window=window)
+    requests = Requests(shape, [512, 700, 30, 513, 1100], device)
+    q, *others = step = requests.step()
+    assert serves_short(q, requests.caches[0], len(requests.contexts))
+    scratch = scratch_of(shape, device)
+    for _ in range(2):  # the second finds scratch as the first left it
+        out = requests.nowhere(*q.shape)
+        paged_attention(
+            q, *requests.caches, *others, shape.d**-0.5, window, None, None, decode=True,
+            deterministic=False, scratch=scratch, out=out,
+        )  # fmt: skip
+        check(out, requests.expected(step))
+        assert not scratch.arrived.any()
+
+
+def test_where_tables_say_that_all_are_short_one_kernel_gives_the_same_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests(PLAIN, [290, 512], device)
+    q, tables, *others = step = requests.step()
+    launched = []
+
+    def watched(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(module, "launch", watched)
+    monkeypatch.setattr(public, "launch", watched)
+    found = []
+    for columns, kernels in ((34, 2), (32, 1)):
+        launched.clear()
+        out = paged_attention(
+            q, *requests.caches, tables[:, :columns], *others, PLAIN.d**-0.5, None, None, None,
+            decode=True, deterministic=False, scratch=scratch_of(PLAIN, device),
+        )  # fmt: skip
+        assert len(launched) == kernels
+        found.append(out)
+    assert torch.equal(*found)
+    check(found[0], requests.expected(step))
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_padding_gets_something_finite(window: int | None, device: torch.device) -> None:
+    requests = Requests(replace(PLAIN, window=window), [40, 5], device)
+    q, tables, start, context_len = requests.step()
+    context_len = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    found = requests.short((q, torch.zeros_like(tables), start, context_len), ShortTile())
+    assert found[0].isfinite().all()
+
+
+def test_it_serves_16_bits_and_as_many_programs_as_there_are_multiprocessors(
+    device: torch.device,
+) -> None:
+    requests = Requests(Shape(2, 1, 80), [20], device)
+    q, cache = requests.step()[0], requests.caches[0]
+    most = num_sms(device) // 4  # two heads, two chunks of columns
+    assert serves_short(q, cache, most)
+    assert not serves_short(q, cache, most + 1)
+    assert not serves_short(q.float(), cache, 1)
+    assert not serves_short(requests.nowhere(1, 161)[:, 1:], cache, 1)  # halves of words
+    assert not serves_short(q, cache.view(torch.uint8), 1)

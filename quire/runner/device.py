@@ -20,7 +20,8 @@ from quire.kernels.device_state import DeviceState, Flag, StepBuffers
 from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
-from quire.kernels.triton.launch import compile_kernels, wanted_kernels
+from quire.kernels.triton.compile_kernels import compile_kernels
+from quire.kernels.triton.launch import wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
 from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of

@@ -1,0 +1,202 @@
+"""Compiling kernels before they are launched, many at a time.
+
+What Triton's cache has is loaded by threads. The rest is compiled into the cache by processes,
+since half of Triton's work is Python, for which threads wait for each other, and then loaded.
+Whatever the processes do not compile, for whatever reason, this one does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+
+from quire.kernels.triton.compile_worker import SECONDS, described, tuples
+from quire.kernels.triton.launch import Wanted, from_compiler
+from quire.settings import child_environment
+
+log = logging.getLogger("quire.kernels")
+
+# Fewer kernels take threads less time than a process takes to import torch.
+FEW = 8
+MOST_WORKERS = 16
+WORKER = (sys.executable, "-P", "-m", "quire.kernels.triton.compile_worker")
+
+# A kernel that the cache lacks: what compiles it here, and what has a process do it.
+Missing = dict[object, tuple[Callable[[], object], bytes | None]]
+_warming = threading.local()
+
+
+def compile_kernels(wanted: Wanted, threads: int) -> None:
+    """Have all that is `wanted` compiled for the current GPU and loaded, by up to `threads` threads
+    or processes at a time. One that cannot be compiled is left for who launches it."""
+    bind = None  # each thread has a current device of its own
+    if torch.cuda.is_available():
+        bind = partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(threads, initializer=bind) as pool:
+        with _noting_missing() as missing:
+            list(pool.map(partial(_load, missing), wanted.values()))
+        jobs = [job for _, job in missing.values() if job is not None]
+        if len(jobs) >= FEW:
+            compile_in_processes(jobs, min(threads, len(jobs) // 4, MOST_WORKERS))
+        list(pool.map(_compile, [compile_one for compile_one, _ in missing.values()]))
+
+
+def compile_in_processes(jobs: Iterable[bytes], count: int, command: Sequence[str] = WORKER) -> int:
+    """Have `count` processes compile what they can of `jobs` into Triton's cache; how many that
+    were. All have ended then."""
+    left, failed = deque(jobs), list[str]()
+    total = len(left)
+    workers: list[_Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(_Worker(command))
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                list(pool.map(lambda worker: worker.compile(left, failed), workers))
+            except BaseException:
+                for worker in workers:
+                    worker.kill()  # the threads that wait for it come back
+                raise
+    except OSError as error:
+        failed.append(str(error))
+    finally:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.end()
+    undone = len(failed) + len(left)
+    if undone:
+        reason = failed[0] if failed else "no process is left"
+        log.warning("%d of %d kernels compiled without processes: %s", undone, total, reason)
+    return total - undone
+
+
+class _Worker:
+    """A process of compile_worker."""
+
+    def __init__(self, command: Sequence[str]):
+        path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same modules as here
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what is wrong with a kernel is said when it is launched
+            env=child_environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""),
+        )
+
+    def compile(self, jobs: deque[bytes], failed: list[str]) -> None:
+        """Take jobs until there are none, or one goes wrong so that the process is of no use."""
+        while True:
+            try:
+                job = jobs.popleft()
+            except IndexError:
+                return
+            try:
+                error = self._ask(job).get("error")
+            except (OSError, EOFError, ValueError) as lost:
+                failed.append(f"{type(lost).__name__}: {lost}")
+                return
+            if error is not None:
+                failed.append(str(error))
+
+    def _ask(self, job: bytes) -> dict[str, Any]:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(job + b"\n")
+        process.stdin.flush()
+        ready = select.poll()
+        ready.register(process.stdout, select.POLLIN)
+        if not ready.poll(1000 * SECONDS):
+            raise TimeoutError(f"no answer within {SECONDS} s")
+        line = process.stdout.readline()
+        if not line:
+            raise EOFError("the process ended")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise ValueError("an answer that is not an object")
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+class _NotCachedError(Exception):
+    """Compiling would begin."""
+
+
+class _Cached(ASTSource):  # type: ignore[misc]
+    """A source that Triton finds in its cache or not at all."""
+
+    def make_ir(self, *args: Any) -> None:
+        raise _NotCachedError
+
+
+@contextmanager
+def _noting_missing() -> Iterator[Missing]:
+    """Inside, what _load warms up is only noted where Triton's cache lacks it."""
+    missing: Missing = {}
+
+    def skips(**given: Any) -> bool:
+        compile_one = getattr(_warming, "now", None)
+        if compile_one is None:
+            return False  # a launch in another thread
+        name, kernel = given["compile"], given["fn"].jit_function
+        target = driver.active.get_current_target()
+        source = _Cached(kernel, name["signature"], name["constants"], name["configs"][0])
+        options = tuples(json.loads(name["specialization_data"])["options"])
+        try:
+            triton.compile(source, target=target, options=options)
+        except _NotCachedError:
+            pass
+        else:
+            return False
+        try:
+            job = json.dumps(described(source, target, options)).encode()
+        except TypeError:
+            job = None
+        missing[kernel, name["key"]] = compile_one, job
+        return True
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = skips
+    try:
+        yield missing
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+def _load(missing: Missing, compile_one: Callable[[], object]) -> None:
+    _warming.now = compile_one
+    try:
+        _compile(compile_one)
+    except TypeError:  # Triton has no text for what the kernel is compiled for
+        missing[compile_one] = compile_one, None
+    finally:
+        _warming.now = None
+
+
+def _compile(compile_one: Callable[[], object]) -> None:
+    try:
+        compile_one()
+    except Exception as error:
+        if not from_compiler(error):
+            raise

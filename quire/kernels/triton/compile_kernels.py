@@ -11,15 +11,17 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, BinaryIO
 
 import torch
 import triton
@@ -35,6 +37,7 @@ log = logging.getLogger("quire.kernels")
 # Fewer kernels take threads less time than a process takes to import torch.
 FEW = 8
 MOST_WORKERS = 16
+END_SECONDS = 5
 WORKER = (sys.executable, "-P", "-m", "quire.kernels.triton.compile_worker")
 
 # A kernel that the cache lacks: what compiles it here, and what has a process do it.
@@ -62,81 +65,98 @@ def compile_in_processes(jobs: Iterable[bytes], count: int, command: Sequence[st
     were. All have ended then."""
     left, failed = deque(jobs), list[str]()
     total = len(left)
-    workers: list[_Worker] = []
     try:
-        for _ in range(count):
-            workers.append(_Worker(command))
-        with ThreadPoolExecutor(count) as pool:
+        with _Workers(count, command) as workers, ThreadPoolExecutor(count) as pool:
             try:
-                list(pool.map(lambda worker: worker.compile(left, failed), workers))
+                list(pool.map(partial(_hand_out, left, failed), workers.pipes))
             except BaseException:
-                for worker in workers:
-                    worker.kill()  # the threads that wait for it come back
+                workers.kill()  # so that no thread waits for an answer
                 raise
-    except OSError as error:
-        failed.append(str(error))
-    finally:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.end()
+    except OSError as error:  # no process can be started
+        failed += [str(error)] * len(left)
+        left.clear()
     undone = len(failed) + len(left)
     if undone:
-        reason = failed[0] if failed else "no process is left"
-        log.warning("%d of %d kernels compiled without processes: %s", undone, total, reason)
+        log.warning("%d of %d kernels compiled without processes: %s", undone, total, failed[0])
     return total - undone
 
 
-class _Worker:
-    """A process of compile_worker."""
+class _Workers:
+    """Processes of compile_worker, with a pair of `pipes` for each: its jobs, its answers."""
 
-    def __init__(self, command: Sequence[str]):
+    def __init__(self, count: int, command: Sequence[str]):
+        theirs, self.pipes = list[tuple[int, int]](), list[tuple[BinaryIO, BinaryIO]]()
+        for _ in range(count):
+            (their_jobs, jobs), (answers, their_answers) = os.pipe(), os.pipe()
+            theirs.append((their_jobs, their_answers))
+            self.pipes.append((open(jobs, "wb", buffering=0), open(answers, "rb")))
         path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same modules as here
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what is wrong with a kernel is said when it is launched
-            env=child_environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""),
-        )
+        try:
+            self._process = subprocess.Popen(
+                [*command, *(f"{jobs}:{answers}" for jobs, answers in theirs)],
+                pass_fds=list(chain(*theirs)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # what is wrong with a kernel is said by its launch
+                start_new_session=True,
+                env=child_environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            for end in chain(*theirs):
+                os.close(end)
 
-    def compile(self, jobs: deque[bytes], failed: list[str]) -> None:
-        """Take jobs until there are none, or one goes wrong so that the process is of no use."""
-        while True:
-            try:
-                job = jobs.popleft()
-            except IndexError:
-                return
-            try:
-                error = self._ask(job).get("error")
-            except (OSError, EOFError, ValueError) as lost:
-                failed.append(f"{type(lost).__name__}: {lost}")
-                return
-            if error is not None:
-                failed.append(str(error))
+    def __enter__(self) -> _Workers:
+        return self
 
-    def _ask(self, job: bytes) -> dict[str, Any]:
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(job + b"\n")
-        process.stdin.flush()
-        ready = select.poll()
-        ready.register(process.stdout, select.POLLIN)
-        if not ready.poll(1000 * SECONDS):
-            raise TimeoutError(f"no answer within {SECONDS} s")
-        line = process.stdout.readline()
-        if not line:
-            raise EOFError("the process ended")
-        answer = json.loads(line)
-        if not isinstance(answer, dict):
-            raise ValueError("an answer that is not an object")
-        return answer
+    def __exit__(self, *raised: object) -> None:
+        self._close()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def kill(self) -> None:
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
-    def end(self) -> None:
-        self._process.communicate()
+    def _close(self) -> None:
+        for end in chain(*self.pipes):
+            end.close()
+
+
+def _hand_out(jobs: deque[bytes], failed: list[str], pipes: tuple[BinaryIO, BinaryIO]) -> None:
+    """Give a process jobs until there are none, or it is of no use."""
+    while True:
+        try:
+            job = jobs.popleft()
+        except IndexError:
+            return
+        try:
+            error = _ask(job, *pipes).get("error")
+        except (OSError, EOFError, ValueError) as lost:
+            failed.append(f"{type(lost).__name__}: {lost}")
+            return
+        if error is not None:
+            failed.append(str(error))
+
+
+def _ask(job: bytes, jobs: BinaryIO, answers: BinaryIO) -> dict[str, Any]:
+    jobs.write(job + b"\n")
+    ready = select.poll()
+    ready.register(answers, select.POLLIN)
+    if not ready.poll(1000 * SECONDS):
+        raise TimeoutError(f"no answer within {SECONDS} s")
+    line = answers.readline()
+    if not line:
+        raise EOFError("a process ended")
+    said = json.loads(line)
+    if not isinstance(said, dict):
+        raise ValueError("an answer that is not an object")
+    return said
 
 
 class _NotCachedError(Exception):

@@ -1,10 +1,11 @@
-"""A process that compiles kernels into Triton's cache for one that holds the GPU.
+"""Processes that compile kernels into Triton's cache for one that holds the GPU.
 
-    python -m quire.kernels.triton.compile_worker
+    python -m quire.kernels.triton.compile_worker JOBS:ANSWERS ...
 
-A line of JSON on stdin is a kernel, as `described` gives it; a line on stdout answers it: `{}` once
-the cache has the kernel, or {"error": why not}. It ends where stdin does, and makes no CUDA
-context: on a GPU that is full by then there is no room for one.
+One for each pair of pipes' file descriptors, forked once all is imported. A line of JSON on JOBS is
+a kernel, as `described` gives it; a line on ANSWERS says {} once the cache has it, or {"error": why
+not}. A process ends where its JOBS do, the first one after the others. None makes a CUDA context: on
+a GPU that is full by then there is no room for one.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Any, BinaryIO
+from itertools import chain
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 from quire.kernels.triton.launch import settle_key
 
 ROOM = "quire.kernels.triton."
-# What one kernel may take, imports included; the largest need some seconds.
-SECONDS = 90
+# What one kernel may take; the largest need some seconds.
+SECONDS = 60
 
 
 def described(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +39,8 @@ def described(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> 
         "module": source.fn.module,
         "name": source.fn.__qualname__,
         "signature": {name: _said(kind) for name, kind in source.signature.items()},
-        "constants": [[list(path), _said(value)] for path, value in source.constants.items()],
-        "attributes": [[list(path), value] for path, value in source.attrs.items()],
+        "constants": [[path, _said(value)] for path, value in source.constants.items()],
+        "attributes": [[path, value] for path, value in source.attrs.items()],
         "target": [target.backend, target.arch, target.warp_size],
         "options": options,
     }
@@ -93,22 +96,37 @@ def answer(line: bytes) -> dict[str, str]:
     try:
         source, target, options = understood(json.loads(line))
         triton.compile(source, target=target, options=options)
-    except Exception as error:  # the process that asked compiles it again, and says what is wrong
+    except Exception as error:  # who asked compiles it, too, and says what is wrong
         return {"error": f"{type(error).__name__}: {error}"}
     return {}
 
 
-def main(jobs: BinaryIO, answers: BinaryIO) -> None:
-    for line in iter(jobs.readline, b""):
-        signal.alarm(SECONDS)  # ends the process, also where nobody is left to do so
-        answers.write(json.dumps(answer(line)).encode() + b"\n")
-        answers.flush()
-        signal.alarm(0)
+def work(jobs: int, answers: int) -> None:
+    with open(jobs, "rb") as lines, open(answers, "wb", buffering=0) as out:
+        for line in iter(lines.readline, b""):
+            signal.alarm(SECONDS)  # ends the process, also where nobody is left to do so
+            out.write(json.dumps(answer(line)).encode() + b"\n")
+            signal.alarm(0)
+
+
+def main(pairs: list[str]) -> None:
+    import_module(ROOM + "ops")  # nearly all kernels
+    triton_key()  # reads Triton's libraries
+    left = [(int(jobs), int(answers)) for jobs, answers in (pair.split(":") for pair in pairs)]
+    while left:
+        mine = left.pop()
+        if os.fork() == 0:
+            for pipe in chain(*left):
+                os.close(pipe)  # else the end of the process it belongs to would not show
+            try:
+                work(*mine)
+            finally:
+                os._exit(0)
+        for pipe in mine:
+            os.close(pipe)
+    for _ in pairs:
+        os.wait()
 
 
 if __name__ == "__main__":
-    # What Triton prints is not an answer.
-    pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    import_module(ROOM + "ops")  # most kernels, while there is nothing to compile yet
-    main(sys.stdin.buffer, pipe)
+    main(sys.argv[1:])

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from quire.kernels.triton.compile_worker import SECONDS, described, tuples
-from quire.kernels.triton.launch import Wanted, from_compiler
+from quire.kernels.triton.launch import INTERPRETED, Wanted, from_compiler
 from quire.settings import child_environment
 
 log = logging.getLogger("quire.kernels")
@@ -37,6 +37,10 @@ log = logging.getLogger("quire.kernels")
 # Fewer kernels take threads less time than a process takes to import torch.
 FEW = 8
 MOST_WORKERS = 16
+# Early ones are worth a processor while weights are loaded where there are some, and the cache has
+# hardly more than the kernels that load weights.
+FEW_THREADS = 4
+FEW_CACHED = 32
 END_SECONDS = 5
 WORKER = (sys.executable, "-P", "-m", "quire.kernels.triton.compile_worker")
 
@@ -45,9 +49,36 @@ Missing = dict[object, tuple[Callable[[], object], bytes | None]]
 _warming = threading.local()
 
 
-def compile_kernels(wanted: Wanted, threads: int) -> None:
+@contextmanager
+def early_workers(threads: int) -> Iterator[Workers | None]:
+    """Processes for compile_kernels, which begin to import here; they have ended behind this. None
+    where Triton's cache has kernels of an earlier start, or nothing is compiled."""
+    if INTERPRETED or threads < FEW_THREADS or _cached_kernels() >= FEW_CACHED:
+        yield None
+        return
+    try:
+        workers = Workers(min(threads, MOST_WORKERS))
+    except OSError:  # said when the kernels are compiled, if that is no better then
+        yield None
+    else:
+        try:
+            yield workers
+        finally:
+            workers.kill()
+            workers.close()
+
+
+def _cached_kernels() -> int:
+    try:
+        return len(os.listdir(triton.knobs.cache.dir))
+    except OSError:
+        return 0
+
+
+def compile_kernels(wanted: Wanted, threads: int, early: Workers | None = None) -> None:
     """Have all that is `wanted` compiled for the current GPU and loaded, by up to `threads` threads
-    or processes at a time. One that cannot be compiled is left for who launches it."""
+    or processes at a time, `early` ones if there are. One that cannot be compiled is left for who
+    launches it."""
     bind = None  # each thread has a current device of its own
     if torch.cuda.is_available():
         bind = partial(torch.cuda.set_device, torch.cuda.current_device())
@@ -56,17 +87,18 @@ def compile_kernels(wanted: Wanted, threads: int) -> None:
             list(pool.map(partial(_load, missing), wanted.values()))
         jobs = [job for _, job in missing.values() if job is not None]
         if len(jobs) >= FEW:
-            compile_in_processes(jobs, min(threads, len(jobs) // 4, MOST_WORKERS))
+            count = min(threads, len(jobs) // 4, MOST_WORKERS)
+            compile_in_processes(jobs, partial(Workers, count) if early is None else lambda: early)
         list(pool.map(_compile, [compile_one for compile_one, _ in missing.values()]))
 
 
-def compile_in_processes(jobs: Iterable[bytes], count: int, command: Sequence[str] = WORKER) -> int:
-    """Have `count` processes compile what they can of `jobs` into Triton's cache; how many that
-    were. All have ended then."""
+def compile_in_processes(jobs: Iterable[bytes], start: Callable[[], Workers]) -> int:
+    """Have processes compile what they can of `jobs` into Triton's cache; how many that were. All
+    have ended then."""
     left, failed = deque(jobs), list[str]()
     total = len(left)
     try:
-        with _Workers(count, command) as workers, ThreadPoolExecutor(count) as pool:
+        with start() as workers, ThreadPoolExecutor(len(workers.pipes)) as pool:
             try:
                 list(pool.map(partial(_hand_out, left, failed), workers.pipes))
             except BaseException:
@@ -81,15 +113,16 @@ def compile_in_processes(jobs: Iterable[bytes], count: int, command: Sequence[st
     return total - undone
 
 
-class _Workers:
-    """Processes of compile_worker, with a pair of `pipes` for each: its jobs, its answers."""
+class Workers:
+    """Processes of compile_worker, with a pair of `pipes` for each: its jobs, its answers. Raises
+    OSError where none can be started."""
 
-    def __init__(self, count: int, command: Sequence[str]):
+    def __init__(self, count: int, command: Sequence[str] = WORKER):
         theirs, self.pipes = list[tuple[int, int]](), list[tuple[BinaryIO, BinaryIO]]()
         for _ in range(count):
             (their_jobs, jobs), (answers, their_answers) = os.pipe(), os.pipe()
             theirs.append((their_jobs, their_answers))
-            self.pipes.append((open(jobs, "wb", buffering=0), open(answers, "rb")))
+            self.pipes.append((os.fdopen(jobs, "wb", buffering=0), os.fdopen(answers, "rb")))
         path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same modules as here
         try:
             self._process = subprocess.Popen(
@@ -99,31 +132,34 @@ class _Workers:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what is wrong with a kernel is said by its launch
                 start_new_session=True,
-                env=child_environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"),
+                env=child_environment(
+                    PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
+                ),
             )
         except BaseException:
-            self._close()
+            self.close()
             raise
         finally:
             for end in chain(*theirs):
                 os.close(end)
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._close()
+        self.close()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         for end in chain(*self.pipes):
             end.close()
 
@@ -179,10 +215,10 @@ def _noting_missing() -> Iterator[Missing]:
         compile_one = getattr(_warming, "now", None)
         if compile_one is None:
             return False  # a launch in another thread
-        name, kernel = given["compile"], given["fn"].jit_function
+        what, kernel = given["compile"], given["fn"].jit_function
         target = driver.active.get_current_target()
-        source = _Cached(kernel, name["signature"], name["constants"], name["configs"][0])
-        options = tuples(json.loads(name["specialization_data"])["options"])
+        source = _Cached(kernel, what["signature"], what["constants"], what["configs"][0])
+        options = tuples(json.loads(what["specialization_data"])["options"])
         try:
             triton.compile(source, target=target, options=options)
         except _NotCachedError:
@@ -193,7 +229,7 @@ def _noting_missing() -> Iterator[Missing]:
             job = json.dumps(described(source, target, options)).encode()
         except TypeError:
             job = None
-        missing[kernel, name["key"]] = compile_one, job
+        missing[kernel, what["key"]] = compile_one, job
         return True
 
     before = triton.knobs.runtime.jit_cache_hook

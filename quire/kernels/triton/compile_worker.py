@@ -2,10 +2,10 @@
 
     python -m quire.kernels.triton.compile_worker JOBS:ANSWERS ...
 
-One for each pair of pipes' file descriptors, forked once all is imported. A line of JSON on JOBS is
-a kernel, as `described` gives it; a line on ANSWERS says {} once the cache has it, or {"error": why
-not}. A process ends where its JOBS do, the first one after the others. None makes a CUDA context: on
-a GPU that is full by then there is no room for one.
+One for each pair of pipes, given by their file descriptors, forked once all is imported. A line of
+JSON on JOBS is a kernel, as `described` gives it; a line on ANSWERS says {} once the cache has it,
+or {"error": why not}. A process ends where its JOBS do, the first one after the others. None makes
+a CUDA context: on a GPU that is full by then there is no room for one.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ def start() -> dict[str, Any]:
     given, compiled, here = list[str](), list[int](), list[str]()
     in_processes, make_ir = compiling.compile_in_processes, ASTSource.make_ir
 
-    def one_process(jobs: list[bytes], count: int) -> int:
+    def one_process(jobs: list[bytes], workers: object) -> int:
         given.extend(json.loads(job)["name"] for job in jobs)
-        compiled.append(in_processes(jobs, 1))
+        compiled.append(in_processes(jobs, partial(compiling.Workers, 1)))
         return compiled[0]
 
     def noted(source: ASTSource, *args: Any) -> Any:

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import triton.language as tl
 
 from quire.kernels.triton import compile_kernels as compiling
 from quire.kernels.triton import compile_worker
+from quire.kernels.triton.compile_kernels import Workers
 
 ROOT = Path(__file__).parents[3]
-PYTHON = (sys.executable, "-c")
 # The real thing, but for what a job does: `crash`, `hang`, `refuse`, or nothing.
 OBEYING = """
 import os, sys, time
@@ -46,8 +48,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
         return found[-1]
 
     monkeypatch.setattr(compiling.subprocess, "Popen", start)
-    monkeypatch.setattr(compiling, "END_SECONDS", 1)
+    monkeypatch.setattr(compiling, "END_SECONDS", 0.3)
     return found
+
+
+def workers(count: int, script: str) -> Callable[[], Workers]:
+    return partial(Workers, count, (sys.executable, "-c", script))
 
 
 def check_ended(process: subprocess.Popen[bytes]) -> None:
@@ -61,7 +67,7 @@ def test_a_process_that_fails_takes_no_other_kernel_with_it(
 ) -> None:
     compiling.END_SECONDS = 30  # they end by themselves
     jobs = [b"a", b"crash", b"refuse", b"b", b"hang", b"c", b"d"]
-    assert compiling.compile_in_processes(jobs, 3, (*PYTHON, OBEYING)) == 4
+    assert compiling.compile_in_processes(jobs, workers(3, OBEYING)) == 4
     assert "3 of 7 kernels compiled without processes" in caplog.text
     assert started[0].returncode == 0
     check_ended(started[0])
@@ -71,15 +77,16 @@ def test_a_process_that_fails_takes_no_other_kernel_with_it(
 def test_processes_that_are_of_no_use_are_ended(
     script: str, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "SECONDS", 1)
+    monkeypatch.setattr(compiling, "SECONDS", 0.3)
     begin = time.monotonic()
-    assert compiling.compile_in_processes([b"a", b"b", b"c"], 1, (*PYTHON, script)) == 0
+    assert compiling.compile_in_processes([b"a", b"b", b"c"], workers(1, script)) == 0
     assert time.monotonic() - begin < 10
     check_ended(started[0])
 
 
 def test_without_processes_there_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert compiling.compile_in_processes([b"a", b"b"], 2, ("/nowhere/python",)) == 0
+    none = partial(Workers, 2, ("/nowhere/python",))
+    assert compiling.compile_in_processes([b"a", b"b"], none) == 0
     assert "2 of 2 kernels compiled without processes: [Errno 2]" in caplog.text
 
 
@@ -91,8 +98,29 @@ def test_an_interrupted_start_leaves_no_process(
 
     monkeypatch.setattr(compiling, "_ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compiling.compile_in_processes([b"a", b"b"], 2, (*PYTHON, SILENT))
+        compiling.compile_in_processes([b"a", b"b"], workers(2, SILENT))
     check_ended(started[0])
+
+
+def test_processes_begin_early_where_the_cache_is_empty(
+    started: list[subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "Workers", lambda count: workers(count, SILENT)())
+    with compiling.early_workers(8) as early:
+        assert early is None  # in the interpreter
+    monkeypatch.setattr(compiling, "INTERPRETED", False)
+    with compiling.early_workers(1) as early:
+        assert early is None
+    with pytest.raises(KeyError), compiling.early_workers(8) as early:
+        assert early is not None and len(early.pipes) == 8
+        raise KeyError
+    check_ended(started[0])
+    for name in range(compiling.FEW_CACHED):
+        (tmp_path / "cache" / str(name)).mkdir(parents=True)
+    with compiling.early_workers(8) as early:
+        assert early is None
+    assert len(started) == 1
 
 
 VALUES = [None, True, 1, 1.0, float("inf"), float("nan"), "fp32", "", tl.float32, tl.float8e4nv]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -56,6 +56,9 @@ from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
 from quire.weights.hub import resolve as find_files
 from quire.weights.source import WeightSource
+
+if TYPE_CHECKING:
+    from quire.kernels.triton.compile_kernels import Workers
 
 Progress = Callable[[str, float], None]
 
@@ -196,6 +199,24 @@ def assemble(
     Raises PlanError where the device has less memory than planned.
     """
     set_threads(plan.threads)
+    if plan.device == "cpu":
+        return _assemble(options, files, plan, source, found, device, say)
+    from quire.kernels.triton.compile_kernels import early_workers
+
+    with early_workers(plan.threads) as compilers:
+        return _assemble(options, files, plan, source, found, device, say, compilers)
+
+
+def _assemble(
+    options: Options,
+    files: ModelFiles,
+    plan: Plan,
+    source: WeightSource,
+    found: KernelFacts,
+    device: torch.device,
+    say: Progress,
+    compilers: Workers | None = None,
+) -> Engine:
     build = Build(
         _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
         dtype=DTYPES.get(plan.dtype),
@@ -220,7 +241,7 @@ def assemble(
         more = [] if draft is None else draft[1].caches
         allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
         allocate_states(build, plan.max_num_seqs)
-        runner = _make_runner(plan, found, build, model, draft, mtp, info)
+        runner = _make_runner(plan, found, build, model, draft, mtp, info, compilers)
     scheduler = make_scheduler(options, plan, info, tiers.key)
     tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
     core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
@@ -280,6 +301,7 @@ def _make_runner(
     draft: tuple[Model, Build] | None,
     mtp: MTP | None,
     info: EngineInfo,
+    compilers: Workers | None,
 ) -> Runner:
     if plan.device == "cpu":
         return EagerRunner(
@@ -295,7 +317,7 @@ def _make_runner(
         )
     from quire.runner.device import DeviceRunner
 
-    return DeviceRunner(model, build, plan, info.vocab_size, draft, mtp)
+    return DeviceRunner(model, build, plan, info.vocab_size, draft, mtp, compilers)
 
 
 def _make_tiering(

@@ -22,7 +22,8 @@ from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
 from quire.kernels.triton.attention.decode_short import SHORT_CONTEXT, short_rows
 from quire.kernels.triton.attention.paged_attention import Scratch as AttentionScratch
-from quire.kernels.triton.launch import compile_kernels, wanted_kernels
+from quire.kernels.triton.compile_kernels import Workers, compile_kernels
+from quire.kernels.triton.launch import wanted_kernels
 from quire.kernels.triton.ops import TritonKernels
 from quire.kernels.triton.sampling.accept import accept
 from quire.kernels.triton.sampling.logprobs_of import logprobs_of
@@ -52,7 +53,7 @@ from quire.step import Batch, Decoding, Row, TokenLogprobs, written_out
 SCRATCH_BYTES = 128 * 2**20
 # A plain integer: it is looked at for every row of every step.
 LOGPROBS = int(Flag.LOGPROBS)
-# Kernels that are compiled at a time: more would wait for the interpreter's lock.
+# Kernels that are compiled or loaded at a time: more would wait for the interpreter's lock.
 MOST_THREADS = 16
 # Host copies of results: of steps in flight, and of the one being written.
 RING = 4
@@ -79,6 +80,7 @@ class Steady(NamedTuple):
 class DeviceRunner:
     """Owns the slots, the steps' buffers and the graphs; the model and its caches are given
     built, loaded and allocated. What drafts: a model of its own, `draft`, or the model's `mtp`.
+    `compilers`: processes for the first `warm`, which end them, or whoever gives them does.
     `submit` raises what launching raises; then call `reset`."""
 
     def __init__(
@@ -89,6 +91,7 @@ class DeviceRunner:
         vocab_size: int,
         draft: tuple[Model, Build] | None = None,
         mtp: MTP | None = None,
+        compilers: Workers | None = None,
     ):
         self.model, self.device = model, build.device
         self._kernels = cast(TritonKernels, build.kernels)
@@ -136,7 +139,7 @@ class DeviceRunner:
         self.replaying = True  # False: no graph is launched, the model's code runs in every step
         self._graphs = Graphs(self.device) if plan.runner == "graph" else None
         self._wanted, self._compiled = deque(self._shapes.planned()), False
-        self._threads = min(plan.threads, MOST_THREADS)
+        self._threads, self._compilers = min(plan.threads, MOST_THREADS), compilers
 
     def _attention_scratch(self, caches: Sequence[CacheLayer], plan: Plan) -> None:
         """One scratch for all layers, of the shape that takes the most."""
@@ -334,7 +337,8 @@ class DeviceRunner:
         with wanted_kernels() as wanted:
             for key in keys if self._threads >= 8 else ends(keys):
                 self._compute(key)()
-        compile_kernels(wanted, self._threads)
+        compile_kernels(wanted, self._threads, self._compilers)
+        self._compilers = None
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         if self._graphs is None or not self._shapes.gets_graph(key):

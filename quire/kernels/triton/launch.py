@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, partial
@@ -74,6 +73,8 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     meta |= {"enable_fp_fusion": True, "PDL": _dependent_launch(device)}
     if meta["PDL"]:
         meta["launch_pdl"] = True
+    if getattr(kernel, "hash", "") is None:
+        settle_key(kernel)
     wanted: Wanted | None = getattr(_noting, "wanted", None)
     if wanted is not None:
         key = (kernel, *map(_kind, args), *meta.items())
@@ -84,7 +85,7 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     try:
         kernel[tuple(grid)](*args, **meta)
     except Exception as error:
-        if INTERPRETED or not _from_compiler(error):
+        if INTERPRETED or not from_compiler(error):
             raise
         raise _not_compiled(kernel, device, error) from error
 
@@ -101,22 +102,18 @@ def wanted_kernels() -> Iterator[Wanted]:
         _noting.wanted = None
 
 
-def compile_kernels(wanted: Wanted, threads: int) -> None:
-    """Compile for the current GPU, `threads` kernels at a time: most of that is done without the
-    interpreter's lock. One that cannot be compiled is left for who launches it."""
+def settle_key(kernel: Any) -> None:
+    """Have Triton compute its key of a kernel's source, those of the functions it calls first.
 
-    def run(compile_one: Callable[[], object]) -> None:
-        try:
-            compile_one()
-        except Exception as error:
-            if not _from_compiler(error):
-                raise
-
-    bind = None  # each thread has a current device of its own
-    if torch.cuda.is_available():
-        bind = partial(torch.cuda.set_device, torch.cuda.current_device())
-    with ThreadPoolExecutor(threads, initializer=bind) as pool:
-        list(pool.map(run, wanted.values()))
+    Triton 3.6 leaves the globals of a function out of its callers' keys unless it has the
+    function's own key by then (DependenciesFinder._update_hash): whether its cache has a kernel
+    would depend on which others a process launched before.
+    """
+    for name in kernel.fn.__code__.co_names:
+        called = kernel.__globals__.get(name)
+        if isinstance(called, triton.JITFunction) and called.hash is None:
+            settle_key(called)
+    _ = kernel.cache_key
 
 
 def _kind(value: object) -> object:
@@ -141,7 +138,7 @@ def _small(value: Any) -> Any:
     return value
 
 
-def _from_compiler(error: Exception) -> bool:
+def from_compiler(error: Exception) -> bool:
     """Whether Triton could not make a kernel: its own errors, and failed passes."""
     text = str(error)
     return isinstance(error, TritonError) or (

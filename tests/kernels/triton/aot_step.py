@@ -94,6 +94,6 @@ CASES = [
                 "AHEAD": ahead,
             },
         )
-        for rows, groups, ahead in ((1, 1, 0), (256, 2, 0), (256, 1, 1))
+        for rows, groups, ahead in ((32, 1, 0), (256, 2, 0), (256, 1, 1))
     ),
 ]

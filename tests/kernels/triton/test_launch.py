@@ -10,6 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from quire.errors import QuireError
+from quire.kernels.triton import compile_kernels as compiling
 from quire.kernels.triton import launch
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_kernels_of_a_step_are_compiled_once_for_each_kind_of_arguments() -> Non
         launch.launch(kernel, (3,), CPU, x, 32, None, ROWS=16)
         launch.launch(kernel, (0,), CPU, x, 32, None, ROWS=32)
         assert not kernel.compiled
-    launch.compile_kernels(wanted, 2)
+    compiling.compile_kernels(wanted, 2)
     found = {(t.dtype, t.data_ptr() % 16 == 0, size, rows) for t, size, _, rows in kernel.compiled}
     assert found == {
         (torch.float32, True, 32, 8), (torch.float32, True, 1, 8), (torch.float32, False, 64, 8),
@@ -96,7 +97,7 @@ def test_what_cannot_be_compiled_beforehand_waits_for_its_launch() -> None:
             for rows in (8, 16):
                 launch.launch(Noted(error), (1,), CPU, ROWS=rows)
         if error is refused:
-            launch.compile_kernels(wanted, 2)
+            compiling.compile_kernels(wanted, 2)
         else:
             with pytest.raises(RuntimeError, match="another"):
-                launch.compile_kernels(wanted, 2)
+                compiling.compile_kernels(wanted, 2)

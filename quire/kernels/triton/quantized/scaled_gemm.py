@@ -65,7 +65,7 @@ def multiply_e4m3(x, weight, sums, PROMOTE: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "scale_stride"])
 def scaled_gemm_kernel(
     x, x_scales, weight, weight_scales, bias, out, tokens, n, k, weight_stride, scale_stride,
     out_stride,

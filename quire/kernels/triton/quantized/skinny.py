@@ -31,7 +31,7 @@ from quire.kernels.triton.rows import empty_rows, row_stride
 MAX_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def skinny_kernel(
     x, codes, scales, row_scales, zeros, bias, out, tokens, n, k, blocks, x_stride, code_stride,
     scale_stride, scale_size, out_stride,

@@ -14,6 +14,8 @@ _LENGTH = tl.constexpr(int(Scalar.LENGTH))
 _CACHED = tl.constexpr(int(Scalar.CACHED))
 _DRAFTS = tl.constexpr(int(RowFlag.DRAFTS))
 _BEHIND = tl.constexpr(int(RowFlag.BEHIND))
+# Tables of rows that one warp reads at once: for fewer a kernel of its own would save no time.
+LEAST_ROWS = 32
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def prepare_step(state: DeviceState, rows: torch.Tensor, out: StepBuffers, ahead
         MAX_BLOCKS=layout.max_blocks,
         GROUPS=layout.groups,
         SIZES=state.block_sizes is not None,
-        BLOCK_B=triton.next_power_of_2(max(num_rows, 1)),
+        BLOCK_B=triton.next_power_of_2(max(num_rows, LEAST_ROWS)),
         TILE=tile,
         AHEAD=ahead,
         num_warps=4,

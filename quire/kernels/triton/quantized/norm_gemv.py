@@ -132,15 +132,14 @@ def norm_gemv_serves(
 
 def norm_gemv_tiles(tokens: int, k: int) -> tuple[dict[str, int], int]:
     """Rows of a tile (those of gate and up together) and warps, a tile being a whole row wide; and
-    programs on a multiprocessor.
-
-    A thread has 32 values of tokens, and where those are of one token 128 codes in each of two
-    tiles, for which it takes 168 registers, else 128. Estimates until measured with
-    benchmarks/gpu/sweeps.py.
+    programs on a multiprocessor. Up to k = 4096 measured on an H100 with benchmarks/gpu/sweeps.py.
     """
-    warps = min(8, max(1, tokens * triton.next_power_of_2(k) // (32 * 32)))
-    rows = 4 if k <= 4096 else 2
-    return {"ROWS": rows, "num_warps": warps}, (12 if tokens == 1 and rows == 4 else 16) // warps
+    if k > 4096:
+        return {"ROWS": 2, "num_warps": 8}, 2
+    if k > 2048:
+        return {"ROWS": 4 if tokens == 1 else 2, "num_warps": 4}, 3
+    warps = max(1, triton.next_power_of_2(k) // 512)
+    return {"ROWS": 4, "num_warps": warps}, 16 // warps
 
 
 def registers(programs_per_sm: int, warps: int) -> int:

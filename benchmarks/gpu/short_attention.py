@@ -1,6 +1,5 @@
 """Decode attention of few requests with short contexts: the kernel whose programs hand states on
-(decode.py), the one whose programs do not, in tiles of several sizes (decode_short.py), and both
-one after the other, as they are launched where lengths are only known on the device.
+(decode.py), and the one whose programs do not, in tiles of several sizes (decode_short.py).
 
     python -m benchmarks.gpu.short_attention            # all models
     python -m benchmarks.gpu.short_attention Qwen3-8B   # those with this in their name
@@ -15,7 +14,6 @@ import math
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
-from unittest.mock import patch
 
 import torch
 import triton
@@ -25,20 +23,20 @@ from benchmarks.gpu.attention import MODELS, Model, block_tables
 from benchmarks.gpu.harness import Work, command, microseconds
 from benchmarks.gpu.shapes import DEVICE, random
 from quire.kernels.reference.packed import BLOCK
-from quire.kernels.triton.attention import paged_attention as module
 from quire.kernels.triton.attention.decode_short import SHORT_CONTEXT, ShortTile, decode_short
+from quire.kernels.triton.attention.decode_short import TILES as CHOSEN
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 
 # (requests, tokens of each).
 CONTEXTS = [(1, n) for n in (128, 256, 290, 385, 512, 1000, 4000)] + [(2, 290), (4, 290)]
-TILES = [ShortTile()] + [
+TILES = list(CHOSEN) + [
     ShortTile(keys, chunk, warps)
     for chunk in (32, 64, 128)
     for keys, warps in ((32, 4), (64, 4), (64, 8), (128, 8), (64, 16), (128, 16))
-    if (keys, chunk, warps) != astuple(ShortTile()) and keys * chunk // warps <= 1024
+    if (keys, chunk, warps) not in map(astuple, CHOSEN) and keys * chunk // warps <= 1024
 ]
-TABLE = 2560  # blocks of the longest context: it does not say that all are short
+TABLE = 2560  # blocks of the longest context
 COLD = 200_000_000  # bytes of keys and values to rotate over: four times an H200's L2
 
 
@@ -79,7 +77,7 @@ class Layers:
         sms, out = torch.cuda.get_device_properties(DEVICE).multi_processor_count, self.out
         return [partial(launch, _floor_kernel, (sms,), DEVICE, self.length, out)] * 20
 
-    def chosen(self, q: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    def general(self, q: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         return paged_attention(
             q, self.k_cache, self.v_cache, tables, self.start, self.length,
             self.model.head_size**-0.5, None, None, None, decode=True, deterministic=False,
@@ -96,12 +94,8 @@ class Layers:
 
     def handing_on(self) -> tuple[float, torch.Tensor]:
         """Microseconds, and the first layer's result."""
-        with patch.object(module, "serves_short", lambda *_: False):
-            took = microseconds(self._each(self.chosen))
-            return took, self.chosen(self.q[0], self.tables[0]).clone()
-
-    def both(self) -> float:
-        return microseconds(self._each(self.chosen))
+        took = microseconds(self._each(self.general))
+        return took, self.general(self.q[0], self.tables[0]).clone()
 
     def alone(self, tile: ShortTile, expected: torch.Tensor) -> float:
         found = self.short(tile, self.q[0], self.tables[0])
@@ -120,7 +114,6 @@ def table(model: Model) -> None:
     row("floor", [microseconds(case.floor()) for case in cases])
     handing = [case.handing_on() for case in cases]
     row("states handed on", [took for took, _ in handing])
-    row("both kernels", [case.both() for case in cases])
     for tile in TILES:
         keys, chunk, warps = astuple(tile)
         times: list[float | None] = []

@@ -172,7 +172,8 @@ def sweep_small(format: str) -> None:
             (random(1, each.hidden), *route(random(1, each.count), each.slots, True))
             for _ in range(10)
         ]
-        chosen = small_tiles(format, format, each.slots)
+        rows = 2 * each.inner * each.slots
+        chosen = small_tiles(format, format, each.slots, rows, num_sms(DEVICE))
 
         def runs(
             tiles: tuple[SmallTile, SmallTile], gate_up: PackedQuantized = gate_up,

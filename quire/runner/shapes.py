@@ -10,7 +10,7 @@ from typing import NamedTuple
 class Shape(NamedTuple):
     """Tokens and rows of a forward pass with its padding. They are equal where every row has one
     token, and only there: that is how the attention kernels know (TritonKernels.attention).
-    `short`: contexts are, so that one kernel of attention does in the place of two."""
+    `short`: all contexts are, for which attention has a faster kernel."""
 
     tokens: int
     rows: int

@@ -34,8 +34,10 @@ from quire.settings import child_environment
 
 log = logging.getLogger("quire.kernels")
 
-# Fewer kernels take threads less time than a process takes to import torch.
-FEW = 8
+# Fewer kernels take threads less time than a process takes to import torch, or, where it has done
+# so, to be told.
+FEW = 48
+FEW_EARLY = 4
 MOST_WORKERS = 16
 # Early ones are worth a processor while weights are loaded where there are some, and the cache has
 # hardly more than the kernels that load weights.
@@ -86,7 +88,7 @@ def compile_kernels(wanted: Wanted, threads: int, early: Workers | None = None) 
         with _noting_missing() as missing:
             list(pool.map(partial(_load, missing), wanted.values()))
         jobs = [job for _, job in missing.values() if job is not None]
-        if len(jobs) >= FEW:
+        if len(jobs) >= (FEW if early is None else FEW_EARLY):
             count = min(threads, len(jobs) // 4, MOST_WORKERS)
             compile_in_processes(jobs, partial(Workers, count) if early is None else lambda: early)
         list(pool.map(_compile, [compile_one for compile_one, _ in missing.values()]))

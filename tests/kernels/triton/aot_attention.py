@@ -11,7 +11,7 @@ from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
 from quire.kernels.triton.attention.decode_short import (
     SHORT_CONTEXT,
-    ShortTile,
+    TILES,
     decode_short_kernel,
 )
 from quire.kernels.triton.attention.latent_attention import MERGED_AT_ONCE, merged_heads
@@ -102,7 +102,7 @@ def case(
     if kind == "decode":
         constants |= {"ONE_QUERY": decode, "ONE_ROW": one_row, "GROUP_ROWS": power_of_2(group)}
     if kernel is decode_kernel:
-        constants |= {"PIECE": tiles.piece, "SHORT": SHORT_CONTEXT if one_row else 0}
+        constants |= {"PIECE": tiles.piece}
     if kernel is varlen_kernel:
         constants |= {"DETERMINISTIC": deterministic, "REST": 0, "REST_COLUMNS": 1}
     name = f"{kind} {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
@@ -134,7 +134,7 @@ def short(
     only_full: bool = False,
 ) -> Case:
     """The kernel of few short requests as decode_short would launch it."""
-    tile = ShortTile()
+    tile = TILES[extras]
     constants = {
         "Q_STRIDE": heads * d,
         "OUT_STRIDE": heads * d,

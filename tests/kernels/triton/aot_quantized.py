@@ -105,19 +105,19 @@ def _small(tile: SmallTile) -> dict[str, Any]:
     return {"T": T, "ROWS": tile.rows, "PARTS": tile.parts, "BLOCKS": tile.blocks}
 
 
-def gate_up_small(format: str, target: str) -> Case:
+def gate_up_small(format: str, target: str, rows: int) -> Case:
     types, constants = weight(format, target)
-    tile, _ = small_tiles(format, format, 8)
+    tile, _ = small_tiles(format, format, 8, rows, 132)
     constants |= {"SLOTS": 8, "KIND": "swiglu_oai", "LIMIT": 7.0, **_small(tile)}
     return Case(
-        f"gate_up_small {format}", gate_up_small_kernel, types, constants, tile.warps, tile.stages,
+        f"gate_up_small {format} {tile.rows}", gate_up_small_kernel, types, constants, tile.warps, tile.stages,
         ALIGNED, (target,),
     )  # fmt: skip
 
 
 def down_small(format: str, target: str) -> Case:
     types, constants = weight(format, target)
-    _, tile = small_tiles(format, format, 6)
+    _, tile = small_tiles(format, format, 6, 0, 132)
     constants |= {"SLOTS": 6, **_small(tile)}
     return Case(
         f"down_small {format}", down_small_kernel, types, constants, tile.warps, tile.stages,
@@ -293,7 +293,7 @@ def everywhere(target: str) -> list[Case]:
         skinny(8, 6144, "fp8", target),
         gemm(2048, "nvfp4", target),
         gemm(2048, "fp8_block", target),
-        gate_up_small("mxfp4", target),
+        gate_up_small("mxfp4", target, 24576),  # DeepSeek V4 Flash
         down_small("int4", target),
         grouped(128 * 16, "nvfp4", target, "silu"),
         widening("nvfp4", target),
@@ -346,7 +346,7 @@ CASES = [
     packing(True),
     packing(False),
     *(widening(format, "sm_90") for format in ("mxfp4", "int4", "int8")),
-    gate_up_small("nvfp4", "sm_90"),
+    gate_up_small("nvfp4", "sm_90", 12288),  # Qwen3-30B-A3B
     down_small("nvfp4", "sm_90"),
     down_small("fp8_block", "sm_90"),
     grouped(128 * 128, "nvfp4", "sm_90", "silu"),

@@ -13,7 +13,15 @@ import torch
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention import decode_short as module
 from quire.kernels.triton.attention import paged_attention as public
-from quire.kernels.triton.attention.decode_short import ShortTile, decode_short, serves_short
+from quire.kernels.triton.attention.decode import decode_kernel
+from quire.kernels.triton.attention.decode_short import (
+    SHORT_CONTEXT,
+    TILES,
+    ShortTile,
+    decode_short,
+    decode_short_kernel,
+    serves_short,
+)
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.launch import launch, num_sms
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
@@ -104,11 +112,11 @@ def check(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_short_requests_equal_the_reference(shape: Shape, device: torch.device) -> None:
     requests = Requests(shape, CONTEXTS, device)
     step = requests.step()
-    check(requests.short(step, ShortTile()), requests.expected(step))
+    check(requests.short(step, TILES[0]), requests.expected(step))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("tile", [ShortTile(128, 64, 16), ShortTile(32, 32, 4), ShortTile(64, 128)])
+@pytest.mark.parametrize("tile", [TILES[1], ShortTile(32, 32, 4), ShortTile(64, 128, 8)])
 @pytest.mark.parametrize("shape", [EXTRAS, Shape(2, 1, 128)], ids=str)
 def test_tiles_of_other_sizes_equal_the_reference(
     shape: Shape, tile: ShortTile, device: torch.device
@@ -118,40 +126,17 @@ def test_tiles_of_other_sizes_equal_the_reference(
     check(requests.short(step, tile), requests.expected(step))
 
 
-def test_rows_that_see_more_are_left_as_they_are(device: torch.device) -> None:
-    requests = Requests(PLAIN, [20, 513, 512], device)
+def test_a_window_makes_contexts_of_any_length_short(device: torch.device) -> None:
+    requests = Requests(replace(PLAIN, window=512), [20, 513, 1100], device)
     step = requests.step()
-    found = requests.short(step, ShortTile())
-    assert found.isnan().all(1).tolist() == [False, True, False]
-    # What a window hides is not seen.
-    requests.shape = replace(PLAIN, window=512)
-    check(requests.short(step, ShortTile()), requests.expected(step))
+    check(requests.short(step, TILES[0]), requests.expected(step))
 
 
-@pytest.mark.parametrize("window", [None, 100, 600])
-def test_both_kernels_together_serve_requests_of_all_lengths(
-    window: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("columns", "window"), [(32, None), (34, None), (34, 300)])
+def test_it_serves_where_tables_or_windows_say_that_all_are_short(
+    columns: int, window: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "num_sms", lambda device: 10**6)
-    shape = replace(PLAIN, window=window)
-    requests = Requests(shape, [512, 700, 30, 513, 1100], device)
-    q, *others = step = requests.step()
-    assert serves_short(q, requests.caches[0], len(requests.contexts))
-    scratch = scratch_of(shape, device)
-    for _ in range(2):  # the second finds scratch as the first left it
-        out = requests.nowhere(*q.shape)
-        paged_attention(
-            q, *requests.caches, *others, shape.d**-0.5, window, None, None, decode=True,
-            deterministic=False, scratch=scratch, out=out,
-        )  # fmt: skip
-        check(out, requests.expected(step))
-        assert not scratch.arrived.any()
-
-
-def test_where_tables_say_that_all_are_short_one_kernel_gives_the_same_bits(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = Requests(PLAIN, [290, 512], device)
+    requests = Requests(replace(PLAIN, window=window), [290, 512], device)
     q, tables, *others = step = requests.step()
     launched = []
 
@@ -161,17 +146,13 @@ def test_where_tables_say_that_all_are_short_one_kernel_gives_the_same_bits(
 
     monkeypatch.setattr(module, "launch", watched)
     monkeypatch.setattr(public, "launch", watched)
-    found = []
-    for columns, kernels in ((34, 2), (32, 1)):
-        launched.clear()
-        out = paged_attention(
-            q, *requests.caches, tables[:, :columns], *others, PLAIN.d**-0.5, None, None, None,
-            decode=True, deterministic=False, scratch=scratch_of(PLAIN, device),
-        )  # fmt: skip
-        assert len(launched) == kernels
-        found.append(out)
-    assert torch.equal(*found)
-    check(found[0], requests.expected(step))
+    found = paged_attention(
+        q, *requests.caches, tables[:, :columns], *others, PLAIN.d**-0.5, window, None, None,
+        decode=True, deterministic=False, scratch=scratch_of(PLAIN, device),
+    )  # fmt: skip
+    short = columns == 32 or window is not None
+    assert launched == [decode_short_kernel if short else decode_kernel]
+    check(found, requests.expected(step))
 
 
 @pytest.mark.parametrize("window", [None, 32])
@@ -179,7 +160,7 @@ def test_padding_gets_something_finite(window: int | None, device: torch.device)
     requests = Requests(replace(PLAIN, window=window), [40, 5], device)
     q, tables, start, context_len = requests.step()
     context_len = torch.tensor([0, 5], dtype=torch.int32, device=device)
-    found = requests.short((q, torch.zeros_like(tables), start, context_len), ShortTile())
+    found = requests.short((q, torch.zeros_like(tables), start, context_len), TILES[0])
     assert found[0].isfinite().all()
 
 
@@ -188,9 +169,11 @@ def test_it_serves_16_bits_and_as_many_programs_as_there_are_multiprocessors(
 ) -> None:
     requests = Requests(Shape(2, 1, 80), [20], device)
     q, cache = requests.step()[0], requests.caches[0]
-    most = num_sms(device) // 4  # two heads, two chunks of columns
-    assert serves_short(q, cache, most)
-    assert not serves_short(q, cache, most + 1)
-    assert not serves_short(q.float(), cache, 1)
-    assert not serves_short(requests.nowhere(1, 161)[:, 1:], cache, 1)  # halves of words
-    assert not serves_short(q, cache.view(torch.uint8), 1)
+    most, longest = num_sms(device) // 4, SHORT_CONTEXT  # two heads, two chunks of columns
+    assert serves_short(q, cache, most, longest)
+    assert not serves_short(q, cache, most + 1, longest)
+    assert not serves_short(q, cache, most, longest + 1)
+    assert not serves_short(q.float(), cache, 1, longest)
+    odd = requests.nowhere(1, 161)[:, 1:]  # halves of words
+    assert not serves_short(odd, cache, 1, longest)
+    assert not serves_short(q, cache.view(torch.uint8), 1, longest)

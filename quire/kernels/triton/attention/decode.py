@@ -100,7 +100,6 @@ def decode_kernel(
     GROUP_ROWS: tl.constexpr,
     D_COLUMNS: tl.constexpr,
     SEARCH: tl.constexpr,
-    SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
@@ -108,7 +107,7 @@ def decode_kernel(
     program = tl.program_id(0)
     run, unit, end, row, row_unit = run_of(
         program, tl.num_programs(0), rows, context_len_ptr, query_start_ptr,
-        KV_HEADS, ONE_QUERY, ONE_ROW, WINDOW, PIECE, SEARCH, SHORT,
+        KV_HEADS, ONE_QUERY, ONE_ROW, WINDOW, PIECE, SEARCH,
     )  # fmt: skip
     d = tl.arange(0, D_COLUMNS)
     member = tl.arange(0, TILE_ROWS)
@@ -119,7 +118,7 @@ def decode_kernel(
     while unit < end:
         row, row_unit, head, head_unit, pieces, skipped, length = head_of(
             unit, row, row_unit, rows, context_len_ptr, query_start_ptr,
-            KV_HEADS, ONE_QUERY, WINDOW, PIECE, SHORT,
+            KV_HEADS, ONE_QUERY, WINDOW, PIECE,
         )  # fmt: skip
         begin, stop = unit - head_unit, tl.minimum(end - head_unit, pieces)
         shared = (begin > 0) | (stop < pieces)

@@ -4,9 +4,9 @@ What one short request waits for in decode.py is not its keys and values, which 
 the states that programs hand on, which takes 3. Here a program has one query head and CHUNK columns
 of its values. It scores all keys, as the other programs of its head do, and needs none of them. So
 the keys of a KV head are read for each of its query heads and chunks, from L2 but for the first
-time: for long contexts that would take more than it saves. Where steps are submitted it is known
-whether all contexts are short (Shapes.short_context); then this kernel is launched alone. Else both
-are, and each leaves the other's requests alone.
+time: for long contexts that would take more than it saves. So this kernel is for block tables, or
+windows, that have room for no more than SHORT_CONTEXT tokens: steps whose contexts are all short
+get such tables, and a graph of their own (Shapes.short_context).
 
 Products are float32's own: an MMA would want more queries for a key than there are, and keys by way
 of shared memory. A thread has some columns of some keys of every tile, and for each of these places
@@ -17,6 +17,9 @@ of a KV head begin with different tiles, so that all of its keys are on their wa
 Keys and values are words of two columns from memory to arithmetic: as numbers of 16 bits they would
 be taken apart, each in a register of its own, as soon as they are there, which a program would wait
 for before it asks for the next tile.
+
+On an H100, one layer in a chain of them, contexts of 290 tokens: 4.7 us for one request and 5.4 for
+two, where states that are handed on take 7.4 and 8.5 (benchmarks/gpu/short_attention.py).
 """
 
 from __future__ import annotations
@@ -42,9 +45,13 @@ class ShortTile:
     then each thread reads the block numbers that it needs, where it would get them through shared
     memory otherwise. `chunk`: columns, a power of two."""
 
-    keys: int = 64
-    chunk: int = 64
-    warps: int = 8
+    keys: int
+    chunk: int
+    warps: int
+
+
+# The first for which there is a multiprocessor for each program.
+TILES = (ShortTile(128, 32, 8), ShortTile(128, 64, 8))
 
 
 @triton.jit
@@ -173,8 +180,6 @@ def decode_short_kernel(
     following = turn ^ 2
     next_a = _blocks(table_ptr, number, following, blocks, BLOCK)
     next_b = _blocks(table_ptr, number, following + 1, blocks, BLOCK)
-    if left > SHORT:
-        return  # decode.py's
 
     # A block's heads begin BLOCK * D // 2 words apart, its tokens D // 2.
     inner = (head // GROUP * BLOCK + (oldest + key) % BLOCK)[:, None] * (D // 2) + column[None, :]
@@ -219,19 +224,25 @@ def decode_short_kernel(
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
+def _programs(rows: int, heads: int, head_size: int, tile: ShortTile) -> int:
+    return rows * heads * -(-head_size // tile.chunk)
+
+
 def short_rows(heads: int, dtype: torch.dtype, k_cache: torch.Tensor) -> int:
     """For how many requests with queries in `dtype` decode_short is: of caches in the same 16 bits,
     and so few that each program has a multiprocessor."""
     head_size = k_cache.shape[3]
     if dtype.itemsize != 2 or k_cache.dtype != dtype or head_size % 2:
         return 0
-    return num_sms(k_cache.device) // (heads * -(-head_size // ShortTile.chunk))
+    return num_sms(k_cache.device) // _programs(1, heads, head_size, TILES[-1])
 
 
-def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int) -> bool:
-    """Whether decode_short is for these queries of `rows` requests; they are read two by two."""
+def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int, longest: int) -> bool:
+    """Whether decode_short is for these queries of `rows` requests, which see `longest` tokens at
+    most; they are read two by two."""
     whole_words = row_stride(q, "q") % 2 == q.storage_offset() % 2 == 0
-    return whole_words and rows <= short_rows(q.shape[1] // k_cache.shape[3], q.dtype, k_cache)
+    few = rows <= short_rows(q.shape[1] // k_cache.shape[3], q.dtype, k_cache)
+    return longest <= SHORT_CONTEXT and whole_words and few
 
 
 def decode_short(
@@ -246,17 +257,19 @@ def decode_short(
     softcap: bool,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
-    tile: ShortTile = ShortTile(),
+    tile: ShortTile | None = None,
 ) -> None:
-    """paged_attention's `decode` in 16 bits, for requests of which a query sees at most
-    SHORT_CONTEXT tokens; rows of others are left as they are. Logits in log2 units are
-    dot * factor, or tanh(dot * inner_scale) * factor with `softcap`. Rows of block_tables are read
-    beyond the context."""
+    """paged_attention's `decode` where serves_short says so. Logits in log2 units are dot * factor,
+    or tanh(dot * inner_scale) * factor with `softcap`. Rows of block_tables are read beyond the
+    context. `tile`: another than the first that has multiprocessors enough."""
     rows, columns = block_tables.shape
     _, kv_heads, block, head_size = k_cache.shape
     heads = q.shape[1] // head_size
+    sms = num_sms(q.device)
+    fits = (t for t in TILES if _programs(rows, heads, head_size, t) <= sms)
+    tile = tile or next(fits, TILES[-1])
     launch(
-        decode_short_kernel, (rows * heads * -(-head_size // tile.chunk),), q.device,
+        decode_short_kernel, (_programs(rows, heads, head_size, tile),), q.device,
         q, k_cache, v_cache, block_tables, context_len, context_len if sinks is None else sinks,
         out, block_tables.stride(0), columns, factor, inner_scale,
         Q_STRIDE=row_stride(q, "q"), OUT_STRIDE=row_stride(out, "out"),

@@ -18,18 +18,15 @@ from quire.kernels.triton.attention.tile import normalised
 @triton.jit
 def pieces_of(
     row, mask, context_len_ptr, query_start_ptr,
-    ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr, SHORT: tl.constexpr = 0,
+    ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """(pieces of keys that requests `row` see, the first of them, tokens of their context). None:
-    not for this kernel, as where they see SHORT tokens or fewer."""
+    not for this kernel."""
     length = tl.load(context_len_ptr + row, mask=mask, other=0)
     if not ONE_QUERY:
         first = tl.load(query_start_ptr + row, mask=mask, other=0)
         queries = tl.load(query_start_ptr + row + 1, mask=mask, other=0) - first
         length = tl.where(queries == 1, length, 0)
-    if SHORT:
-        seen = tl.minimum(length, WINDOW) if WINDOW else length
-        length = tl.where(seen > SHORT, length, 0)
     # Without a window, nothing: of the shape of length all the same.
     skipped = tl.maximum(length - WINDOW, 0) // PIECE if WINDOW else length * 0
     return tl.cdiv(length, PIECE) - skipped, skipped, length
@@ -39,28 +36,21 @@ def pieces_of(
 def run_of(
     program, programs, rows, context_len_ptr, query_start_ptr,
     KV_HEADS: tl.constexpr, ONE_QUERY: tl.constexpr, ONE_ROW: tl.constexpr, WINDOW: tl.constexpr,
-    PIECE: tl.constexpr, SEARCH: tl.constexpr, SHORT: tl.constexpr = 0,
+    PIECE: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the line: (units of every run, the first unit of this one, its end, the
     request that it starts in, that one's first unit)."""
     total, longest = 0, 0
     if ONE_ROW:  # nothing to search, and one request waits for every step of this
         longest, _, _ = pieces_of(
-            0, rows > 0, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE, SHORT
+            0, rows > 0, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
         )
         total = longest * KV_HEADS
     else:
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
             pieces, _, _ = pieces_of(
-                index,
-                index < rows,
-                context_len_ptr,
-                query_start_ptr,
-                ONE_QUERY,
-                WINDOW,
-                PIECE,
-                SHORT,
+                index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
             )
             total += tl.sum(pieces, 0) * KV_HEADS
             longest = tl.maximum(longest, tl.max(pieces, 0))
@@ -77,14 +67,7 @@ def run_of(
         for first_row in range(0, rows, SEARCH):
             index = first_row + tl.arange(0, SEARCH)
             pieces, _, _ = pieces_of(
-                index,
-                index < rows,
-                context_len_ptr,
-                query_start_ptr,
-                ONE_QUERY,
-                WINDOW,
-                PIECE,
-                SHORT,
+                index, index < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
             )
             units = pieces * KV_HEADS
             before = passed + tl.cumsum(units, 0) <= unit
@@ -98,19 +81,18 @@ def run_of(
 def head_of(
     unit, row, row_unit, rows, context_len_ptr, query_start_ptr,
     KV_HEADS: tl.constexpr, ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PIECE: tl.constexpr,
-    SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Where a unit lies, looked for from `row` on, whose first unit is `row_unit`: (its request,
     that one's first unit, its KV head, that one's first unit, pieces of the head, the first of
     them, tokens of the request's context)."""
     pieces, skipped, length = pieces_of(
-        row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE, SHORT
+        row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
     )
     while unit - row_unit >= pieces * KV_HEADS:
         row_unit += pieces * KV_HEADS
         row += 1
         pieces, skipped, length = pieces_of(
-            row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE, SHORT
+            row, row < rows, context_len_ptr, query_start_ptr, ONE_QUERY, WINDOW, PIECE
         )
     head = (unit - row_unit) // pieces
     return row, row_unit, head, row_unit + head * pieces, pieces, skipped, length

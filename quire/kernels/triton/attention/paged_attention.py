@@ -10,11 +10,7 @@ import torch
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
-from quire.kernels.triton.attention.decode_short import (
-    SHORT_CONTEXT,
-    decode_short,
-    serves_short,
-)
+from quire.kernels.triton.attention.decode_short import decode_short, serves_short
 from quire.kernels.triton.attention.scratch import Scratch, decode_programs
 from quire.kernels.triton.attention.tiles import (
     columns,
@@ -91,17 +87,13 @@ def paged_attention(
     # Logits in log2 units are dot * factor, or tanh(dot * inner_scale) * factor.
     factor = (scale if softcap is None else softcap) * log2_e
     inner_scale = 1.0 if softcap is None else scale / softcap
-    # Where tables do not say that all are short, lengths do, on the device: each kernel leaves the
-    # other's requests alone.
-    short = decode and not deterministic and serves_short(q, k_cache, rows)
-    if short:
+    longest = min(block_tables.shape[1] * block, window or block_tables.shape[1] * block)
+    if decode and not deterministic and serves_short(q, k_cache, rows, longest):
         decode_short(
             q, k_cache, v_cache, block_tables, context_len, factor, inner_scale, window,
             softcap is not None, sinks, out,
         )  # fmt: skip
-        longest = block_tables.shape[1] * block
-        if min(longest, window or longest) <= SHORT_CONTEXT:
-            return out
+        return out
     shared: dict[str, Any] = {
         "Q_STRIDE": row_stride(q, "q"),
         "OUT_STRIDE": row_stride(out, "out"),
@@ -143,7 +135,7 @@ def paged_attention(
         programs = max(1, min(programs, capacity // 2))
         launch(
             decode_kernel, (programs,), device, *tensors, *handed, factor, inner_scale,
-            PIECE=tiles.piece, SHORT=SHORT_CONTEXT if short else 0, **walk,
+            PIECE=tiles.piece, **walk,
         )  # fmt: skip
     if decode:
         return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from quire.kernels.triton.gemm.epilogue import activate, weight_rows
-from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
 from quire.kernels.triton.quantized.gemv import aligned, down_gemv, gemv, gemv_serves
 from quire.kernels.triton.quantized.operands import check_experts, format_of, instructions
 from quire.kernels.triton.quantized.pack import PackedQuantized
@@ -142,14 +142,17 @@ def down_small_kernel(
     tl.store(out + token * n + first + tl.arange(0, ROWS), y.to(out.dtype.element_ty), mask=inside)
 
 
-def small_tiles(gate_up: str, down: str, slots: int) -> tuple[SmallTile, SmallTile]:
-    """For weights of these formats. Estimates until measured with benchmarks/gpu/quantized.py."""
+def small_tiles(
+    gate_up: str, down: str, slots: int, rows: int, sms: int
+) -> tuple[SmallTile, SmallTile]:
+    """For weights of these formats, with so many rows of gate and up in all pairs together.
+    Those of nvfp4 and mxfp4 measured on an H100 with benchmarks/gpu/sweeps.py, else estimates."""
     parts = max(2, triton.next_power_of_2(slots))
     stages = 3 if parts <= 8 else 2
-    return (
-        SmallTile(16, 4, _blocks(gate_up), 4, 3),
-        SmallTile(16, parts, _blocks(down), min(16, parts), stages),
-    )
+    first = SmallTile(16, 4, _blocks(gate_up), 4, 3)
+    if gate_up in ("nvfp4", "mxfp4") and rows >= 32 * 4 * sms:
+        first = SmallTile(32, 2, 2, 2, 3)
+    return first, SmallTile(16, parts, _blocks(down), min(16, parts), stages)
 
 
 def _blocks(format: str) -> int:
@@ -199,7 +202,9 @@ def experts_small(
         down_gemv(h, weights, ids, down, down_bias, out)
         return out
     has = instructions(x.device)
-    first, second = tiles or small_tiles(gate_up.format, down.format, slots)
+    first, second = tiles or small_tiles(
+        gate_up.format, down.format, slots, 2 * intermediate * t * slots, num_sms(x.device)
+    )
     launch(
         gate_up_small_kernel,
         (t * slots, triton.cdiv(intermediate, first.rows // 2)),

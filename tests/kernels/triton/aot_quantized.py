@@ -110,8 +110,8 @@ def gate_up_small(format: str, target: str, rows: int) -> Case:
     tile, _ = small_tiles(format, format, 8, rows, 132)
     constants |= {"SLOTS": 8, "KIND": "swiglu_oai", "LIMIT": 7.0, **_small(tile)}
     return Case(
-        f"gate_up_small {format} {tile.rows}", gate_up_small_kernel, types, constants, tile.warps, tile.stages,
-        ALIGNED, (target,),
+        f"gate_up_small {format} {tile.rows}", gate_up_small_kernel, types, constants, tile.warps,
+        tile.stages, ALIGNED, (target,),
     )  # fmt: skip
 
 

@@ -35,8 +35,13 @@ def measure_tiers(options: Options, gpu: bool) -> list[TierFacts]:
 
 
 def _measure(spec: TierSpec, gpu: bool) -> TierFacts:
+    if spec.kind == "dram" and gpu:
+        try:
+            return TierFacts(*link_rates())
+        except RuntimeError:
+            return TierFacts()  # a GPU without a few MiB: the plan will say what is missing
     if spec.kind == "dram":
-        return TierFacts(*link_rates()) if gpu else TierFacts(read=memory_rate())
+        return TierFacts(read=memory_rate())
     if spec.kind == "fs":
         path = Path(spec.path).absolute()
         there = next(each for each in (path, *path.parents) if each.is_dir())

@@ -125,7 +125,7 @@ def ends(keys: Iterable[Key]) -> list[Key]:
     kinds: dict[Hashable, list[Key]] = {}
     for key in keys:
         if isinstance(key, Shape):
-            kinds.setdefault(key.tokens == key.rows, []).append(key)
+            kinds.setdefault((key.tokens == key.rows, key.short), []).append(key)
         elif isinstance(key, Sampling):
             kinds.setdefault(key[1:], []).append(key)
     return [key for alike in kinds.values() for key in dict.fromkeys((alike[0], alike[-1]))]

@@ -62,3 +62,8 @@ def test_ends_are_the_first_and_the_last_of_each_kind() -> None:
         Sampling(1, "plain", False), Sampling(8, "full", False), Sampling(8, "greedy", True),
         Sampling(8, "full", True),
     }  # fmt: skip
+
+
+def test_steps_of_short_contexts_take_nothing_from_the_ends_of_others() -> None:
+    found = ends(replace(SHAPES, short_rows=2, short_context=512).planned())
+    assert {Shape(8, 8), Shape(1, 1), Shape(2, 2, True), Shape(1, 1, True)} <= set(found)

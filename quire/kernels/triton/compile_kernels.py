@@ -45,10 +45,13 @@ FEW_THREADS = 4
 FEW_CACHED = 32
 END_SECONDS = 5
 WORKER = (sys.executable, "-P", "-m", "quire.kernels.triton.compile_worker")
+# No process can be started: no descriptors, no folder to be in, a program without python beside it.
+NO_WORKERS = (OSError, TypeError, ValueError)
 
 # A kernel that the cache lacks: what compiles it here, and what has a process do it.
 Missing = dict[object, tuple[Callable[[], object], bytes | None]]
 _warming = threading.local()
+_hook = threading.Lock()  # Triton has one, for all engines of a process
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def early_workers(threads: int) -> Iterator[Workers | None]:
         return
     try:
         workers = Workers(min(threads, MOST_WORKERS))
-    except OSError:  # said when the kernels are compiled, if that is no better then
+    except NO_WORKERS:  # said when the kernels are compiled, if that is no better then
         yield None
     else:
         try:
@@ -85,7 +88,7 @@ def compile_kernels(wanted: Wanted, threads: int, early: Workers | None = None) 
     if torch.cuda.is_available():
         bind = partial(torch.cuda.set_device, torch.cuda.current_device())
     with ThreadPoolExecutor(threads, initializer=bind) as pool:
-        with _noting_missing() as missing:
+        with _hook, _noting_missing() as missing:
             list(pool.map(partial(_load, missing), wanted.values()))
         jobs = [job for _, job in missing.values() if job is not None]
         if len(jobs) >= (FEW if early is None else FEW_EARLY):
@@ -106,7 +109,7 @@ def compile_in_processes(jobs: Iterable[bytes], start: Callable[[], Workers]) ->
             except BaseException:
                 workers.kill()  # so that no thread waits for an answer
                 raise
-    except OSError as error:  # no process can be started
+    except NO_WORKERS as error:
         failed += [str(error)] * len(left)
         left.clear()
     undone = len(failed) + len(left)
@@ -117,19 +120,24 @@ def compile_in_processes(jobs: Iterable[bytes], start: Callable[[], Workers]) ->
 
 class Workers:
     """Processes of compile_worker, with a pair of `pipes` for each: its jobs, its answers. Raises
-    OSError where none can be started."""
+    NO_WORKERS where none can be started."""
 
     def __init__(self, count: int, command: Sequence[str] = WORKER):
-        theirs, self.pipes = list[tuple[int, int]](), list[tuple[BinaryIO, BinaryIO]]()
-        for _ in range(count):
-            (their_jobs, jobs), (answers, their_answers) = os.pipe(), os.pipe()
-            theirs.append((their_jobs, their_answers))
-            self.pipes.append((os.fdopen(jobs, "wb", buffering=0), os.fdopen(answers, "rb")))
-        path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same modules as here
+        theirs, self.pipes = list[int](), list[tuple[BinaryIO, BinaryIO]]()
         try:
+            for _ in range(count):
+                their_jobs, jobs = os.pipe()
+                theirs.append(their_jobs)
+                ours = os.fdopen(jobs, "wb", buffering=0)
+                self.pipes.append((ours, ours))  # closed, whatever fails now
+                answers, their_answers = os.pipe()
+                theirs.append(their_answers)
+                self.pipes[-1] = ours, os.fdopen(answers, "rb")
+            path = os.pathsep.join(map(os.path.abspath, sys.path))  # the same modules as here
+            pairs = zip(theirs[::2], theirs[1::2], strict=True)
             self._process = subprocess.Popen(
-                [*command, *(f"{jobs}:{answers}" for jobs, answers in theirs)],
-                pass_fds=list(chain(*theirs)),
+                [*command, *(f"{jobs}:{answers}" for jobs, answers in pairs)],
+                pass_fds=theirs,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # what is wrong with a kernel is said by its launch
@@ -142,7 +150,7 @@ class Workers:
             self.close()
             raise
         finally:
-            for end in chain(*theirs):
+            for end in theirs:
                 os.close(end)
 
     def __enter__(self) -> Workers:

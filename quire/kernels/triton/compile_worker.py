@@ -30,6 +30,9 @@ from quire.kernels.triton.launch import settle_key
 ROOM = "quire.kernels.triton."
 # What one kernel may take; the largest need some seconds.
 SECONDS = 60
+# What a process waits for a kernel at most: a pipe can outlive who should write to it, in another
+# child of that one.
+IDLE_SECONDS = 1800
 
 
 def described(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +106,11 @@ def answer(line: bytes) -> dict[str, str]:
 
 def work(jobs: int, answers: int) -> None:
     with open(jobs, "rb") as lines, open(answers, "wb", buffering=0) as out:
+        signal.alarm(IDLE_SECONDS)  # ends the process, also where nobody is left to do so
         for line in iter(lines.readline, b""):
-            signal.alarm(SECONDS)  # ends the process, also where nobody is left to do so
+            signal.alarm(SECONDS)
             out.write(json.dumps(answer(line)).encode() + b"\n")
-            signal.alarm(0)
+            signal.alarm(IDLE_SECONDS)
 
 
 def main(pairs: list[str]) -> None:

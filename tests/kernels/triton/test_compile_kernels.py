@@ -90,6 +90,26 @@ def test_without_processes_there_is_only_a_warning(caplog: pytest.LogCaptureFixt
     assert "2 of 2 kernels compiled without processes: [Errno 2]" in caplog.text
 
 
+@pytest.mark.parametrize("wrong", [[b"bytes"], [None]])
+def test_a_start_that_fails_leaves_no_descriptors(
+    wrong: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(sys, "path", wrong)
+    with pytest.raises(compiling.NO_WORKERS):
+        Workers(3)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_idle_process_ends_at_last(started: list[subprocess.Popen[bytes]]) -> None:
+    idle = OBEYING.replace(
+        "compile_worker.main", "compile_worker.IDLE_SECONDS = 1; compile_worker.main"
+    )
+    held = workers(2, idle)()
+    assert held._process.wait(30) == 0
+    held.close()
+
+
 def test_an_interrupted_start_leaves_no_process(
     started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

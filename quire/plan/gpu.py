@@ -242,12 +242,13 @@ def graph_sizes(
     """Rows of captured decode steps, and tokens of other captured steps; both ascending.
 
     Few enough to be captured in seconds, close enough that padding costs little. `verifying`: the
-    other steps are also those of few requests with drafts, not only prompts.
+    other steps are also those of few requests with drafts, not only prompts, and tokens of padding
+    read experts of their own.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4097, 32)]
     most = min(sequences, tokens)
     decode = [n for n in sizes if n < most] + [most]
-    steps = [4, 8] if verifying else []
+    steps = [2, 3, 4, 6, 8] if verifying else []
     steps += [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, LARGEST_MIXED_GRAPH]
     return tuple(decode), tuple(n for n in steps if n <= tokens)
 

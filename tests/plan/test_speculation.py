@@ -58,7 +58,7 @@ def test_the_gpus_memory_for_rows_of_logits_and_graphs_of_verifying_steps_is_pla
     assert made.max_sampled == 20
     assert made.decode_graphs == (1, 2, 4, 8, 16, 20), "a draft is a row of its own"
     assert without.decode_graphs == (1, 2, 4)
-    assert made.mixed_graphs == (4, 8, *without.mixed_graphs), "one request and its drafts"
+    assert made.mixed_graphs == (2, 3, 4, 6, 8, *without.mixed_graphs), "one request and its drafts"
     more = Scratch.nbytes(20, 151936) - Scratch.nbytes(4, 151936)
     # 16 rows more have a block table of 40,960 tokens and a block, and three numbers.
     more += 16 * (4 * (2560 + 1) + 2 * 4 + 8)

@@ -15,25 +15,22 @@ from quire.kernels.reference.quantized.weights import (
 from quire.kernels.triton.quantized.pack import pack
 from tests.kernels.triton.quantized_inputs import quantized, quantized_experts, unpacked_codes
 
-CPU = torch.device("cpu")
-
-
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 288), (130, 256)])
-def test_codes_come_back_in_order(format: str, n: int, k: int) -> None:
-    weight = quantized(format, n, k, CPU, 1, group=32)
+def test_codes_come_back_in_order(format: str, n: int, k: int, device: torch.device) -> None:
+    weight = quantized(format, n, k, device, 1, group=32)
     if format == "nvfp4":  # whose codes under a scale of zero are cleared
         weight.scales.copy_(weight.scales.float() + 1)
     codes = unpack_codes(weight.codes) if format in FOUR_BITS else weight.codes.view(torch.uint8)
     assert torch.equal(unpacked_codes(pack(weight)), codes)
 
 
-def test_every_nvfp4_scale_keeps_its_value() -> None:
+def test_every_nvfp4_scale_keeps_its_value(device: torch.device) -> None:
     # 127 scales, all of e4m3 that are not negative nor NaN, and one more zero for a whole block.
-    scales = torch.arange(128, dtype=torch.uint8).clamp(max=126).view(torch.float8_e4m3fn)
-    weight = QuantizedWeight(
-        "nvfp4", torch.full((1, 1024), 0x22, dtype=torch.uint8), scales[None], torch.ones(1)
-    )
+    numbers = torch.arange(128, dtype=torch.uint8, device=device).clamp(max=126)
+    scales = numbers.view(torch.float8_e4m3fn)
+    codes = torch.full((1, 1024), 0x22, dtype=torch.uint8, device=device)
+    weight = QuantizedWeight("nvfp4", codes, scales[None], torch.ones(1, device=device))
     packed = pack(weight)
     assert packed.scales is not None and packed.row_scales is not None
     bytes_ = packed.scales.t().contiguous().view(torch.uint8).int()
@@ -46,8 +43,8 @@ def test_every_nvfp4_scale_keeps_its_value() -> None:
     assert packed.row_scales.tolist() == [128.0]
 
 
-def test_experts_are_packed_one_by_one() -> None:
-    weight = quantized_experts("nvfp4", 3, 8, 96, CPU, 1)
+def test_experts_are_packed_one_by_one(device: torch.device) -> None:
+    weight = quantized_experts("nvfp4", 3, 8, 96, device, 1)
     packed = pack(weight)
     for expert in range(3):
         alone = pack(weight[expert])
@@ -72,7 +69,7 @@ def test_values_by_hand() -> None:
 
 
 def test_what_no_kernel_serves_is_refused() -> None:
-    weight = quantized("nvfp4", 4, 64, CPU, 1)
+    weight = quantized("nvfp4", 4, 64, torch.device("cpu"), 1)
     scales = weight.scales.float()
     scales[1, 2] = torch.nan
     bad = QuantizedWeight("nvfp4", weight.codes, scales.to(torch.float8_e4m3fn), weight.row_scales)

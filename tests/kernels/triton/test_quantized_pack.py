@@ -15,6 +15,7 @@ from quire.kernels.reference.quantized.weights import (
 from quire.kernels.triton.quantized.pack import pack
 from tests.kernels.triton.quantized_inputs import quantized, quantized_experts, unpacked_codes
 
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (3, 288), (130, 256)])
 def test_codes_come_back_in_order(format: str, n: int, k: int, device: torch.device) -> None:

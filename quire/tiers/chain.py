@@ -278,7 +278,7 @@ class Chain:
         for level in self.levels:
             tier, stats = level.threads.tier, level.stats
             stats.capacity_bytes, stats.used_bytes = tier.capacity, tier.used
-            stats.evictions, stats.state = tier.evictions, level.state()
+            stats.pages, stats.evictions, stats.state = tier.count, tier.evictions, level.state()
         return [dram, *(level.stats for level in self.levels)]
 
     def close(self, seconds: float) -> None:

@@ -61,5 +61,9 @@ class ColdTier(Protocol):
         """Bytes kept, as far as is known here."""
 
     @property
+    def count(self) -> int:
+        """Pages kept, of all models, as far as is known here."""
+
+    @property
     def evictions(self) -> int:
         """Pages deleted for room."""

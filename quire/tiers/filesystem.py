@@ -61,6 +61,10 @@ class FileTier:
         return self._used
 
     @property
+    def count(self) -> int:
+        return len(self._index)
+
+    @property
     def evictions(self) -> int:
         return self._evictions
 

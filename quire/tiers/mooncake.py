@@ -84,7 +84,7 @@ class MooncakeTier:
     """
 
     name = "mooncake"
-    capacity, used, evictions = 0, 0, 0  # the store's own business
+    capacity, used, count, evictions = 0, 0, 0, 0  # the store's own business
     hands_on = False
     evicted: Evicted | None = None
 

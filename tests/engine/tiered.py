@@ -109,6 +109,10 @@ class FlakyTier:
     def used(self) -> int:
         return sum(map(len, list(self.pages.values())))
 
+    @property
+    def count(self) -> int:
+        return len(self.pages)
+
     def _stumble(self) -> None:
         if self.delay:
             time.sleep(self.delay)

@@ -80,7 +80,7 @@ def test_a_page_comes_back_here_and_in_another_process(tier: FileTier, tmp_path:
     for each in (tier, other):
         assert each.present([identity(i) for i in (1, 2, 3)]) == {identity(1), identity(2)}
         assert load(each, 1) == page(1) and load(each, 2) == page(2)
-    assert tier.used == 2 * FILE
+    assert tier.used == 2 * FILE and tier.count == 2
     other.close()
 
 
@@ -240,7 +240,7 @@ def test_a_fault_while_writing_leaves_nothing_behind(
     assert caught.value.errno == number
     fault.on = False
     assert [path.suffix for path in (tmp_path / "kv" / "writers").iterdir()] == [".lock"]
-    assert tier.used == 0
+    assert tier.used == 0 and tier.count == 0
     assert tier.store(identity(1), page(1))
     assert load(tier, 1) == page(1)
 

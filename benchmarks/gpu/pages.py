@@ -18,29 +18,12 @@ from benchmarks.gpu.harness import command
 from benchmarks.gpu.shapes import DEVICE
 from quire.runner.device_pages import DevicePages
 from quire.step import Copies
+from quire.tiers.probe import link_rates
 from quire.tiers.slab import HostSlab
 
 LAYERS, KV_HEADS, HEAD_SIZE, BLOCK = 36, 8, 128, 16
 SLOTS, ORDERS = 1024, 8
-MEASURED_BYTES = 2**29
 REPEATS = 5
-
-
-def plain(store: bool) -> float:
-    """Bytes a second of large copies."""
-    host = torch.zeros(MEASURED_BYTES, dtype=torch.uint8, pin_memory=True)
-    device = torch.zeros_like(host, device=DEVICE)
-    best = 0.0
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        if store:
-            host.copy_(device, non_blocking=True)
-        else:
-            device.copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
-        best = max(best, MEASURED_BYTES / (time.perf_counter() - begun))
-    return best
 
 
 class Pages:
@@ -79,7 +62,7 @@ class Pages:
 
 def main() -> None:
     command(__doc__)
-    to_host, to_device = plain(store=True), plain(store=False)
+    to_device, to_host = link_rates(DevicePages.order_bytes)
     pages = Pages()
     print(f"one copy: {to_host / 1e9:.1f} GB/s to the host, {to_device / 1e9:.1f} to the device")
     print(f"{'slots':<10}{'to the host':>18}{'to the device':>18}{'both at once':>16}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -199,57 +200,49 @@ def assemble(
     Raises PlanError where the device has less memory than planned.
     """
     set_threads(plan.threads)
+    with _compilers(plan) as compilers:
+        build = Build(
+            _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
+            dtype=DTYPES.get(plan.dtype),
+            widened=DTYPES[declared_dtype(files.config())],
+            max_len=plan.max_model_len,
+            device=device,
+            moe_routing=options.engine.moe_routing,
+            kv_dtype=plan.kv_dtype,
+            kv_scales=kv_cache_scales(source),
+        )
+        say("loading weights", 0.0)
+        with explained(plan, "weights were loaded"), torch.inference_mode():
+            model = build_model(files.config(), build)
+            mtp = build_mtp(files.config(), model, build) if options.engine.mtp else None
+            load_weights(build, source, lambda done: say("loading weights", done))
+            source.close()
+            draft = _load_draft_model(options, build)
+        say("allocating the KV cache", 0.0)
+        info = engine_info(options, files, plan)
+        tiers = open_tiers(options, plan)
+        with explained(plan, "the KV cache and the requests' state were allocated"):
+            more = [] if draft is None else draft[1].caches
+            allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
+            allocate_states(build, plan.max_num_seqs)
+            runner = _make_runner(plan, found, build, model, draft, mtp, info, compilers)
+        scheduler = make_scheduler(options, plan, info, tiers.key)
+        tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
+        core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
+        if plan.device != "cpu":
+            say("compiling kernels", 0.0)
+            with explained(plan, "the largest step was computed for the first time"):
+                runner.warm()  # most kernels are there then, and memory has sufficed
+        return Engine(core, plan, info, files, build)
+
+
+def _compilers(plan: Plan) -> AbstractContextManager[Workers | None]:
+    """Processes that may compile a GPU's kernels, while the model is made."""
     if plan.device == "cpu":
-        return _assemble(options, files, plan, source, found, device, say)
+        return nullcontext()
     from quire.kernels.triton.compile_kernels import early_workers
 
-    with early_workers(plan.threads) as compilers:
-        return _assemble(options, files, plan, source, found, device, say, compilers)
-
-
-def _assemble(
-    options: Options,
-    files: ModelFiles,
-    plan: Plan,
-    source: WeightSource,
-    found: KernelFacts,
-    device: torch.device,
-    say: Progress,
-    compilers: Workers | None = None,
-) -> Engine:
-    build = Build(
-        _gpu_kernels(plan, device) if plan.device != "cpu" else _cpu_kernels(plan, found),
-        dtype=DTYPES.get(plan.dtype),
-        widened=DTYPES[declared_dtype(files.config())],
-        max_len=plan.max_model_len,
-        device=device,
-        moe_routing=options.engine.moe_routing,
-        kv_dtype=plan.kv_dtype,
-        kv_scales=kv_cache_scales(source),
-    )
-    say("loading weights", 0.0)
-    with explained(plan, "weights were loaded"), torch.inference_mode():
-        model = build_model(files.config(), build)
-        mtp = build_mtp(files.config(), model, build) if options.engine.mtp else None
-        load_weights(build, source, lambda done: say("loading weights", done))
-        source.close()
-        draft = _load_draft_model(options, build)
-    say("allocating the KV cache", 0.0)
-    info = engine_info(options, files, plan)
-    tiers = open_tiers(options, plan)
-    with explained(plan, "the KV cache and the requests' state were allocated"):
-        more = [] if draft is None else draft[1].caches
-        allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
-        allocate_states(build, plan.max_num_seqs)
-        runner = _make_runner(plan, found, build, model, draft, mtp, info, compilers)
-    scheduler = make_scheduler(options, plan, info, tiers.key)
-    tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
-    core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
-    if plan.device != "cpu":
-        say("compiling kernels", 0.0)
-        with explained(plan, "the largest step was computed for the first time"):
-            runner.warm()  # most kernels are there then, and memory has sufficed
-    return Engine(core, plan, info, files, build)
+    return early_workers(plan.threads)
 
 
 def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | None:

@@ -27,12 +27,12 @@ def memory_rate() -> float:
     return PROBE_BYTES / best
 
 
-def link_rates() -> tuple[float, float]:
-    """Bytes a second that the GPU copies from this machine's pinned memory, and to it. Needs
-    one that torch sees."""
+def link_rates(size: int = PROBE_BYTES) -> tuple[float, float]:
+    """Bytes a second that the GPU copies from this machine's pinned memory, and to it, `size` at a
+    time. Needs one that torch sees."""
     import torch
 
-    host = torch.zeros(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros_like(host, device="cuda")
 
     def rate(source: torch.Tensor, target: torch.Tensor) -> float:
@@ -44,7 +44,7 @@ def link_rates() -> tuple[float, float]:
             end.record()
             end.synchronize()
             best = min(best, begin.elapsed_time(end) / 1e3)
-        return PROBE_BYTES / best
+        return size / best
 
     return rate(host, device), rate(device, host)
 

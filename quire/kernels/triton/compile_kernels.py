@@ -103,15 +103,17 @@ def compile_in_processes(jobs: Iterable[bytes], start: Callable[[], Workers]) ->
     left, failed = deque(jobs), list[str]()
     total = len(left)
     try:
-        with start() as workers, ThreadPoolExecutor(len(workers.pipes)) as pool:
+        workers = start()
+    except NO_WORKERS as error:
+        failed += [str(error)] * total
+        left.clear()
+    else:
+        with workers, ThreadPoolExecutor(len(workers.pipes)) as pool:
             try:
                 list(pool.map(partial(_hand_out, left, failed), workers.pipes))
             except BaseException:
                 workers.kill()  # so that no thread waits for an answer
                 raise
-    except NO_WORKERS as error:
-        failed += [str(error)] * len(left)
-        left.clear()
     undone = len(failed) + len(left)
     if undone:
         log.warning("%d of %d kernels compiled without processes: %s", undone, total, failed[0])

@@ -4,6 +4,7 @@ block tables point elsewhere past each context."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,20 @@ from quire.kernels.reference.attention.fp8_cache import (
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 SPARE = 3  # blocks that nobody owns; the first is the null block
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of queries and caches, `cache` being the queries' dtype where it is None."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    cache: torch.dtype | None = None
 
 
 class PagedRequests:

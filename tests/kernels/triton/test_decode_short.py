@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,19 +24,7 @@ from quire.kernels.triton.attention.decode_short import (
 )
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.launch import launch, num_sms
-from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
-
-
-@dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    d: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
+from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests, Shape
 
 PLAIN = Shape(3, 1, 16)
 EXTRAS = Shape(1, 1, 80, window=70, softcap=3.0, sinks=True)

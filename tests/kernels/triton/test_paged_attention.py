@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,20 +11,7 @@ import torch
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
-from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
-
-
-@dataclass(frozen=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    d: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    cache: torch.dtype | None = None
-
+from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests, Shape
 
 PLAIN, ONE_HEAD = Shape(4, 2, 16), Shape(2, 1, 16)
 EXTRAS = Shape(3, 1, 24, window=70, softcap=3.0, sinks=True)

@@ -59,10 +59,9 @@ def paged_attention(
 
     Requests with context_len 0 or no queries, and rows of q beyond query_start[B], are padding:
     their rows of the result are left as they are or get something finite. Blocks that no query sees
-    are not read. `decode`: request b's one query is q[b], and T = B;
-    query_start is not read then. `deterministic`: a row's bits depend on nothing but its query, its
-    keys and values and the GPU (tile.py says why). `scratch` serves one call at a time. q and `out`
-    have contiguous rows.
+    are not read. `decode`: request b's one query is q[b], and T = B; query_start is not read then.
+    `deterministic`: a row's bits depend on nothing but its query, its keys and values and the GPU
+    (tile.py says why). `scratch` serves one call at a time. q and `out` have contiguous rows.
 
     Raises ValueError for shapes or options that do not fit, and a scratch for fewer requests.
     """
@@ -87,8 +86,8 @@ def paged_attention(
     # Logits in log2 units are dot * factor, or tanh(dot * inner_scale) * factor.
     factor = (scale if softcap is None else softcap) * log2_e
     inner_scale = 1.0 if softcap is None else scale / softcap
-    longest = min(block_tables.shape[1] * block, window or block_tables.shape[1] * block)
-    if decode and not deterministic and serves_short(q, k_cache, rows, longest):
+    room = block_tables.shape[1] * block
+    if decode and not deterministic and serves_short(q, k_cache, rows, min(room, window or room)):
         decode_short(
             q, k_cache, v_cache, block_tables, context_len, factor, inner_scale, window,
             softcap is not None, sinks, out,
@@ -120,7 +119,7 @@ def paged_attention(
 
     tiles = decode_tiles(*sizes, cached=k_cache.dtype.itemsize)
     capacity = scratch.capacity(group, head_size)
-    pieces = rows * kv_heads * -(-block_tables.shape[1] * block // tiles.piece)
+    pieces = rows * kv_heads * -(-room // tiles.piece)
     programs = min(decode_programs(tiles, device), pieces)
     one_row = decode and rows == 1
     walk: dict[str, Any] = {"ONE_QUERY": decode, "ONE_ROW": one_row, "TILE": tiles.keys}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ def _event(on_gpu: bool) -> Any:
 
 def _runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _unpin(addresses: list[int], slab: HostSlab) -> None:
+    """`slab` owns what lies at the addresses, and lives until this has run."""
+    for address in addresses:
+        _runtime().cudaHostUnregister(address)
 
 
 def slot_runs(slots: npt.NDArray[np.int64], chunk: int) -> Iterator[tuple[int, int, int]]:
@@ -96,6 +103,10 @@ class DevicePages:
         self._free = [self._flight(device) for _ in range(self.most_orders)]
         self._flying: list[deque[Flight]] = [deque(), deque()]  # by direction
         self._pinned: list[int] = []
+        # Memory that goes while it is pinned poisons whatever is mapped at its addresses next, so
+        # it goes after it was unpinned, whether anybody calls `close` or not.
+        self._unpin = weakref.finalize(self, _unpin, self._pinned, slab)
+        self._unpin.atexit = False
         self._closing = threading.Event()
         for pages in self._pools:  # compiles the kernels; the null block belongs to nobody
             for store in (True, False):
@@ -190,6 +201,4 @@ class DevicePages:
             self._pinning.join()
             for stream in self._streams:
                 stream.synchronize()
-            for address in self._pinned:
-                _runtime().cudaHostUnregister(address)
-            self._pinned.clear()
+            self._unpin()

@@ -23,6 +23,7 @@ def test_it_measures_each_way_back_conversations_and_steady_load(
     # A model this small may well compute faster than its pages come.
     assert row["sources"]["device"] == {"device": 48}
     assert set(row["sources"]["dram"]) <= {"dram"} and set(row["sources"]["below"]) <= {"fs"}
+    assert row["sources"]["loaded"] == {"fs": 48}
     talk = record["results"]["conversations"]
     assert set(talk["off"]["cached_tokens"]) <= {"device"} and talk["order"] == "random"
     for name in ("off", "lru", "arc"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from pathlib import Path
@@ -225,3 +226,23 @@ def test_copies_reach_four_fifths_of_the_links_bandwidth() -> None:
         print(f"{'store' if store else 'load'} {rate:.1f} GB/s of {ceiling:.1f} GB/s")
         assert number < 2 or rate > 0.8 * ceiling
     pages.close()
+
+
+@pytest.mark.gpu
+def test_memory_is_unpinned_before_it_goes_even_where_nobody_closes() -> None:
+    """What stays pinned makes the next pages that are mapped at its addresses useless."""
+    if DEVICE.type != "cuda":
+        pytest.skip("nothing is pinned")
+    pools = random_pools(DEVICE)
+    for _ in range(20):
+        slab = HostSlab(page_bytes(pools), [4096, 4096], pinned=True)
+        pages = DevicePages(pools, slab)
+        while slab.usable != [4096, 4096]:
+            time.sleep(0.001)
+        assert (pinned := pages._pinned)
+        pages._pinning.join()  # whose thread holds the pages
+        unpinned = pages._unpin
+        del pages, slab
+        gc.collect()
+        assert not unpinned.alive and pinned
+        torch.zeros(2**20, pin_memory=True)

@@ -71,7 +71,7 @@ def unpacked_codes(packed: PackedQuantized) -> torch.Tensor:
     if packed.codes.dtype == torch.uint8:
         return packed.codes[:, : packed.k]
     words = packed.codes.view(packed.n, -1, 16)
-    found = torch.zeros(packed.n, words.shape[1], 4, 16, 2, dtype=torch.uint8)
+    found = torch.zeros(packed.n, words.shape[1], 4, 16, 2, dtype=torch.uint8, device=words.device)
     # A place from 16 on is in the other half.
     places = [(15, 8, 7, 14), (9, 2, 1, 0), (13, 6, 5, 4), (19, 12, 11, 10)]
     for d, place in enumerate(places):

@@ -9,6 +9,7 @@ submitted before this one's are known.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -335,6 +336,8 @@ class DeviceRunner:
         processors for it, else of some. Those of a model that drafts wait for their launch."""
         keys = [key for key in self._wanted if isinstance(key, Shape | Sampling)]
         with wanted_kernels() as wanted:
+            self._send([(0, array("i", [0]))])
+            count_tokens(self.state, self._slots([-1]))
             for key in keys if self._threads >= 8 else ends(keys):
                 self._compute(key)()
         compile_kernels(wanted, self._threads, self._compilers)

@@ -252,7 +252,7 @@ def _noting_missing() -> Iterator[Missing]:
         triton.knobs.runtime.jit_cache_hook = before
 
 
-def _load(missing: Missing, compile_one: Callable[[], object]) -> None:
+def _load(missing: Missing, compile_one: Callable[[], Any]) -> None:
     _warming.now = compile_one
     try:
         _compile(compile_one)
@@ -262,9 +262,13 @@ def _load(missing: Missing, compile_one: Callable[[], object]) -> None:
         _warming.now = None
 
 
-def _compile(compile_one: Callable[[], object]) -> None:
+def _compile(compile_one: Callable[[], Any]) -> None:
+    """Compile a kernel, or take it from Triton's cache, and load it. What launches it is made here
+    as well: Triton 3.6 has a C compiler make that, a tenth of a second for each signature."""
     try:
-        compile_one()
+        compiled = compile_one()
+        if compiled is not None:  # else a hook has skipped it
+            _ = compiled.run
     except Exception as error:
         if not from_compiler(error):
             raise

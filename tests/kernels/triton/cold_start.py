@@ -3,8 +3,8 @@
     python -m tests.kernels.triton.cold_start cuda 90 32
 
 Prints for a start with Triton's cache as it is, and for one after it: which kernels processes were
-given, how many of these they compiled, which this process compiled and which it loaded. In a process
-of its own, since that of the tests has chosen Triton's interpreter.
+given, how many of these they compiled, which this process compiled and which it loaded. In a
+process of its own, since that of the tests has chosen Triton's interpreter.
 """
 
 from __future__ import annotations

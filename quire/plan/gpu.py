@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -121,42 +121,8 @@ def place(
     _choose_kernels(deterministic, found, choices)
     choose_latent_form(build, choices)
     _choose_quantized(build, formats, deterministic, gpu, choices)
-    config = read_config(hf)
-    tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
-    sequences = engine.max_num_seqs or (MAX_STATEFUL_SEQS if build.states else MAX_NUM_SEQS)
-    itemsize = DTYPES[dtype].itemsize
-    longest = options.model.max_model_len or config.max_len
-    groups = count_groups(build.caches)
-    sampled = sampled_rows(engine, sequences, tokens)
-    verifying = engine.speculation is not None
-    decode, mixed = graph_sizes(tokens, sampled, verifying) if runner == "graph" else ((), ())
-    widest = 0 if deterministic else widened_bytes(build, formats)
-    drafting = sum_weights(build, formats, own)
-    mtp = engine.speculation if engine.mtp else None
-    # The module reads in one graph for each size of mixed steps, and guesses in two for each number
-    # of rows, which hold as many passes as there are drafts.
-    passes = 0 if mtp is None else len(mixed) + 2 * len(decode) * mtp.num_speculative_tokens
-    parts = {
-        "weights": sum_weights(build, formats) - drafting,
-        **({} if mtp is None else {"MTP module": drafting}),
-        "activations": widest
-        + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize)
-        + build.scratch,
-        "graphs": widest
-        + memory.gpu_activation_bytes(config, build.width, max(mixed, default=0), sampled, itemsize)
-        + GRAPH_BYTES * (3 * len(decode) + len(mixed) + passes)
-        if runner == "graph"
-        else 0,
-        "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
-        + StepBuffers.nbytes(sampled, tokens, groups, most_blocks(longest))
-        + SamplingScratch.nbytes(sampled, config.vocab_size)
-        + memory.state_bytes(build, sequences)
-        # What is handed from the forward pass to sampling.
-        + (build.output or config.hidden) * tokens * itemsize
-        + (0 if mtp is None else _mtp_bytes(mtp, config, build, sequences, tokens, itemsize))
-        + (0 if mtp is None else drafter_buffers(sequences, tokens, groups, longest)),
-        "context and libraries": RESERVE_BYTES,
-    }
+    steps = _choose_steps(options, build, deterministic, runner)
+    parts = _memory_parts(options, read_config(hf), build, own, formats, dtype, steps)
     # What other programs hold, and this process's own context, is not ours to give out.
     limit = int(gpu.memory_bytes * engine.gpu_memory_utilization)
     limit = min(limit, gpu.available_bytes)
@@ -171,8 +137,8 @@ def place(
         runner=runner,
         deterministic=deterministic,
         async_scheduling=engine.async_scheduling is not False,
-        max_num_seqs=sequences,
-        max_num_batched_tokens=tokens,
+        max_num_seqs=steps.sequences,
+        max_num_batched_tokens=steps.tokens,
         build=build,
         weight_bytes=parts["weights"],
         activation_bytes=parts["activations"],
@@ -181,7 +147,7 @@ def place(
         reserve_bytes=RESERVE_BYTES,
         room=remaining(limit, f"the memory of {gpu.name}", parts, SMALLER),
         fill=True,
-        max_sampled=sampled,
+        max_sampled=steps.sampled,
         weight_parts=weight_parts(
             build.weights[:own],
             formats,
@@ -189,11 +155,81 @@ def place(
                 multiplied_in_e4m3(formats(name), gpu, deterministic) and name in model.e4m3_tokens
             ),
         ),
-        decode_graphs=decode,
-        mixed_graphs=mixed,
-        ahead=0 if mtp is None else mtp.ahead,
-        draft_bytes=drafting,
+        decode_graphs=steps.decode_graphs,
+        mixed_graphs=steps.mixed_graphs,
+        ahead=engine.speculation.ahead if engine.speculation and engine.mtp else 0,
+        draft_bytes=parts.get("MTP module", 0),
     )
+
+
+class Steps(NamedTuple):
+    """What the largest step has, and what is captured: rows of decode steps, tokens of others."""
+
+    tokens: int
+    sequences: int
+    sampled: int
+    decode_graphs: tuple[int, ...]
+    mixed_graphs: tuple[int, ...]
+    deterministic: bool
+
+
+def _choose_steps(options: Options, build: Build, deterministic: bool, runner: str) -> Steps:
+    engine = options.engine
+    tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    sequences = engine.max_num_seqs or (MAX_STATEFUL_SEQS if build.states else MAX_NUM_SEQS)
+    sampled = sampled_rows(engine, sequences, tokens)
+    graphs: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+    if runner == "graph":
+        graphs = graph_sizes(tokens, sampled, verifying=engine.speculation is not None)
+    return Steps(tokens, sequences, sampled, *graphs, deterministic)
+
+
+def _memory_parts(
+    options: Options,
+    config: ModelConfig,
+    build: Build,
+    own: int,
+    formats: Callable[[str], str],
+    dtype: str,
+    steps: Steps,
+) -> dict[str, int]:
+    """Bytes by what takes them, KV cache apart. The first `own` weights of `build` are the
+    model's, what follows is the MTP module's."""
+    tokens, sequences, sampled, decode, mixed, deterministic = steps
+    itemsize = DTYPES[dtype].itemsize
+    longest = options.model.max_model_len or config.max_len
+    groups = count_groups(build.caches)
+    widest = 0 if deterministic else widened_bytes(build, formats)
+    drafting = sum_weights(build, formats, own)
+
+    def activations(tokens: int) -> int:
+        return widest + memory.gpu_activation_bytes(config, build.width, tokens, sampled, itemsize)
+
+    parts = {
+        "weights": sum_weights(build, formats) - drafting,
+        "activations": activations(tokens) + build.scratch,
+        "graphs": 0,
+        "request state": DeviceState.nbytes(sequences, longest, config.vocab_size, groups)
+        + StepBuffers.nbytes(sampled, tokens, groups, most_blocks(longest))
+        + SamplingScratch.nbytes(sampled, config.vocab_size)
+        + memory.state_bytes(build, sequences)
+        # What is handed from the forward pass to sampling.
+        + (build.output or config.hidden) * tokens * itemsize,
+        "context and libraries": RESERVE_BYTES,
+    }
+    captured = 3 * len(decode) + len(mixed)
+    if options.engine.mtp:
+        asked = options.engine.speculation
+        assert asked is not None
+        # The module reads in one graph for each size of mixed steps, and guesses in two for each
+        # number of rows, which hold as many passes as there are drafts.
+        captured += len(mixed) + 2 * len(decode) * asked.num_speculative_tokens
+        parts["MTP module"] = drafting
+        parts["request state"] += _mtp_bytes(asked, config, build, sequences, tokens, itemsize)
+        parts["request state"] += drafter_buffers(sequences, tokens, groups, longest)
+    if decode:
+        parts["graphs"] = activations(max(mixed, default=0)) + GRAPH_BYTES * captured
+    return parts
 
 
 def _build(

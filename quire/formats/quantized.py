@@ -175,6 +175,8 @@ def concatenate_rows(parts: Sequence[QuantTensor]) -> QuantTensor:
     ValueError if they differ, or if one of fp8_block ends within a block and another follows.
     """
     first = parts[0]
+    if len(parts) == 1:
+        return first
     for part in parts[1:]:
         _check_alike(first, part)
     if first.format == "fp8_block":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from quire.kernels.reference.packed import (
 )
 from quire.kernels.reference.quantized.weights import QuantizedWeight
 from quire.kernels.triton.quantized.pack import PackedQuantized, pack, quantized_nbytes
+
+TOGETHER = 16  # experts whose codes are packed at a time
 
 
 class DenseWeights:
@@ -68,21 +71,43 @@ class DenseWeights:
     def stack(
         self, count: int, parts: Iterable[PackedWeight | PackedQuantized]
     ) -> torch.Tensor | PackedQuantized:
-        """`count` weights that `pack` gave as experts have them, [count, N, K]: each is put in its
-        place before the next is asked for."""
+        """`count` weights that `pack` gave as experts have them, [count, N, K], or some at a time:
+        each is put in its place before the next is asked for."""
         stacked: torch.Tensor | PackedQuantized | None = None
-        for place, part in enumerate(parts):
+        place = 0
+        for part in parts:
+            size = 1
             if isinstance(part, PackedQuantized):
                 stacked = part.stack(count) if stacked is None else stacked
                 assert isinstance(stacked, PackedQuantized)
                 stacked.put(place, part)
+                size = part.experts or 1
             else:
                 if stacked is None:
                     stacked = part.data.new_empty(count, part.n, part.k)
                 assert isinstance(stacked, torch.Tensor)
                 stacked[place] = part.data
+            place += size
         assert stacked is not None
         return stacked
+
+    def pack_experts(
+        self, count: int, matrices: Iterable[torch.Tensor | GgufWeight | QuantTensor]
+    ) -> torch.Tensor | PackedQuantized:
+        """`pack` and `stack` of `count` matrices. Codes are packed some at a time: to launch what
+        packs one expert takes longer than the packing."""
+        left = iter(matrices)
+        return self.stack(count, self._packed(iter(lambda: list(islice(left, TOGETHER)), [])))
+
+    def _packed(
+        self, batches: Iterable[Sequence[torch.Tensor | GgufWeight | QuantTensor]]
+    ) -> Iterator[PackedWeight | PackedQuantized]:
+        for batch in batches:
+            codes = [matrix for matrix in batch if isinstance(matrix, QuantTensor)]
+            if len(codes) == len(batch) and len({_kind(matrix) for matrix in codes}) == 1:
+                yield pack(_together(codes))
+            else:
+                yield from map(self.pack, batch)
 
     @staticmethod
     def cache_page(kv_heads: int, head_size: int, fp8: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -97,6 +122,27 @@ class DenseWeights:
             return quantized_nbytes(format, n, k)
         check_format(format, n, k)
         return n * k * self.dtype.itemsize
+
+
+def _kind(matrix: QuantTensor) -> tuple[Any, ...]:
+    """What matrices that are packed together have in common."""
+    parts = (matrix.codes, matrix.scales, matrix.row_scales, matrix.zeros)
+    return matrix.format, *(None if p is None else (p.dtype, p.shape) for p in parts)
+
+
+def _together(matrices: Sequence[QuantTensor]) -> QuantizedWeight:
+    """Of one kind, as one weight [E, N, K]."""
+
+    def stack(name: str) -> Any:
+        parts = [getattr(matrix, name) for matrix in matrices]
+        if parts[0] is None:
+            return None
+        bytes_ = parts[0].dtype.itemsize == 1  # eight-bit floats go by these
+        kind = torch.uint8 if bytes_ else parts[0].dtype
+        return torch.stack([part.view(kind) for part in parts]).view(parts[0].dtype)
+
+    names = ("codes", "scales", "row_scales", "zeros")
+    return QuantizedWeight(matrices[0].format, *map(stack, names))
 
 
 def pack_codes(weight: QuantTensor) -> PackedQuantized:

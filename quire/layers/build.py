@@ -56,12 +56,13 @@ class CpuKernels(Kernels, Protocol):
 
 
 class DenseKernels(Protocol):
-    """What dense kernels have besides: all experts of a layer at once, stacked from what `pack`
-    gives for each, products of each head or group of columns with a weight of its own, products
+    """What dense kernels have besides: what `pack` gives in one stack, all experts of a layer at
+    once, products of each head or group of columns with a weight of its own, products
     that begin with the addition and norm before them, and gated ones whose results are stored as
     the next product takes them."""
 
     stack: Callable[..., Any]
+    pack_experts: Callable[..., Any]
     experts: Callable[..., torch.Tensor]
     head_linear: Callable[..., torch.Tensor]
     grouped_linear: Callable[..., torch.Tensor]

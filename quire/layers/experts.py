@@ -176,15 +176,15 @@ class StackedExperts:
             merged = merge([read(expert, gate_name), read(expert, up_name)])
             if len(merged) > 1:
                 raise ValueError(f"gate and up of {self.names[expert]} are stored differently")
-            return self.build.kernels.pack(merged[0][0])
+            return merged[0][0]
 
         def down(expert: int) -> Any:
-            return self.build.kernels.pack(read(expert, down_name))
+            return read(expert, down_name)
 
         try:
-            gate_ups = self.kernels.stack(len(experts), map(gate_up, experts))
+            gate_ups = self.kernels.pack_experts(len(experts), map(gate_up, experts))
             self.gate_up_EIH = _with_activation(gate_ups, activations[False])
-            downs = self.kernels.stack(len(experts), map(down, experts))
+            downs = self.kernels.pack_experts(len(experts), map(down, experts))
             self.down_EHI = _with_activation(downs, activations[True])
         except ValueError as error:
             raise part_mismatch(self.names[0], str(error)) from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quire.formats.quantized import QuantTensor
+from quire.kernels.dense import TOGETHER, DenseWeights
 from quire.kernels.reference.quantized.weights import (
     FORMATS,
     FOUR_BITS,
@@ -12,8 +14,13 @@ from quire.kernels.reference.quantized.weights import (
     dequantize,
     unpack_codes,
 )
-from quire.kernels.triton.quantized.pack import pack
+from quire.kernels.triton.quantized.pack import PackedQuantized, pack
 from tests.kernels.triton.quantized_inputs import quantized, quantized_experts, unpacked_codes
+
+
+def as_tensor(weight: QuantizedWeight) -> QuantTensor:
+    parts = weight.codes, weight.scales, weight.row_scales, weight.zeros
+    return QuantTensor(weight.format, (weight.n, weight.k), *parts)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -52,6 +59,33 @@ def test_experts_are_packed_one_by_one(device: torch.device) -> None:
         assert alone.scales is not None and packed.scales is not None
         assert torch.equal(alone.codes, packed.codes[expert])
         assert torch.equal(alone.scales, packed.scales[expert])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_packed_some_at_a_time_are_those_packed_alone(
+    format: str, device: torch.device
+) -> None:
+    kernels = DenseWeights(torch.bfloat16, device)
+    count = 2 * TOGETHER + 3
+    some = quantized_experts(format, count, 128, 96, device, 1, group=32)
+    matrices = [as_tensor(some[expert]) for expert in range(count)]
+    packed = kernels.pack_experts(count, iter(matrices))
+    alone = kernels.stack(count, map(kernels.pack, matrices))
+    assert isinstance(packed, PackedQuantized) and isinstance(alone, PackedQuantized)
+    assert packed.experts == count and (packed.n, packed.k) == (128, 96)
+    for name in ("codes", "scales", "row_scales", "zeros"):
+        found, wanted = getattr(packed, name), getattr(alone, name)
+        assert (found is None) == (wanted is None)
+        assert found is None or torch.equal(found, wanted)
+
+
+def test_experts_that_differ_are_refused_wherever_they_meet(device: torch.device) -> None:
+    kernels = DenseWeights(torch.bfloat16, device)
+    for other in (quantized("nvfp4", 16, 64, device, 1), quantized("int8", 8, 64, device, 1, 32)):
+        for place in (1, TOGETHER, TOGETHER + 1):
+            matrices = [as_tensor(quantized("nvfp4", 8, 64, device, 1)) for _ in range(place)]
+            with pytest.raises(ValueError, match="other experts|others do not"):
+                kernels.pack_experts(place + 1, iter([*matrices, as_tensor(other)]))
 
 
 def test_values_by_hand() -> None:

@@ -71,10 +71,11 @@ class PackedQuantized:
         return sum(part.nbytes for part in self._parts.values() if part is not None)
 
     def stack(self, count: int) -> PackedQuantized:
-        """Room for `count` weights like this one, as experts have them. How activations are wanted
-        does not come with it: who stacks them says so for all."""
+        """Room for `count` weights like this one, or like each of these, as experts have them. How
+        activations are wanted does not come with it: who stacks them says so for all."""
+        single = 0 if self.experts is None else 1
         room: dict[str, Any] = {
-            name: None if part is None else part.new_empty((count, *part.shape))
+            name: None if part is None else part.new_empty((count, *part.shape[single:]))
             for name, part in self._parts.items()
         }
         return replace(self, **room, activation="none", input_scale=None)
@@ -86,16 +87,18 @@ class PackedQuantized:
         }
         return replace(self, **parts)
 
-    def put(self, place: int, one: PackedQuantized) -> None:
-        """Write one weight into a stack. ValueError where it is not like the others."""
-        for name, part in one._parts.items():
+    def put(self, place: int, some: PackedQuantized) -> None:
+        """Write a weight into a stack, or several from that place on. ValueError where they are
+        not like the others."""
+        for name, part in some._parts.items():
             into = self._parts[name]
             if (part is None) != (into is None):
                 raise ValueError(f"{name}: some experts have them, others do not")
             if part is not None and into is not None:
-                if part.dtype != into.dtype or part.shape != into.shape[1:]:
+                part = part[None] if some.experts is None else part
+                if part.dtype != into.dtype or part.shape[1:] != into.shape[1:]:
                     raise ValueError(f"{name}: other shapes or dtypes than other experts'")
-                into[place] = part
+                into[place : place + len(part)] = part
 
     @property
     def _parts(self) -> dict[str, torch.Tensor | None]:
@@ -121,13 +124,17 @@ def quantized_nbytes(name: str, n: int, k: int) -> int:
 
 
 def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> torch.Tensor:
-    """Padded and reordered codes; where `zero` [N, K / 16] says so, a group's codes become 0."""
+    """Padded and reordered codes; where `zero` [.., N, K / 16] says so, a group's become 0."""
     if format in FOUR_BITS:
         # Here, since plans count bytes with this file where there is no Triton.
         from quire.kernels.triton.quantized.words import pack_words
 
-        return pack_words(codes, zero, floats=format != "int4")
-    missing = -codes.shape[1] % COLUMNS
+        rows = codes.flatten(0, -2)
+        words = pack_words(
+            rows, None if zero is None else zero.flatten(0, -2), floats=format != "int4"
+        )
+        return words.view(*codes.shape[:-1], -1)
+    missing = -codes.shape[-1] % COLUMNS
     return torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
 
 
@@ -142,13 +149,12 @@ def _nvfp4_scale(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _by_block(bytes_: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [N, groups] as words of a block's `count` bytes, [blocks, N]."""
-    rows, groups = bytes_.shape
-    padded = torch.nn.functional.pad(bytes_, (0, -groups % count))
-    return padded.contiguous().view(dtype).view(rows, -1).t().contiguous()
+    """uint8 [.., N, groups] as words of a block's `count` bytes, [.., blocks, N]."""
+    padded = torch.nn.functional.pad(bytes_, (0, -bytes_.shape[-1] % count))
+    return padded.contiguous().view(dtype).mT.contiguous()
 
 
-def _pack_one(weight: QuantizedWeight) -> PackedQuantized:
+def _pack(weight: QuantizedWeight) -> PackedQuantized:
     format, codes, scales, n, k = weight.format, weight.codes, weight.scales, weight.n, weight.k
     zero = row_scales = zeros = None
     group = weight.group
@@ -162,20 +168,20 @@ def _pack_one(weight: QuantizedWeight) -> PackedQuantized:
         if bool((scales == 255).any()):
             raise ValueError("scales of mxfp4: 255 is NaN")
         packed = _by_block(scales.clamp(max=MXFP4_MOST), 4, torch.int32)
-        row_scales = torch.full((n,), MXFP4_FACTOR, device=codes.device)
+        row_scales = torch.full(codes.shape[:-1], MXFP4_FACTOR, device=codes.device)
     elif format == "fp8":
         packed, row_scales = None, scales.clone()
     elif format == "fp8_block":
-        packed = scales.t().contiguous()
+        packed = scales.mT.contiguous()
     else:
         missing, padded = 0, -(-k // COLUMNS) * COLUMNS
-        if scales.shape[1] == 1:
+        if scales.shape[-1] == 1:
             group = padded
         elif group < COLUMNS:
-            missing = padded // group - scales.shape[1]
-        packed = torch.nn.functional.pad(scales, (0, missing)).t().contiguous()
+            missing = padded // group - scales.shape[-1]
+        packed = torch.nn.functional.pad(scales, (0, missing)).mT.contiguous()
         if weight.zeros is not None:
-            zeros = torch.nn.functional.pad(weight.zeros, (0, missing)).t().contiguous()
+            zeros = torch.nn.functional.pad(weight.zeros, (0, missing)).mT.contiguous()
     if codes.dtype == torch.float8_e4m3fn:
         codes = codes.view(torch.uint8)
     return PackedQuantized(
@@ -196,18 +202,4 @@ def pack(weight: QuantizedWeight) -> PackedQuantized:
         group in (32, 64) or group % COLUMNS == 0 or group == k
     ):
         raise ValueError(f"group: {group} columns; 32, 64 and multiples of 128 can be served")
-    if weight.experts is None:
-        return _pack_one(weight)
-    parts = [_pack_one(weight[e]) for e in range(weight.experts)]
-
-    def stack(name: str) -> torch.Tensor | None:
-        found = [getattr(p, name) for p in parts]
-        return None if found[0] is None else torch.stack(found)
-
-    codes = stack("codes")
-    assert codes is not None
-    first = parts[0]
-    return PackedQuantized(
-        weight.format, codes, stack("scales"), stack("row_scales"), stack("zeros"),
-        first.n, first.k, first.group,
-    )  # fmt: skip
+    return _pack(weight)

@@ -84,7 +84,7 @@ def test_experts_that_differ_are_refused_wherever_they_meet(device: torch.device
     for other in (quantized("nvfp4", 16, 64, device, 1), quantized("int8", 8, 64, device, 1, 32)):
         for place in (1, TOGETHER, TOGETHER + 1):
             matrices = [as_tensor(quantized("nvfp4", 8, 64, device, 1)) for _ in range(place)]
-            with pytest.raises(ValueError, match="other experts|others do not"):
+            with pytest.raises(ValueError, match=r"other experts|others do not"):
                 kernels.pack_experts(place + 1, iter([*matrices, as_tensor(other)]))
 
 

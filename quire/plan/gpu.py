@@ -16,7 +16,7 @@ from quire.hardware.machine import Gpu, Machine
 from quire.kernels.dense import DenseWeights
 from quire.kernels.device_state import DeviceState, StepBuffers
 from quire.kernels.sampling import Scratch as SamplingScratch
-from quire.kv import BLOCK_SIZE
+from quire.kv import most_blocks
 from quire.layers.build import Build, CacheLayer, Kernels
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
@@ -245,11 +245,6 @@ def _build(
 def count_groups(caches: Sequence[CacheLayer]) -> int:
     """KV groups of layers (memory.kv_groups), of which each has block tables of its own."""
     return len({(cache.window, cache.page, cache.block_size) for cache in caches})
-
-
-def most_blocks(longest: int) -> int:
-    """Entries of a request's block table."""
-    return -(-longest // BLOCK_SIZE) + 1
 
 
 def drafter_buffers(sequences: int, tokens: int, groups: int, longest: int) -> int:

@@ -32,7 +32,7 @@ from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.apply_runs import apply_runs
 from quire.kernels.triton.step.count_tokens import count_tokens
 from quire.kernels.triton.step.keep_hidden import keep_hidden
-from quire.kv import BLOCK_SIZE
+from quire.kv import BLOCK_SIZE, most_blocks
 from quire.layers.build import Build, CacheLayer
 from quire.models.registry import MTP, Model
 from quire.plan.memory import LOGIT_ROWS
@@ -99,7 +99,7 @@ class DeviceRunner:
         rows, tokens = plan.max_num_seqs, plan.max_num_batched_tokens
         self._tokens, self._logit_rows = tokens, min(LOGIT_ROWS, rows)
         block_sizes = [group.block_size for group in plan.groups]
-        groups, max_blocks = len(block_sizes), -(-plan.max_model_len // BLOCK_SIZE) + 1
+        groups, max_blocks = len(block_sizes), most_blocks(plan.max_model_len)
         # Tables of rows: those that are computed, those that sample, those that a drafter reads.
         sampled = self._sampled = plan.max_sampled
         graphs = plan.decode_graphs, plan.mixed_graphs

@@ -20,9 +20,36 @@ from quire.plan.plan import Plan
 from quire.runner.device_forward import forward_table
 
 
-class DeviceDrafter:
-    """Reads the rows of a step from `step_rows` int32 [rows, 4], a part of the state's table.
-    `drafts` int32 [k, rows]: the last ones made, -1 where there is none."""
+class Guesser:
+    """What drafts behind a step. Reads the step's rows from `step_rows` int32 [rows, 4], a part of
+    the state's table; its own rows are in `_rows`, its tokens in `_buffers`. `drafts` int32
+    [k, rows]: the last ones made, -1 where there is none."""
+
+    def __init__(
+        self, state: DeviceState, step_rows: torch.Tensor, scratch: SamplingScratch, plan: Plan
+    ):
+        assert plan.speculation is not None
+        self.state, self._scratch, self._step_rows = state, scratch, step_rows
+        rows, device, layout = len(step_rows), state.device, state.layout
+        tokens = plan.max_num_batched_tokens + rows
+        sizes = (rows, tokens, layout.groups, layout.max_blocks)
+        self._buffers = StepBuffers.allocate(*sizes, device)
+        self._rows = torch.zeros(rows, 4, dtype=torch.int32, device=device)
+        self._outputs = SampleOutputs.allocate(rows, device)
+        count = plan.speculation.num_speculative_tokens
+        self.drafts = torch.full((count, rows), -1, dtype=torch.int32, device=device)
+
+    def _guess(self, logits_BV: torch.Tensor, behind: int, variant: str) -> None:
+        """Take the draft of each row after `behind` others."""
+        rows = len(logits_BV)
+        table, outputs = self._rows[:rows], self._outputs.view(rows)
+        sample(logits_BV, table, self.state, variant, outputs, self._scratch, append=False)
+        kept = self.drafts[behind, :rows]
+        keep_drafts(self.state, table, behind, outputs.tokens, outputs.status, kept)
+
+
+class DeviceDrafter(Guesser):
+    """Drafts with a model of its own."""
 
     def __init__(
         self,
@@ -32,18 +59,9 @@ class DeviceDrafter:
         scratch: SamplingScratch,
         plan: Plan,
     ):
-        assert plan.speculation is not None
-        self.model, self.state, self._scratch = model, state, scratch
-        self._step_rows = step_rows
-        rows, device, layout = len(step_rows), state.device, state.layout
-        tokens = plan.max_num_batched_tokens + rows
-        sizes = (rows, tokens, layout.groups, layout.max_blocks)
-        self._buffers = StepBuffers.allocate(*sizes, device)
-        self._rows = torch.zeros(rows, 4, dtype=torch.int32, device=device)
-        self._outputs = SampleOutputs.allocate(rows, device)
+        super().__init__(state, step_rows, scratch, plan)
+        self.model = model
         self._last: torch.Tensor | None = None  # hidden states of the rows' last tokens
-        count = plan.speculation.num_speculative_tokens
-        self.drafts = torch.full((count, rows), -1, dtype=torch.int32, device=device)
 
     def read(self, rows: int, tokens: int) -> None:
         """Compute what counts of the step's first `rows` rows, in at most `tokens` tokens: more
@@ -60,16 +78,12 @@ class DeviceDrafter:
     def draft(self, rows: int, variant: str) -> None:
         """Go on behind what was read; `variant` of the sampler (quire.runner.diffs.variant)."""
         assert self._last is not None
-        table, outputs = self._rows[:rows], self._outputs.view(rows)
-        last = self._last[:rows]
+        table, last = self._rows[:rows], self._last[:rows]
         for behind in range(len(self.drafts)):
             if behind:
                 draft_rows(self.state, self._step_rows[:rows], behind, table)
                 last = self._forward(table, rows)
-            logits_BV = self.model.logits(last)
-            sample(logits_BV, table, self.state, variant, outputs, self._scratch, append=False)
-            kept = self.drafts[behind, :rows]
-            keep_drafts(self.state, table, behind, outputs.tokens, outputs.status, kept)
+            self._guess(self.model.logits(last), behind, variant)
 
     def _forward(self, table: torch.Tensor, tokens: int) -> torch.Tensor:
         buffers = self._buffers.view(len(table), tokens)

@@ -11,22 +11,19 @@ from collections.abc import Callable
 import torch
 
 from quire.kernels.device_state import DeviceState, RowFlag, StepBuffers
-from quire.kernels.sampling import SampleOutputs
 from quire.kernels.sampling import Scratch as SamplingScratch
-from quire.kernels.triton.sampling.sample import sample
 from quire.kernels.triton.step.draft_rows import draft_rows
-from quire.kernels.triton.step.keep_drafts import keep_drafts
 from quire.kernels.triton.step.prepare_step import prepare_step
 from quire.kernels.triton.step.take_hidden import take_hidden
 from quire.models.registry import MTP
 from quire.plan.plan import Plan
+from quire.runner.device_drafter import Guesser
 from quire.runner.device_forward import step_inputs
 
 
-class DeviceMTP:
-    """Reads the rows of a step from `step_rows` int32 [rows, 4], a part of the state's table, and
-    from `kept`, which gives the hidden states [>= T, H] of the step's tokens. `drafts` int32
-    [k, rows]: the last ones made, -1 where there is none."""
+class DeviceMTP(Guesser):
+    """Drafts with the model's module, from `kept`, which gives the hidden states [>= T, H] of the
+    step's tokens."""
 
     def __init__(
         self,
@@ -37,21 +34,12 @@ class DeviceMTP:
         plan: Plan,
         kept: Callable[[], torch.Tensor],
     ):
-        assert plan.speculation is not None
-        self.mtp, self.state, self._scratch = mtp, state, scratch
-        self._step_rows, self._kept = step_rows, kept
-        rows, device, layout = len(step_rows), state.device, state.layout
-        tokens = plan.max_num_batched_tokens + rows
-        sizes = (rows, tokens, layout.groups, layout.max_blocks)
-        self._buffers = StepBuffers.allocate(*sizes, device)
-        self._rows = torch.zeros(rows, 4, dtype=torch.int32, device=device)
-        self._outputs = SampleOutputs.allocate(rows, device)
+        super().__init__(state, step_rows, scratch, plan)
+        self.mtp, self._kept = mtp, kept
         # Hidden states: of all tokens that are read; and of each row the last that the module gave,
         # and what it is given next.
         self._read: torch.Tensor | None = None
         self._last = self._next = torch.empty(0)
-        count = plan.speculation.num_speculative_tokens
-        self.drafts = torch.full((count, rows), -1, dtype=torch.int32, device=device)
 
     def read(self, rows: int, tokens: int) -> None:
         """Compute what counts of the step's first `rows` rows, in at most `tokens` tokens: more
@@ -72,17 +60,14 @@ class DeviceMTP:
 
     def draft(self, rows: int, variant: str) -> None:
         """Go on behind what was read; `variant` of the sampler (quire.runner.diffs.variant)."""
-        table, outputs = self._rows[:rows], self._outputs.view(rows)
+        table = self._rows[:rows]
         for behind in range(len(self.drafts)):
             if behind:
                 draft_rows(self.state, self._step_rows[:rows], behind, table, lags=True)
                 buffers = self._prepare(table, rows)
                 self._last[:rows].copy_(self._forward(self._next[:rows], buffers))
                 self._go_on(rows, behind)
-            logits_BV = self.mtp.logits(self._last[:rows])
-            sample(logits_BV, table, self.state, variant, outputs, self._scratch, append=False)
-            kept = self.drafts[behind, :rows]
-            keep_drafts(self.state, table, behind, outputs.tokens, outputs.status, kept)
+            self._guess(self.mtp.logits(self._last[:rows]), behind, variant)
 
     def _allocate(self, kept: torch.Tensor) -> None:
         rows, width = len(self._rows), kept.shape[1]

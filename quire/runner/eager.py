@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.kv import BLOCK_SIZE
+from quire.kv import most_blocks
 from quire.kv.groups import KVGroup
 from quire.layers.build import Build, CacheLayer, CpuKernels
 from quire.models.registry import MTP, Model
@@ -112,7 +112,7 @@ class EagerRunner:
         self.sampler = Sampler(kernels)
         self.replaying = True  # False: the model's code runs in every step
         self.watch: WatchLogits | None = None  # set by who wants to measure
-        max_blocks = -(-max_model_len // BLOCK_SIZE) + 1
+        max_blocks = most_blocks(max_model_len)
         self.slots = Slots(num_slots, max_blocks, num_groups, block_sizes)
         # Only the native kernels can be recorded.
         record = None if stateful else getattr(kernels, "record", None)

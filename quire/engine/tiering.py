@@ -253,8 +253,10 @@ class Tiering:
         for number in slow:
             level = self.chain.levels[number]
             level.stats.error("deadline")
-            level.loads.fault("deadline", "no answer in time")
-            level.late += visit.phase is Phase.LOOKING
+            looking = visit.phase is Phase.LOOKING
+            fuse = level.lookups if looking else level.loads
+            fuse.fault("deadline", "no answer in time")
+            level.late += looking
         if visit.phase is Phase.LOOKING:
             visit.unanswered.clear()
             self._found(visit)
@@ -266,9 +268,13 @@ class Tiering:
             self._fetched(outcome)
             return
         visit: Visit = outcome.ticket
+        level = self.chain.levels[outcome.tier]
         if outcome.tier not in visit.unanswered:
-            self.chain.levels[outcome.tier].late -= 1  # nobody waits for it any more
-        elif visit.phase is Phase.LOOKING:
+            level.late -= 1  # nobody waits for it any more
+            return
+        if not outcome.fault:
+            level.lookups.good()
+        if visit.phase is Phase.LOOKING:
             visit.unanswered.discard(outcome.tier)
             visit.found[outcome.tier] = outcome.found
             if not visit.unanswered:
@@ -281,6 +287,8 @@ class Tiering:
     def _fetched(self, outcome: Outcome) -> None:
         """A page is in DRAM now, or will not come."""
         transfer = self._transfers[outcome.ticket]
+        if transfer.wanted and not outcome.fault:
+            self.chain.levels[outcome.tier].loads.good()
         if outcome.ticket not in self.chain.dram:  # an error, or dropped meanwhile
             self._finish(transfer, False)
             return

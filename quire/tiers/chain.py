@@ -34,13 +34,17 @@ def _clear(tier: ColdTier) -> int:
 class Level:
     """A cold tier as the chain sees it. `rate`: bytes a second that a request gets from it. `late`:
     lookups that were given up and not answered since; meanwhile it is not asked again, so a tier
-    that hangs delays few requests. `above`: the tier whose evicted pages it takes."""
+    that hangs delays few requests. `above`: the tier whose evicted pages it takes.
+
+    Lookups and loads have a fuse each, as an index may know names on a disk that fails to read
+    files. Faults are counted here; what came well and in time, by who waits for it."""
 
     def __init__(self, threads: TierThreads, rate: float):
         self.above: Level | None = None
         self.threads = threads
         self.name = threads.tier.name
         self.rate = Rate(rate)
+        self.lookups = Fuse(f"looking into tier {self.name}")
         self.loads = Fuse(f"loading from tier {self.name}")
         self.stores = Fuse(f"storing in tier {self.name}")
         self.behind: OrderedDict[bytes, None] = OrderedDict()  # pages in DRAM to write here
@@ -49,9 +53,14 @@ class Level:
         self.stats = TierStats(self.name)
         self.late = 0
 
+    @property
+    def readable(self) -> bool:
+        """Whether faults keep nobody from looking and loading."""
+        return self.lookups.closed and self.loads.closed
+
     def state(self) -> str:
         """For people."""
-        loads, stores = self.loads.closed, self.stores.closed
+        loads, stores = self.readable, self.stores.closed
         if loads and stores:
             return "on"
         return "loads only" if loads else "stores only" if stores else "off"
@@ -125,7 +134,7 @@ class Chain:
         """Ask the cold tiers which pages they have; returns the tiers that will answer."""
         asking = []
         for number, level in enumerate(self.levels):
-            usable = level.loads.closed and not level.late
+            usable = level.readable and not level.late
             if usable and level.threads.lookup(ticket, asked):
                 level.stats.misses += sum(len(each.identities) for each in asked)
                 asking.append(number)
@@ -251,7 +260,7 @@ class Chain:
 
     def _count(self, level: Level, outcome: Outcome) -> None:
         stats, seconds = level.stats, outcome.ended - outcome.begun
-        fuse = level.loads if outcome.kind in ("lookup", "load") else level.stores
+        fuse = {"lookup": level.lookups, "load": level.loads}.get(outcome.kind, level.stores)
         if outcome.error == "dropped":
             stats.dropped += 1
         elif outcome.error and outcome.error != "missing":
@@ -262,7 +271,6 @@ class Chain:
             stats.hits += len(outcome.found)
             stats.misses -= len(outcome.found)
         elif outcome.kind == "load" and not outcome.error:
-            fuse.good()
             stats.loaded_bytes += outcome.size
             stats.load_seconds += seconds
         elif outcome.kind in ("store", "take") and outcome.wrote:

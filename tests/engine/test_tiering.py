@@ -4,6 +4,7 @@ from where, late, wrong or not at all; and nothing is lost or held for ever.
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections.abc import Iterator
@@ -232,7 +233,7 @@ def test_a_tier_that_hangs_is_a_miss_after_its_deadline(
         assert stats.errors["deadline"] == 1
         if hangs == "lookup":  # the next request does not wait for it again
             assert driver.tiering.chain.levels[0].late == 1
-            driver.tiering.chain.levels[0].loads.good()
+            driver.tiering.chain.levels[0].lookups.good()
             begun = time.monotonic()
             other = driver.add(prompt(50), SamplingParams(max_tokens=1, ignore_eos=True))
             while other.end is None:
@@ -240,6 +241,73 @@ def test_a_tier_that_hangs_is_a_miss_after_its_deadline(
             assert time.monotonic() - begun < 0.9
         tier.delay, tier.present = 0.0, present  # type: ignore[method-assign]
         driver.drain()
+
+
+@pytest.mark.parametrize("failing", ["present", "load", "store"])
+def test_only_faults_in_a_row_switch_a_tier_off(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many of one kind as do so in a row, each followed by two that are good. Where
+    lookups fail, what they ask for was never there, so that no load says that the tier works."""
+    monkeypatch.setattr(work, "FIRST_REST", 30.0)
+    tier = FlakyTier(random.Random(0))
+    with closing(plain(tiers=[tier], dram_slots=8)) as driver:
+        for seed in (1, 2, 3):
+            cached(driver, prompt(seed, 20))  # a page each
+            flood(driver, 10 * seed, 3)
+        calls, real = 0, getattr(tier, failing)
+
+        def scattered(*given: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls % 3 == 1:
+                raise OSError(errno.EIO, "scattered")
+            return real(*given)
+
+        setattr(tier, failing, scattered)
+        stats, seed = driver.tiering.stats()[1], 100
+        while stats.errors.get("EIO", 0) < 2 * work.FUSE_FAULTS:
+            for again in (1, 2, 3):
+                if failing != "present":
+                    cached(driver, prompt(again, 20))
+                flood(driver, seed, 3)
+                seed += 3
+            stats = driver.tiering.stats()[1]
+            assert stats.state == "on"
+
+
+def test_loads_that_fail_switch_loading_off_though_lookups_are_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "FIRST_REST", 30.0)
+    tier = FlakyTier(random.Random(0))
+    with closing(plain(tiers=[tier], dram_slots=8)) as driver:
+        cached(driver, prompt(1, 20))
+        flood(driver, 2, 4)
+        tier.load = broken  # type: ignore[method-assign]
+        for _ in range(work.FUSE_FAULTS):
+            assert driver.tiering.stats()[1].state == "on"
+            assert cached(driver, prompt(1, 20)) == {}
+            driver.kv.clear_cache()
+            driver.tiering.chain.dram.clear()
+        assert driver.tiering.stats()[1].state == "stores only"
+
+
+def broken(identity: bytes, into: memoryview) -> None:
+    raise OSError(errno.EIO, "broken")
+
+
+def test_answers_that_always_come_late_switch_a_tier_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "FIRST_REST", 30.0)
+    monkeypatch.setattr(tiering, "LOOKUP_SECONDS", 0.02)
+    tier = FlakyTier(random.Random(0))
+    with closing(plain(tiers=[tier], dram_slots=8)) as driver:
+        tier.delay = 0.1
+        for seed in range(work.FUSE_FAULTS):
+            assert driver.tiering.stats()[1].state == "on"
+            cached(driver, prompt(seed))  # which ends when the answer has come as well
+        assert driver.tiering.stats()[1].state == "stores only"
+        tier.delay = 0.0
 
 
 def test_loading_that_would_take_longer_than_computing_is_left_out() -> None:

@@ -115,7 +115,6 @@ def test_a_value_that_is_not_the_page_is_a_miss_and_is_deleted(
     tier.clear()
 
 
-@pytest.mark.full
 def test_a_dead_master_is_a_fault_and_a_new_one_is_found(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     tier = MooncakeTier(cluster.config(), PRINT, PAGE)
@@ -168,7 +167,7 @@ def test_a_store_without_room_is_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_pages_that_memory_has_no_room_for_come_back_from_the_stores_disk(tmp_path: Path) -> None:
-    disk, memory = tmp_path / "disk", 32 * 2**20
+    disk, memory = tmp_path / "disk", 16 * 2**20
     disk.mkdir()
     cluster = Cluster(tmp_path, size=memory, disk=disk)
     tier = MooncakeTier(cluster.config(), PRINT, PAGE)
@@ -182,7 +181,7 @@ def test_pages_that_memory_has_no_room_for_come_back_from_the_stores_disk(tmp_pa
                 tier.store(identity(number), page(number))
                 stored.add(number)
             except MooncakeError:  # full, until pages have gone to the disk
-                time.sleep(0.5)
+                time.sleep(0.1)
         assert sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) > memory // 4
         assert all(load(tier, number) == page(number) for number in stored)
     finally:

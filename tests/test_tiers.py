@@ -55,10 +55,10 @@ def loaded(llm: LLM) -> dict[str, int]:
         ("tiny_llama", "bfloat16", "lru"),
         ("tiny_gemma", "float32", "arc"),
         ("tiny_llama", "fp8", "lru"),
+        ("tiny_latents", "bfloat16", "lru"),
         pytest.param("tiny_llama", "float32", "arc", marks=pytest.mark.full),
         pytest.param("tiny_gemma", "bfloat16", "lru", marks=pytest.mark.full),
         pytest.param("tiny_moe", "float32", "lru", marks=pytest.mark.full),
-        pytest.param("tiny_latents", "bfloat16", "lru", marks=pytest.mark.full),
         pytest.param("tiny_deepseek", "float32", "arc", marks=pytest.mark.full),
     ],
 )

@@ -59,6 +59,7 @@ class Cluster:
             "-enable_http_metadata_server=true", "-http_metadata_server_host", "127.0.0.1",
             "-http_metadata_server_port", str(self.http), "-metrics_port", str(self.metrics),
             f"-enable_offload={'true' if self.disk else 'false'}",
+            "-default_kv_lease_ttl=500",  # milliseconds that what was asked for stays in memory
         ]  # fmt: skip
         self.master = self._start(command)
         deadline = time.monotonic() + 20

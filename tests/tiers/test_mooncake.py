@@ -165,7 +165,6 @@ def test_a_store_without_room_is_a_fault(tmp_path: Path) -> None:
         cluster.close()
 
 
-@pytest.mark.full
 def test_pages_that_memory_has_no_room_for_come_back_from_the_stores_disk(tmp_path: Path) -> None:
     disk, memory = tmp_path / "disk", 16 * 2**20
     disk.mkdir()

@@ -130,17 +130,30 @@ def test_bits_do_not_depend_on_batch_chunks_preemption_or_prefix_hits(
     llm._engine.core.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("drafting", [None, MTP, pytest.param(NGRAM, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("drafting", "kv_cache_dtype"),
+    [
+        pytest.param(None, "float32", id="plain"),
+        pytest.param(None, "fp8", id="FP8 cache"),
+        pytest.param(MTP, "float32", id="drafts of its module"),
+        pytest.param(NGRAM, "float32", id="drafts", marks=pytest.mark.full),
+    ],
+)
 def test_tiers_change_no_bit(
     oracle: Oracle,
     alone: list[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     drafting: dict[str, Any] | None,
+    kv_cache_dtype: str,
 ) -> None:
     """Entries and checkpoints of windows go down and come back, under drafts too."""
     monkeypatch.setattr(Tiering, "observe", lambda self, tokens, seconds: None)  # load all found
-    options = {"max_num_seqs": 6, "max_model_len": 160, "speculative_config": drafting}
+    options: dict[str, Any] = {"max_num_seqs": 6, "max_model_len": 160}
+    options |= {"speculative_config": drafting, "kv_cache_dtype": kv_cache_dtype}
+    if kv_cache_dtype != "float32":
+        plain = load(oracle, enable_prefix_caching=False, kv_cache_dtype=kv_cache_dtype)
+        alone = run(plain, CASES)
     options["kv_cache_memory"] = tight_memory(oracle, options)
     pages = sum(group.page_bytes for group in load(oracle, **options).plan.groups)
     tiers = f"dram:{12 * pages}B,fs:{tmp_path}/kv:1GiB"

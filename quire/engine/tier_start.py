@@ -22,10 +22,6 @@ from quire.tiers.mooncake import MooncakeTier
 from quire.tiers.probe import disk_rates, link_rates, memory_rate
 from quire.tiers.slab import HostSlab
 
-# Assumed of what cannot be measured.
-DISK_RATE = 1e9
-NETWORK_RATE = 1e9
-
 
 def measure_tiers(options: Options, gpu: bool) -> list[TierFacts]:
     """What a plan shows, one for each of `--kv-tiers`. `gpu`: there is one, so pages cross its
@@ -78,12 +74,12 @@ def open_tiers(options: Options, plan: Plan) -> OpenTiers:
                 options.engine.kv_tier_fsync,
                 f"fs{number}" if number > 1 else "fs",
             )
-            cold.append((files, rate or DISK_RATE))
+            cold.append((files, rate))
         elif spec.kind == "mooncake":
             largest = max(group.page_bytes for group in plan.groups)
             store = MooncakeTier(spec.path, plan.cache_fingerprint, largest)
             keys["mooncake"] = store.secret
-            cold.append((store, NETWORK_RATE))
+            cold.append((store, rate))
     return OpenTiers(cold, keys.get("mooncake") or keys.get("fs") or DEFAULT_KEY)
 
 

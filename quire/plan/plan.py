@@ -53,7 +53,7 @@ class Plan:
     `max_sampled`: rows of logits that a step samples from at most. `draft_bytes`: weights of a
     model or module that drafts; its layers' caches are in `groups`, numbered behind the model's.
     `tier_slots`: pages of each pool in host memory, where there are tiers; they take `tier_bytes`.
-    `tier_rates`: bytes a second that each of --kv-tiers gives, 0 where that is not known.
+    `tier_rates`: bytes a second that each of --kv-tiers gives, measured or assumed; 0: not known.
     `model_fingerprint` is of the weights and of the config's values; `ranks` share the model.
     `recomputed_tokens`: so many before a prefix hit are computed again. `weight_parts`: what
     `weight_bytes` consists of, by how often steps read it.

@@ -21,6 +21,8 @@ PASSAGE_BYTES = 256 * 2**20
 STAGING_BYTES = 2 * 64 * 2**20
 # Fewer pages of a pool than this cannot be read and written at the same time.
 LEAST_SLOTS = 8
+# Bytes a second that a tier below DRAM is thought to give where nothing was measured.
+ASSUMED_RATE = 1e9
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,15 @@ def tiers_of(options: Options) -> tuple[TierSpec, ...]:
 
 
 def tier_rates(options: Options, facts: Sequence[TierFacts]) -> tuple[float, ...]:
-    """Bytes a second read of each of `--kv-tiers`, 0 where that was not measured."""
-    rates = [fact.read or 0.0 for fact in facts]
-    count = len(parse_tiers(options.engine.kv_tiers or ""))
-    return tuple((rates + [0.0] * count)[:count])
+    """Bytes a second read of each of `--kv-tiers`, assumed where that was not measured."""
+    specs = parse_tiers(options.engine.kv_tiers or "")
+    measured = [*facts, *[TierFacts()] * len(specs)]
+    return tuple(_rate(spec, fact) for spec, fact in zip(specs, measured, strict=False))
+
+
+def _rate(spec: TierSpec, facts: TierFacts) -> float:
+    """Bytes a second; 0 of DRAM that was not measured, whose copier has a guess of its own."""
+    return facts.read or (0.0 if spec.kind == "dram" else ASSUMED_RATE)
 
 
 def plan_tiers(
@@ -82,12 +89,15 @@ def plan_tiers(
     place = _with_memory(place, machine, used)
     asked = parse_tiers(options.engine.kv_tiers or "")
     known = dict(zip(asked, facts, strict=False))
+    dram = _rate(specs[0], known.get(specs[0], TierFacts()))
     for spec in specs:
-        tokens = spec.size // sum(flow) * _span(groups)
-        chosen, reason = _describe(spec, tokens, known.get(spec, TierFacts()), place)
+        tokens, fact = spec.size // sum(flow) * _span(groups), known.get(spec, TierFacts())
+        size, reason = _describe(spec, tokens, fact, place)
+        rates = [dram] if spec.kind == "dram" else [dram, _rate(spec, fact)]
+        reason += _pays(groups, sum(flow) / _span(groups), [rate for rate in rates if rate])
         if spec not in asked:
             reason = f"pages of the other tiers pass through it; {reason}"
-        choices.append(Choice(f"kv tier {spec.kind}", chosen, reason))
+        choices.append(Choice(f"kv tier {spec.kind}", size, reason))
     return place, slots
 
 
@@ -134,8 +144,10 @@ def _describe(spec: TierSpec, tokens: int, facts: TierFacts, place: Place) -> tu
         on_gpu = place.device != "cpu"
         how = "pinned, copied on streams of its own" if on_gpu else "copied in memory"
         return size, how + _speed(facts)
-    where = f"{spec.path}; " if spec.path else ""
-    return size, f"{where}loaded where that is faster than computing{_speed(facts)}"
+    if facts.read is None:
+        assumed = f"{_rate(spec, facts) / 1e9:.2f} GB/s read assumed until it is used"
+        return size, f"{spec.path}; {assumed}"
+    return size, spec.path + _speed(facts)
 
 
 def _speed(facts: TierFacts) -> str:
@@ -145,3 +157,14 @@ def _speed(facts: TierFacts) -> str:
         if rate is not None
     ]
     return "; measured " + ", ".join(parts) if parts else ""
+
+
+def _pays(groups: Sequence[KVGroup], token_bytes: float, rates: Sequence[float]) -> str:
+    """What follows for requests from the rates at which pages pass, one after the other: where
+    computing takes longer (quire/engine/visits.py measures both). A token that a window has passed
+    is not loaded, so then it pays sooner."""
+    if not rates:
+        return ""
+    tokens = float(f"{1 / (token_bytes * sum(1 / rate for rate in rates)):.3g}")
+    least = "at least " if any(group.window for group in groups) else ""
+    return f"; loading pays {least}where prompts compute at less than {tokens:,.0f} tokens/s"

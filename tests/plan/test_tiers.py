@@ -52,6 +52,35 @@ def test_what_was_measured_is_shown() -> None:
     assert made.tier_rates == (8e9, 2.5e9)
 
 
+def reason(kind: str, hf: dict[str, object], tiers: str, facts: list[TierFacts]) -> str:
+    made = resolve(
+        build_options({"kv_tiers": tiers}), ModelFacts("m", hf, None), MACHINE, NATIVE, tiers=facts
+    )
+    return lines(made)[f"kv tier {kind}"][1]
+
+
+def test_it_says_how_slowly_prompts_must_compute_for_loading_to_pay() -> None:
+    # Keys and values of 3 layers of 2 heads of 16 numbers of 2 bytes: 384 bytes a token.
+    facts = [TierFacts(read=8e9), TierFacts(read=2e9, write=1e9)]
+    tiers = "dram:64MiB,fs:/cache:1GiB"
+    assert "less than 20,800,000 tokens/s" in reason("dram", LLAMA, tiers, facts)
+    # From files it passes through DRAM as well: 1 / (1/8 + 1/2) = 1.6 GB/s.
+    assert "less than 4,170,000 tokens/s" in reason("fs", LLAMA, tiers, facts)
+    assert "at least where" not in reason("fs", LLAMA, tiers, facts)
+    # What windows have passed is not loaded.
+    assert "pays at least where prompts" in reason("fs", GEMMA, tiers, facts)
+    assert "pays" not in lines(plan(kv_tiers="dram:64MiB"))["kv tier dram"][1]
+
+
+def test_of_a_store_that_was_not_asked_it_says_what_is_assumed() -> None:
+    told = reason("mooncake", LLAMA, "dram:64MiB,mooncake:/m.json", [TierFacts(8e9), TierFacts()])
+    assert "/m.json" in told and "1.00 GB/s read assumed until it is used" in told
+    assert "less than 2,310,000 tokens/s" in told  # 1 / (1/8 + 1/1) = 0.889 GB/s
+    assert "measured" not in told
+    made = plan(kv_tiers="dram:64MiB,mooncake:/m.json")
+    assert made.tier_rates == (0.0, 1e9)
+
+
 def test_pages_of_files_pass_through_some_dram() -> None:
     made = plan(kv_tiers="fs:/cache:1GiB")
     assert "pass through" in lines(made)["kv tier dram"][1]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quire.cli.bench_offline import number
 from quire.cli.bench_record import machine, plan_facts, write_json
@@ -129,6 +129,23 @@ def run(invocation: Invocation) -> int:
     return 0
 
 
+class Spent(NamedTuple):
+    """Steps so far, and seconds of the engine thread in what tiers add to them: see Tiering."""
+
+    steps: int
+    lookups: float
+    copies: float
+
+
+def _per_step(before: Spent, after: Spent) -> dict[str, float]:
+    """Milliseconds a step."""
+    steps, lookups, copies = (b - a for a, b in zip(before, after, strict=True))
+    return {
+        "lookups": round(1000 * lookups / steps, 5),
+        "copies": round(1000 * copies / steps, 5),
+    }
+
+
 class Bench:
     """Runs on one engine, whose tiers can be taken away and given back: both ways are measured in
     turn on the same machine, minute by minute. `directories`: of the filesystem tiers."""
@@ -224,7 +241,7 @@ class Bench:
         if order == "random":
             rng.shuffle(speaking)
         turns: list[tuple[float, dict[str, int]]] = []
-        before, spoken = self._pages(), set[int]()
+        before, spent, spoken = self._pages(), self._spent(), set[int]()
         begun = time.perf_counter()
         for each in speaking:
             history = histories[each]
@@ -244,6 +261,7 @@ class Bench:
             **_milliseconds([taken for taken, _ in turns]),
             "seconds": round(seconds, 3),
             "cached_tokens": cached,
+            "tiers_ms_per_step": _per_step(spent, self._spent()),
             "by_source": {name: _milliseconds(times) for name, times in by_source.items()},
             "pages": {
                 name: {kind: pages[kind] - before[name][kind] for kind in pages}
@@ -273,17 +291,22 @@ class Bench:
         requests = max(2, min(8, self.engine.engine.plan.context_tokens // (2 * length)))
         rates: dict[str, list[float]] = {"off": [], "on": []}
         host: dict[str, list[float]] = {"off": [], "on": []}
+        tiers: list[dict[str, float]] = []
         for _ in range(repeat):
             for name in ("off", "on"):
                 with self._tiers(name == "on"):
                     prompts = [self._prompt(length) for _ in range(requests)]
-                    steps, busy = self.core.scheduler.stats().steps, self.core.host_seconds
+                    before, busy = self._spent(), self.core.host_seconds
                     begun = time.perf_counter()
                     self._answer(prompts, STEADY_OUTPUT)
                     seconds = time.perf_counter() - begun
-                    steps = self.core.scheduler.stats().steps - steps
+                    after = self._spent()
                     rates[name].append(requests * (length + STEADY_OUTPUT) / seconds)
-                    host[name].append((self.core.host_seconds - busy) / steps)
+                    host[name].append(
+                        (self.core.host_seconds - busy) / (after.steps - before.steps)
+                    )
+                    if name == "on":
+                        tiers.append(_per_step(before, after))
                 self._settle()
         on, off = (statistics.median(rates[name]) for name in ("on", "off"))
         return {
@@ -295,7 +318,15 @@ class Bench:
             "host_ms_per_step": {
                 name: round(1000 * statistics.median(each), 4) for name, each in host.items()
             },
+            "tiers_ms_per_step": {
+                kind: statistics.median(each[kind] for each in tiers) for kind in tiers[0]
+            },
         }
+
+    def _spent(self) -> Spent:
+        tiering = self._tiering
+        steps = self.core.scheduler.stats().steps
+        return Spent(steps, tiering.lookup_seconds, tiering.copy_seconds)
 
     # -- shared ----------------------------------------------------------------------------------
 
@@ -386,6 +417,7 @@ def lines(record: dict[str, Any]) -> list[str]:
         for source, times in sorted(part["by_source"].items()):
             found.append(f"{source:>20}: {times['ttft_ms']} in {times['turns']} turns")
         if name != "off":
+            found.append(f"{'of a step':>20}: {_thread_time(part)}")
             found += [
                 f"{tier:>20}: {pages['hits']} pages found, {pages['misses']} not"
                 for tier, pages in part["pages"].items()
@@ -396,11 +428,17 @@ def lines(record: dict[str, Any]) -> list[str]:
         "",
         f"no reuse, {steady['requests']} x {steady['tokens']} tokens: {steady['tokens_s_off']} "
         f"tokens/s without tiers, {steady['tokens_s_on']} with: loss {steady['loss_percent']}%",
-        f"host time of a step: {host['off']} ms without tiers, {host['on']} ms with",
+        f"host time of a step: {host['off']} ms without tiers, {host['on']} ms with, "
+        f"of it {_thread_time(steady)}",
     ]
     if record["left_out"]:
         found.append(f"left out, longer than the context or the KV cache: {record['left_out']}")
     return found
+
+
+def _thread_time(part: dict[str, Any]) -> str:
+    spent = part["tiers_ms_per_step"]
+    return f"lookups {spent['lookups']} ms, stores and copies {spent['copies']} ms"
 
 
 def _milliseconds(times: list[float]) -> dict[str, float]:

@@ -35,7 +35,9 @@ CLOSE_SECONDS = 3.0
 class Tiering:
     """Owns the chain of tiers. Only the engine thread calls it.
 
-    `step_tokens`: the largest step, for admission.
+    `step_tokens`: the largest step, for admission. `lookup_seconds`: of this thread, in finding out
+    what the tiers have for requests and having it loaded; `copy_seconds`: in storing, in giving and
+    taking orders for copies, and in handing pages to the tiers' writers.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Tiering:
         self._visits: list[Visit] = []
         self._coming: list[Visit] = []  # loaded for, and not admitted yet
         self._transfers: dict[bytes, Transfer] = {}  # by identity
+        self.lookup_seconds = self.copy_seconds = 0.0
+        self._lapped = 0.0
         kv.published = []
 
     # -- what the engine asks ------------------------------------------------------------------
@@ -104,6 +108,17 @@ class Tiering:
     def ready(self, request: Request, slots: int) -> bool:
         """Whether a waiting request may be admitted now: what the tiers have for it is on the
         device, or will not come. `slots`: requests that could be admitted now."""
+        self._lap()
+        ready = self._visited(request, slots)
+        self.lookup_seconds += self._lap()
+        return ready
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._lapped = self._lapped, time.perf_counter()
+        return self._lapped - before
+
+    def _visited(self, request: Request, slots: int) -> bool:
         if request.visit is None:
             prompt_logprobs = request.add.params.prompt_logprobs is not None
             if prompt_logprobs or not (self._kv.enable_caching and self._copies.usable):
@@ -220,9 +235,13 @@ class Tiering:
     def advance(self) -> None:
         """Take what copier and tiers have done, and give them more. Called before every step; never
         waits."""
+        self._lap()
         self._copies.take()
-        for outcome in self.chain.poll():
+        reads = self.chain.poll()
+        self.copy_seconds += self._lap()
+        for outcome in reads:
             self._answered(outcome)
+        self.lookup_seconds += self._lap()
         assert self._kv.published is not None
         if self._kv.published:
             self._copies.store(self._kv.published)
@@ -230,12 +249,15 @@ class Tiering:
         for identity in self._kv.discarded:
             self.chain.forget(identity)
         self._kv.discarded.clear()
+        self.copy_seconds += self._lap()
         now = self._clock()
         for visit in list(self._visits):
             if visit.phase is not Phase.DONE:  # by what another has done
                 self._continue(visit, now)
+        self.lookup_seconds += self._lap()
         self._copies.order()
         self.chain.write()
+        self.copy_seconds += self._lap()
 
     def _continue(self, visit: Visit, now: float) -> None:
         if not visit.is_waiting:

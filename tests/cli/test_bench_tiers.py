@@ -31,7 +31,15 @@ def test_it_measures_each_way_back_conversations_and_steady_load(
         assert sum(part["turns"] for part in talk[name]["by_source"].values()) == 2 * talk["count"]
     asked = [sum(talk[name]["pages"]["dram"].values()) for name in ("off", "lru", "arc")]
     assert asked[0] == 0 < min(asked[1:])
-    assert record["results"]["steady"]["tokens_s_on"] > 0
+    for name in ("lru", "arc"):
+        assert min(talk[name]["tiers_ms_per_step"].values()) > 0
+    assert talk["off"]["tiers_ms_per_step"] == {"lookups": 0, "copies": 0}
+    steady = record["results"]["steady"]
+    assert steady["tokens_s_on"] > 0
+    lookups, copies = (steady["tiers_ms_per_step"][kind] for kind in ("lookups", "copies"))
+    assert lookups > 0 and copies > 0
+    assert lookups + copies < steady["host_ms_per_step"]["on"], "they are a part of it"
+    assert f"lookups {lookups} ms, stores and copies {copies} ms" in ran.out
 
 
 def test_without_tiers_or_with_too_long_prompts_it_says_so(

@@ -310,6 +310,29 @@ def test_answers_that_always_come_late_switch_a_tier_off(monkeypatch: pytest.Mon
         tier.delay = 0.0
 
 
+def test_the_threads_time_is_told_apart_by_what_it_went_into() -> None:
+    tier = FlakyTier(random.Random(0))
+    with closing(plain(tiers=[tier], dram_slots=8)) as driver:
+        tiering, spent = driver.tiering, {"look": 0, "write": 0}
+
+        def slow(name: str) -> None:
+            real = getattr(tiering.chain, name)
+
+            def call(*given: object) -> object:
+                spent[name] += 1
+                time.sleep(0.002)
+                return real(*given)
+
+            setattr(tiering.chain, name, call)
+
+        slow("look")
+        slow("write")
+        flood(driver, 1, 4)
+        assert spent["look"] == 4 < spent["write"]
+        assert 0.002 * spent["look"] < tiering.lookup_seconds < 0.002 * spent["write"]
+        assert 0.002 * spent["write"] < tiering.copy_seconds
+
+
 def test_loading_that_would_take_longer_than_computing_is_left_out() -> None:
     tier = FlakyTier(random.Random(0))
     with closing(plain(tiers=[tier], dram_slots=12)) as driver:

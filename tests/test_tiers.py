@@ -197,3 +197,14 @@ def test_another_root_has_another_key(tiny_llama: str, tmp_path: Path) -> None:
         close(llm)
         names.append({path.name for path in (tmp_path / root / "blocks").iterdir()})
     assert names[0] and not names[0] & names[1]
+
+
+def test_engines_that_share_any_one_of_their_directories_find_what_it_has(
+    kept: tuple[str, str, list[Bits]], tmp_path: Path
+) -> None:
+    """Though another is their first: each directory has a secret of its own."""
+    model, shared, expected = kept
+    for own in ("a", "b"):
+        llm = load(model, kv_tiers=f"fs:{tmp_path}/{own}:1GiB,{shared}")
+        assert answers(llm) == (expected, [{"fs2": 96}, {"fs2": 96}])
+        close(llm)

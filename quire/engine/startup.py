@@ -18,7 +18,7 @@ from quire.engine.drafting import Drafting
 from quire.engine.limits import Limits
 from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Scheduler
-from quire.engine.tier_start import OpenTiers, make_slab, make_tiering, measure_tiers, open_tiers
+from quire.engine.tier_start import make_slab, make_tiering, measure_tiers, open_tiers
 from quire.engine.tiering import Tiering
 from quire.engine.weights import (
     asked_quantization,
@@ -30,7 +30,7 @@ from quire.engine.weights import (
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
-from quire.kv.identity import DEFAULT_KEY, BlockIdentity
+from quire.kv.identity import BlockIdentity
 from quire.kv.manager import KVManager
 from quire.layers.build import Build, CacheLayer, CpuKernels, Kernels
 from quire.models.checkpoint import checkpoint_scheme, declared_formats
@@ -52,6 +52,7 @@ from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches, allocate_states
 from quire.runner.pages import CpuPages, pool_tensors
 from quire.speculative.proposer import make_proposer
+from quire.tiers.cold import ColdTier
 from quire.tokenization.special_tokens import eos_token_ids
 from quire.weights import no_weights
 from quire.weights.hub import ModelFiles
@@ -220,14 +221,14 @@ def assemble(
             draft = _load_draft_model(options, build)
         say("allocating the KV cache", 0.0)
         info = engine_info(options, files, plan)
-        tiers = open_tiers(options, plan)
+        cold = open_tiers(options, plan)
         with explained(plan, "the KV cache and the requests' state were allocated"):
             more = [] if draft is None else draft[1].caches
             allocate_caches(build, plan.groups, plan.pool_blocks, KV_DTYPES[plan.kv_dtype], more)
             allocate_states(build, plan.max_num_seqs)
             runner = _make_runner(plan, found, build, model, draft, mtp, info, compilers)
-        scheduler = make_scheduler(options, plan, info, tiers.key)
-        tiering = _make_tiering(options, plan, tiers, scheduler, [*build.caches, *more])
+        scheduler = make_scheduler(options, plan, info)
+        tiering = _make_tiering(options, plan, cold, scheduler, [*build.caches, *more])
         core = EngineCore(scheduler, runner, 2 if plan.async_scheduling else 1, tiering)
         if plan.device != "cpu":
             say("compiling kernels", 0.0)
@@ -316,7 +317,7 @@ def _make_runner(
 def _make_tiering(
     options: Options,
     plan: Plan,
-    tiers: OpenTiers,
+    cold: Sequence[tuple[ColdTier, float]],
     scheduler: Scheduler,
     caches: Sequence[CacheLayer],
 ) -> Tiering | None:
@@ -332,7 +333,7 @@ def _make_tiering(
         from quire.runner.device_pages import DevicePages
 
         copier = DevicePages(pools, slab)
-    return make_tiering(options, tiers, scheduler, slab, copier)
+    return make_tiering(options, cold, scheduler, slab, copier)
 
 
 def set_threads(threads: int) -> None:
@@ -344,10 +345,8 @@ def set_threads(threads: int) -> None:
         native_ops.set_num_threads(threads)
 
 
-def make_scheduler(
-    options: Options, plan: Plan, info: EngineInfo, key: bytes = DEFAULT_KEY
-) -> Scheduler:
-    """`key`: of block identities."""
+def make_scheduler(options: Options, plan: Plan, info: EngineInfo) -> Scheduler:
+    """The scheduler that the plan sizes, over empty pools."""
     limits = Limits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -358,7 +357,7 @@ def make_scheduler(
         max_queue=options.engine.max_queue,
         recomputed_tokens=plan.recomputed_tokens,
     )
-    identity = BlockIdentity(plan.cache_fingerprint, key)
+    identity = BlockIdentity(plan.cache_fingerprint)
     caching = options.engine.enable_prefix_caching
     kv = KVManager(plan.groups, plan.pool_blocks, identity, caching)
     return Scheduler(limits, kv, drafting=make_drafting(plan))

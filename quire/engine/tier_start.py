@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from quire.config.options import Options
@@ -10,7 +10,6 @@ from quire.config.tiers import TierSpec, parse_tiers
 from quire.engine.page_copies import Copier
 from quire.engine.scheduler import Scheduler
 from quire.engine.tiering import Tiering
-from quire.kv.identity import DEFAULT_KEY
 from quire.plan.plan import Plan
 from quire.plan.tiers import TierFacts
 from quire.tiers.chain import Chain
@@ -48,27 +47,16 @@ def _measure(spec: TierSpec, gpu: bool) -> TierFacts:
     return TierFacts()
 
 
-@dataclass(frozen=True)
-class OpenTiers:
-    """Tiers below DRAM with the bytes a second they are thought to give, and the key of block
-    identities: Mooncake's, which machines share, else that of the first directory."""
-
-    cold: list[tuple[ColdTier, float]]
-    key: bytes = DEFAULT_KEY
-
-
-def open_tiers(options: Options, plan: Plan) -> OpenTiers:
-    """Open what `--kv-tiers` names below DRAM. Raises UsageError where one cannot be used."""
+def open_tiers(options: Options, plan: Plan) -> list[tuple[ColdTier, float]]:
+    """Open what `--kv-tiers` names below DRAM; with the bytes a second that each is thought to
+    give. Raises UsageError where one cannot be used."""
     cold: list[tuple[ColdTier, float]] = []
-    keys: dict[str, bytes] = {}
     specs = parse_tiers(options.engine.kv_tiers or "")
     for spec, rate in zip(specs, plan.tier_rates, strict=True):
         if spec.kind == "fs":
-            directory = TierDirectory(spec.path)
-            keys.setdefault("fs", directory.secret)
             number = 1 + sum(tier.name.startswith("fs") for tier, _ in cold)
             files = FileTier(
-                directory,
+                TierDirectory(spec.path),
                 spec.size,
                 plan.cache_fingerprint,
                 options.engine.kv_tier_fsync,
@@ -77,18 +65,20 @@ def open_tiers(options: Options, plan: Plan) -> OpenTiers:
             cold.append((files, rate))
         elif spec.kind == "mooncake":
             largest = max(group.page_bytes for group in plan.groups)
-            store = MooncakeTier(spec.path, plan.cache_fingerprint, largest)
-            keys["mooncake"] = store.secret
-            cold.append((store, rate))
-    return OpenTiers(cold, keys.get("mooncake") or keys.get("fs") or DEFAULT_KEY)
+            cold.append((MooncakeTier(spec.path, plan.cache_fingerprint, largest), rate))
+    return cold
 
 
 def make_tiering(
-    options: Options, tiers: OpenTiers, scheduler: Scheduler, slab: HostSlab, copier: Copier
+    options: Options,
+    cold: Sequence[tuple[ColdTier, float]],
+    scheduler: Scheduler,
+    slab: HostSlab,
+    copier: Copier,
 ) -> Tiering:
-    """The tiers over a scheduler's blocks."""
+    """The tiers over a scheduler's blocks; `cold`: see open_tiers."""
     dram = DramTier(slab, options.engine.kv_tier_policy)
-    return Tiering(scheduler.kv, Chain(dram, tiers.cold), copier, scheduler.step_tokens)
+    return Tiering(scheduler.kv, Chain(dram, cold), copier, scheduler.step_tokens)
 
 
 def make_slab(plan: Plan, pinned: bool) -> HostSlab:

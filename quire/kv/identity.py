@@ -1,4 +1,4 @@
-"""Block identity: canonical bytes hashed with keyed BLAKE2b-256, equal in every process.
+"""Block identity: canonical bytes hashed with BLAKE2b-256, equal in every process.
 
 Two blocks with one identity hold the same KV: the hash covers everything that decides their
 content (model, numerics, layout, group, all tokens before, tenant). Every field is written with
@@ -16,8 +16,8 @@ SCHEMA_VERSION = 1
 DIGEST_BYTES = 32
 _LENGTH = struct.Struct("<Q")
 _EMPTY = _LENGTH.pack(0)
-# Without persistent tiers nobody else ever sees an identity; a tier brings its own secret.
-DEFAULT_KEY = b"quire block identity"
+# No identity leaves the process: tiers name pages by hashes of them with secrets of their own.
+KEY = b"quire block identity"
 
 
 def canonical(*fields: bytes) -> bytes:
@@ -29,11 +29,11 @@ class BlockIdentity:
     """Makes identities for one engine.
 
     `fingerprint`: bytes that change when the model, its numerics or the cache layout change
-    (Plan.cache_fingerprint). `key`: at most 64 bytes.
+    (Plan.cache_fingerprint).
     """
 
-    def __init__(self, fingerprint: bytes, key: bytes = DEFAULT_KEY):
-        self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key)
+    def __init__(self, fingerprint: bytes):
+        self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES, key=KEY)
         self._prefix = canonical(struct.pack("<I", SCHEMA_VERSION), fingerprint)
 
     def root(self, group: int, tenant: str = "", salt: str = "", adapter: str = "") -> bytes:

@@ -1,6 +1,6 @@
 """The directory of a filesystem tier: private, with a secret, shared by several processes.
 
-    secret          32 random bytes that key block identities and checksums
+    secret          32 random bytes that key names and checksums
     blocks/         one file a page
     writers/        a locked file for each process that writes, and its temporary files
 

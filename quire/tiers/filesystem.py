@@ -90,7 +90,7 @@ class FileTier:
     def load(self, identity: bytes, into: memoryview) -> None:
         name = self._name(identity)
         try:
-            self._read(name, identity, into)
+            self._header.check(self._read(name, into), identity, into)
         except FileNotFoundError:
             self._unlearn(name)
             raise Missing from None
@@ -100,7 +100,8 @@ class FileTier:
             raise
         self._use(name)
 
-    def _read(self, name: str, identity: bytes, into: memoryview) -> None:
+    def _read(self, name: str, into: memoryview) -> bytearray:
+        """Read the page of a file, which is not checked yet; returns its header."""
         try:
             handle = self._directory.open_block(name)
         except OSError as error:
@@ -115,10 +116,10 @@ class FileTier:
                 raise Damaged("length", f"{found.st_size} bytes")
             header = bytearray(HEADER_BYTES)
             _fill(handle, header, into)
-            self._header.check(header, identity, into)
             if time.time() - found.st_mtime > TOUCH_SECONDS:
                 with contextlib.suppress(OSError):  # a read-only directory serves as well
                     os.utime(handle)
+            return header
         finally:
             os.close(handle)
 
@@ -164,16 +165,7 @@ class FileTier:
         self._directory.close()
 
     def _name(self, identity: bytes) -> str:
-        return f"{self._prefix}-{identity.hex()}{SUFFIX}"
-
-    def _identity(self, name: str) -> bytes | None:
-        """The page of this model that a file's name stands for."""
-        stem = name.removeprefix(f"{self._prefix}-").removesuffix(SUFFIX)
-        try:
-            identity = bytes.fromhex(stem)
-        except ValueError:
-            return None
-        return identity if self._name(identity) == name else None
+        return f"{self._prefix}-{self._header.name(identity)}{SUFFIX}"
 
     # -- index and room --------------------------------------------------------------------------
 
@@ -229,12 +221,15 @@ class FileTier:
     def _evict(self, name: str) -> None:
         """Delete a file for room; a page of this model is handed on. Raises OSError where it cannot
         be read."""
-        identity = self._identity(name) if self.evicted is not None else None
+        identity: bytes | None = None
         page: memoryview | None = None
-        if identity is not None:
+        if self.evicted is not None and name.startswith(self._prefix):
             page = memoryview(bytearray(max(0, self._index.get(name, 0) - HEADER_BYTES)))
             try:
-                self._read(name, identity, page)
+                header = self._read(name, page)
+                identity = self._header.identity(header, name[len(self._prefix) + 1 : -len(SUFFIX)])
+                if identity is not None:
+                    self._header.check(header, identity, page)
             except FileNotFoundError:  # another process was first, which hands it on
                 self._unlearn(name)
                 return

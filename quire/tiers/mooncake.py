@@ -41,7 +41,7 @@ class MooncakeError(Exception):
 
 class MooncakeConfig(msgspec.Struct, forbid_unknown_fields=True):
     """The JSON file that `--kv-tiers mooncake:FILE` names; names are those of Mooncake's own
-    configuration, but for `secret_file`: 32 bytes that key identities and checksums, equal on all
+    configuration, but for `secret_file`: 32 bytes that key names and checksums, equal on all
     machines that share blocks. `global_segment_size`: memory of this machine for the store (0:
     only other processes hold pages), which goes when the engine ends."""
 
@@ -92,13 +92,13 @@ class MooncakeTier:
         self._config = read_config(path)
         if not self._config.master_server_address.rpartition(":")[2].isdecimal():
             raise _unusable(path, "master_server_address must be like 10.0.0.1:50051")
-        self.secret = _read_secret(path, self._config.secret_file)
+        secret = _read_secret(path, self._config.secret_file)
         self._sizes = [
             _bytes(path, size)
             for size in (self._config.global_segment_size, self._config.local_buffer_size)
         ]
         self._client_type = _client_type(path)
-        self._header = PageHeader(fingerprint, self.secret)
+        self._header = PageHeader(fingerprint, secret)
         self._prefix = f"quire-{fingerprint[:8].hex()}-"
         self._memory = [mmap.mmap(-1, HEADER_BYTES + largest) for _ in range(workers)]
         self._connecting = threading.Lock()
@@ -139,7 +139,7 @@ class MooncakeTier:
             self._buffers.put(buffer)
 
     def _key(self, identity: bytes) -> str:
-        return self._prefix + identity.hex()
+        return self._prefix + self._header.name(identity)
 
     def present(self, identities: Sequence[bytes]) -> set[bytes]:
         codes = self._connected().batch_is_exist([self._key(each) for each in identities])

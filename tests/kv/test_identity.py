@@ -15,7 +15,7 @@ TOKENS = list(range(16))
 
 PROGRAM = """
 from quire.kv.identity import BlockIdentity
-identity = BlockIdentity(b"model", b"key")
+identity = BlockIdentity(b"model")
 parent = identity.root(1, "tenant", "salt", "adapter")
 for start in (0, 16):
     parent = identity.block(parent, range(start, start + 16), b"media")
@@ -39,7 +39,7 @@ def spelled_out() -> str:
         return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
     def digest(data: bytes) -> bytes:
-        return hashlib.blake2b(data, digest_size=32, key=b"key").digest()
+        return hashlib.blake2b(data, digest_size=32, key=b"quire block identity").digest()
 
     one = (1).to_bytes(4, "little")
     parent = digest(fields(one, b"model") + fields(one, b"tenant", b"salt", b"adapter"))
@@ -50,12 +50,11 @@ def spelled_out() -> str:
 
 
 def test_every_field_changes_the_identity() -> None:
-    base = {"fingerprint": b"m", "key": b"k", "group": 0, "tenant": "t", "salt": "s"}
+    base = {"fingerprint": b"m", "group": 0, "tenant": "t", "salt": "s"}
     base |= {"adapter": "a", "tokens": tuple(TOKENS), "media": b"i"}
     changes = [
         {},
         {"fingerprint": b"n"},
-        {"key": b"l"},
         {"group": 1},
         {"tenant": "u"},
         {"salt": ""},
@@ -71,7 +70,7 @@ def test_every_field_changes_the_identity() -> None:
     made = []
     for change in changes:
         fields = base | change
-        identity = BlockIdentity(fields["fingerprint"], fields["key"])
+        identity = BlockIdentity(fields["fingerprint"])
         root = identity.root(fields["group"], fields["tenant"], fields["salt"], fields["adapter"])
         made.append(identity.block(root, fields["tokens"], fields["media"]))
     assert len(set(made)) == len(changes)

@@ -20,7 +20,7 @@ import pytest
 
 from quire.errors import UsageError
 from quire.tiers import filesystem
-from quire.tiers.block_file import HEADER_BYTES
+from quire.tiers.block_file import HEADER_BYTES, PageHeader
 from quire.tiers.cold import Damaged, Missing
 from quire.tiers.directory import TierDirectory
 from quire.tiers.filesystem import FileTier
@@ -59,8 +59,8 @@ def blocks(tmp_path: Path) -> Path:
 
 
 def file_of(blocks: Path, number: int) -> Path:
-    (found,) = blocks.glob(f"*{identity(number).hex()}*")
-    return found
+    header = PageHeader(PRINT, (blocks.parent / "secret").read_bytes())
+    return blocks / f"{PRINT[:8].hex()}-{header.name(identity(number))}.v1"
 
 
 def load(tier: FileTier, number: int, size: int = PAGE) -> bytes:
@@ -168,7 +168,10 @@ def test_a_file_of_another_root_or_length_is_a_miss(
     foreign = open_tier(tmp_path / "other")
     foreign.store(identity(1), page(1))
     shutil.copy(file_of(tmp_path / "other" / "blocks", 1), blocks)
-    with pytest.raises(Damaged, match="checksum"):
+    with pytest.raises(Missing):
+        load(tier, 1)
+    (blocks / file_of(tmp_path / "other" / "blocks", 1).name).rename(file_of(blocks, 1))
+    with pytest.raises(Damaged, match="another"):
         load(tier, 1)
     tier.store(identity(2), page(2))
     with pytest.raises(Damaged):
@@ -517,6 +520,21 @@ def test_everything_is_private_to_the_user(tier: FileTier, tmp_path: Path) -> No
     for path in tmp_path.rglob("*"):
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_neither_name_nor_header_tells_the_identity_without_the_secret(
+    tier: FileTier, blocks: Path, tmp_path: Path
+) -> None:
+    """Who could guess a prompt could compute its identity."""
+    tier.store(identity(1), page(1))
+    other = open_tier(tmp_path / "other")
+    other.store(identity(1), page(1))
+    mine, theirs = file_of(blocks, 1), file_of(tmp_path / "other" / "blocks", 1)
+    assert mine.name != theirs.name and identity(1).hex() not in mine.name
+    headers = [path.read_bytes()[:HEADER_BYTES] for path in (mine, theirs)]
+    assert headers[0][56:88] != headers[1][56:88]
+    assert not any(identity(1)[:8] in header for header in headers)
+    other.close()
 
 
 def test_names_do_not_leave_the_directory(tier: FileTier, blocks: Path) -> None:

@@ -78,7 +78,11 @@ def test_another_model_or_secret_finds_nothing(tier: MooncakeTier, cluster: Clus
         load(model, 3)
     secret = str(cluster.directory / "other-secret")
     stranger = MooncakeTier(cluster.config("other.json", secret_file=secret), PRINT, PAGE)
-    with pytest.raises(Damaged, match="checksum"):
+    with pytest.raises(Missing):
+        load(stranger, 3)
+    value = tier._client.get(tier._key(identity(3)))
+    assert tier._client.put(stranger._key(identity(3)), bytes(value)) == 0
+    with pytest.raises(Damaged, match="another"):
         load(stranger, 3)
     model.store(identity(4), page(4))
     tier.store(identity(5), page(5))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quire.cli.bench_offline import number
 from quire.cli.bench_record import machine, plan_facts, write_json
+from quire.cli.bench_tiers_report import lines, named
 from quire.cli.flags import CommandLineError, Invocation, Parser
 from quire.cli.terminal import Phases
 from quire.cli.version import versions
@@ -254,7 +255,7 @@ class Bench:
         by_source: dict[str, list[float]] = {}
         cached: dict[str, int] = {}
         for taken, sources in turns:
-            by_source.setdefault(_named(sources), []).append(taken)
+            by_source.setdefault(named(sources), []).append(taken)
             for source, tokens in sources.items():
                 cached[source] = cached.get(source, 0) + tokens
         return {
@@ -387,60 +388,6 @@ class Bench:
         return first, {name: count for name, count in cached.items() if count}
 
 
-def lines(record: dict[str, Any]) -> list[str]:
-    """Tables for people."""
-    results, plan = record["results"], record["plan"]
-    found = [f"{record['model']} on {plan['device_name']}, {plan['context_tokens']} tokens of KV"]
-    found += [f"{c['what']}: {c['chosen']}; {c['reason']}" for c in record["tiers"]]
-    found += [
-        "",
-        "time to the first token of a prompt (ms), and where its KV came from: loaded is below, "
-        "but never computed instead",
-    ]
-    head = f"{'tokens':>8}{'computed':>12}"
-    found.append(head + "".join(f"{n:>12}" for n in ("device", "dram", "below", "loaded")))
-    for row in results["returns"]:
-        found.append(f"{row['tokens']:>8}" + "".join(f"{t:>12}" for t in row["ttft_ms"].values()))
-        found.append(f"{'':20}" + "".join(f"{_named(s):>12}" for s in row["sources"].values()))
-    talk = results["conversations"]
-    found += [
-        "",
-        f"{talk['count']} conversations of {talk['tokens']} tokens, {TURNS} turns each, in "
-        f"{talk['order']} order: first tokens of returning turns (ms)",
-    ]
-    for name in ("off", *POLICIES):
-        part = talk[name]
-        found.append(
-            f"  {'no tiers' if name == 'off' else name:>8}: {part['ttft_ms']} (worst "
-            f"{part['ttft_worst_ms']}), {part['seconds']} s in all"
-        )
-        for source, times in sorted(part["by_source"].items()):
-            found.append(f"{source:>20}: {times['ttft_ms']} in {times['turns']} turns")
-        if name != "off":
-            found.append(f"{'of a step':>20}: {_thread_time(part)}")
-            found += [
-                f"{tier:>20}: {pages['hits']} pages found, {pages['misses']} not"
-                for tier, pages in part["pages"].items()
-            ]
-    steady = results["steady"]
-    host = steady["host_ms_per_step"]
-    found += [
-        "",
-        f"no reuse, {steady['requests']} x {steady['tokens']} tokens: {steady['tokens_s_off']} "
-        f"tokens/s without tiers, {steady['tokens_s_on']} with: loss {steady['loss_percent']}%",
-        f"host time of a step: {host['off']} ms without tiers, {host['on']} ms with, "
-        f"of it {_thread_time(steady)}",
-    ]
-    if record["left_out"]:
-        found.append(f"left out, longer than the context or the KV cache: {record['left_out']}")
-    return found
-
-
-def _thread_time(part: dict[str, Any]) -> str:
-    spent = part["tiers_ms_per_step"]
-    return f"lookups {spent['lookups']} ms, stores and copies {spent['copies']} ms"
-
-
 def _milliseconds(times: list[float]) -> dict[str, float]:
     """Of first tokens in so many turns."""
     return {
@@ -448,7 +395,3 @@ def _milliseconds(times: list[float]) -> dict[str, float]:
         "ttft_ms": round(1000 * statistics.median(times), 2),
         "ttft_worst_ms": round(1000 * max(times), 2),
     }
-
-
-def _named(sources: dict[str, int]) -> str:
-    return max(sources, key=lambda name: sources[name]) if sources else "computed"

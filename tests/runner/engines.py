@@ -282,6 +282,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 # Small enough for the interpreter.
-TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
-TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64}
+TINY_DEEPSEEK_V3: dict[str, Any] = FAMILIES["deepseek_v3"] | TINY
+TINY_DEEPSEEK_V3 |= {"first_k_dense_replace": 0, "n_routed_experts": 4, "n_group": 2}
+TINY_DEEPSEEK_V3 |= {"topk_group": 1, "moe_intermediate_size": 16}
+# Layers of all kinds, of which one chooses among its entries.
+TINY_DEEPSEEK_V4: dict[str, Any] = FAMILIES["deepseek_v4"] | {
+    "num_hidden_layers": 3,
+    "layer_types": FAMILIES["deepseek_v4"]["layer_types"][:3],
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "hc_mult": 2,
+    "vocab_size": 64,
+    "index_topk": 3,
+}
+
+# Drafts wherever the last token was there before.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
+NGRAM |= {"prompt_lookup_max": 3}

@@ -21,6 +21,8 @@ from runner.engines import (
     FAMILIES,
     SMALL,
     TINY,
+    TINY_DEEPSEEK_V3,
+    TINY_DEEPSEEK_V4,
     check_mixed,
     cramped,
     engine,
@@ -99,9 +101,7 @@ def test_a_tiny_deepseek_equals_the_cpu_runner(
     write_model: WriteModel, deterministic: bool
 ) -> None:
     """A prompt in chunks, decoding, two requests; queries with and without a latent."""
-    sizes = {"first_k_dense_replace": 0, "q_lora_rank": None if deterministic else 24}
-    sizes |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
-    model = write_model(**{**FAMILIES["deepseek_v3"], **TINY, **sizes})
+    model = write_model(**TINY_DEEPSEEK_V3 | {"q_lora_rank": None if deterministic else 24})
     adds = [
         Add("a", list(range(3, 23)), SamplingParams(temperature=0.0, max_tokens=2, logprobs=1), 0),
         Add("b", [7, 9], SamplingParams(temperature=1.0, max_tokens=2, ignore_eos=True), seed=5),
@@ -119,12 +119,8 @@ def test_a_tiny_deepseek_equals_the_cpu_runner(
 def test_a_tiny_deepseek_v4_equals_the_cpu_runner(
     write_model: WriteModel, deterministic: bool, kv: str
 ) -> None:
-    """A prompt in chunks, decoding, two requests, the second with a prefix that is cached; layers
-    of all kinds, of which one chooses among its entries."""
-    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "moe_intermediate_size": 16, "hc_mult": 2}
-    family = FAMILIES["deepseek_v4"]
-    sizes |= {"layer_types": family["layer_types"][:3], "vocab_size": 64, "index_topk": 3}
-    model = write_model(**{**family, **sizes, "n_routed_experts": 4})
+    """A prompt in chunks, decoding, two requests, the second with a prefix that is cached."""
+    model = write_model(**TINY_DEEPSEEK_V4)
     prompt = list(range(3, 40))
     adds = [
         Add("a", prompt, SamplingParams(temperature=0.0, max_tokens=2, logprobs=1), seed=0),

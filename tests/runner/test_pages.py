@@ -24,8 +24,11 @@ from quire.tiers.slab import HostSlab
 from runner.engines import (
     DEVICE,
     FAMILIES,
+    NGRAM,
     SMALL,
     TINY,
+    TINY_DEEPSEEK_V3,
+    TINY_DEEPSEEK_V4,
     Got,
     cramped,
     engine,
@@ -157,38 +160,66 @@ def tiers(path: Path, made: Engine, dram: int = 24) -> str:
     return f"dram:{dram * page}B,fs:{path}/kv:64MiB"
 
 
+FP8 = {"kv_cache_dtype": "fp8"}
+DRAFTS = {"speculative_config": NGRAM}
+
+
 @pytest.mark.full
 @pytest.mark.usefixtures("eager_loads")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(TINY, {}, id="llama"),
+        pytest.param(TINY, FP8, id="FP8 cache"),
+        pytest.param(TINY, DRAFTS, id="drafts"),
+        pytest.param(TINY_DEEPSEEK_V3, {}, id="deepseek_v3"),
+        pytest.param(TINY_DEEPSEEK_V4, {}, id="deepseek_v4"),
+        pytest.param(TINY_DEEPSEEK_V4, FP8, id="deepseek_v4, FP8 cache"),
+    ],
+)
 def test_a_tiny_model_on_the_gpu_runner_gives_the_same_with_tiers(
-    write_model: WriteModel, tmp_path: Path
+    write_model: WriteModel, family: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = write_model(**TINY)
-    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, ignore_eos=True)
-    adds = [Add("a", list(range(3, 22)), params, seed=1)]
-    plain = cramped(model, deterministic=True, warm=False, **SMALL)
+    model = write_model(**family)
+    params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=1, ignore_eos=True)
+    # Of 36 tokens, so that hits can end at 32, and many of them more than once, for drafts.
+    adds = [Add("a", [3 + i * i % 23 for i in range(36)], params, seed=1)]
+    given = {"deterministic": True, "warm": False, **SMALL, **options}
+    plain = cramped(model, **given)
     expected = bits(run(plain, adds))
-    size = plain.plan.kv_bytes
     made = engine(
-        model, "cuda", deterministic=True, warm=False, kv_cache_memory=size,
-        kv_tiers=tiers(tmp_path, plain, 16), **SMALL,
-    )  # fmt: skip
+        model, "cuda", kv_cache_memory=plain.plan.kv_bytes, kv_tiers=tiers(tmp_path, plain), **given
+    )
     for _ in range(2):
         assert bits(run(made, adds)) == expected
         made.core.scheduler.kv.clear_cache()  # as if it had been evicted
     assert made.core.stats().tiers[0].loaded_bytes > 0
+    assert (made.core.scheduler.stats().draft_tokens > 0) == (options is DRAFTS)
     made.core.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("eager_loads")
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *(pytest.param(name, {}, id=name) for name in ("llama", "gemma3", "mistral")),
+        *(pytest.param(name, {}, id=name) for name in ("deepseek_v3", "deepseek_v4")),
+        *(pytest.param(name, FP8, id=f"{name}, FP8 cache") for name in ("gemma3", "deepseek_v4")),
+        *(pytest.param(name, DRAFTS, id=f"{name}, drafts") for name in ("llama", "deepseek_v4")),
+    ],
+)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_bits_on_a_gpu_are_those_without_tiers(
-    write_model: WriteModel, family: str, asynchronous: bool, tmp_path: Path
+    write_model: WriteModel,
+    family: str,
+    options: dict[str, Any],
+    asynchronous: bool,
+    tmp_path: Path,
 ) -> None:
     """Under load, with pools so small that blocks are taken as soon as they are given back."""
     model = write_model(**FAMILIES[family])
-    given: dict[str, Any] = {"deterministic": True, "async_scheduling": asynchronous}
+    given = {"deterministic": True, "async_scheduling": asynchronous, **options}
     plain = cramped(model, enable_prefix_caching=False, **given)
     adds = repeating(requests(40, 3), 3)
     expected = bits(run(plain, adds))
@@ -199,6 +230,7 @@ def test_bits_on_a_gpu_are_those_without_tiers(
     stats = made.core.stats().tiers
     assert stats[0].loaded_bytes > 0 and stats[1].loaded_bytes > 0
     assert not stats[0].errors
+    assert (made.core.scheduler.stats().draft_tokens > 0) == (options is DRAFTS)
     made.core.close()
 
 

@@ -21,6 +21,7 @@ from quire.outputs import CompletionOutput
 from quire.speculative.proposer import Drafter
 from runner.engines import (
     FAMILIES,
+    NGRAM,
     SMALL,
     TINY,
     Got,
@@ -34,8 +35,6 @@ from runner.engines import (
 )
 
 WriteModel = Any
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
-NGRAM |= {"prompt_lookup_max": 3}
 
 Guess = Callable[[list[int], int], list[int]]
 

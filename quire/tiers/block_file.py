@@ -14,7 +14,7 @@ import struct
 
 from quire.tiers.cold import Damaged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 was named by identities; nothing finds those, and they are evicted
 MAGIC = b"quirekv\0"
 # Magic, version, header length, page length, cache fingerprint, masked identity; then the checksum.
 _FIELDS = struct.Struct("<8sIIQ32s32s")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from ctypes import py_object, pythonapi
 
 import torch
 
@@ -50,18 +53,48 @@ class Graphs:
             compute()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                # Other threads may use the device meanwhile. torch.cuda.graph() would collect
-                # garbage and wait for the device each time.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    compute()
-                finally:
-                    graph.capture_end()
+                self._record(graph, compute)
         except QuireError:
             raise
         except Exception as error:  # whatever it is, the step runs without a graph
-            log.warning("no CUDA graph for %s: %s: %s", key, type(error).__name__, error)
-            self.failed[key] = f"{type(error).__name__}: {error}"
+            cause = error.__context__ or error  # what made the capture's end fail
+            self.failed[key] = f"{type(cause).__name__}: {cause}"
+            log.warning("no CUDA graph for %s: %s", key, self.failed[key])
         else:
             self._graphs[key] = graph
-        current.wait_stream(self._stream)
+            current.wait_stream(self._stream)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, compute: Callable[[], object]) -> None:
+        """Capture on the current stream, which is this object's."""
+        # Another engine's graphs must not be destroyed by a collection in the middle: CUDA may
+        # forbid that while this thread captures.
+        collecting, ended = gc.isenabled(), False
+        gc.disable()
+        try:
+            # Other threads may use the device meanwhile. torch.cuda.graph() would collect
+            # garbage and wait for the device each time.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                compute()
+            finally:
+                graph.capture_end()
+                ended = True
+        finally:
+            if collecting:
+                gc.enable()
+            if not ended:
+                self._abandon(graph)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Leave a capture that could not be begun or ended, so that others can follow.
+
+        The graph is never destroyed, not even when the process ends: its destructor aborts the
+        process where registering it with the random generator had failed half way ("The graph
+        should be registered to the state"), and torch's allocators go on to ask it what it captures
+        (torch 2.11, aten/src/ATen/cuda/CUDAGraph.cpp). What it used may be in any state.
+        """
+        pythonapi.Py_IncRef(py_object(graph))
+        with suppress(RuntimeError):  # where recording to the pool had not begun
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

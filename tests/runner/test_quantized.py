@@ -22,7 +22,7 @@ from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
 from quire.params import SamplingParams
-from runner.engines import DEVICE, engine, requests, run
+from runner.engines import DEVICE, GPT_OSS, check_deterministic, engine, requests, run
 
 ON_GPU = torch.cuda.is_available()
 # Of the root mean square difference, as a share of the logits' spread.
@@ -33,11 +33,6 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
 ROOM = {"max_num_seqs": 1, "max_num_batched_tokens": 18, "max_model_len": 32}
-GPT_OSS: dict[str, Any] = {
-    "architectures": ["GptOssForCausalLM"], "head_dim": 32, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "sliding_window": 24, "layer_types": None,
-    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
-}  # fmt: skip
 
 
 def held(made: Engine) -> set[str]:
@@ -190,11 +185,14 @@ def test_layers_that_are_quantised_while_loading_equal_the_cpus(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["ct fp8 channel", "ct mxfp4"])
-def test_graphs_give_the_bits_of_the_kernels_they_hold(scheme: str, tmp_path: Path) -> None:
+def test_graphs_give_the_bits_of_the_kernels_they_hold(
+    scheme: str, tmp_path: Path, replayed: set[str]
+) -> None:
     path, _ = of_scheme(tmp_path, scheme, MOE)
     given = {"load_format": "auto", "dtype": "bfloat16", "enable_prefix_caching": False, **LARGER}
     made = engine(str(path), "cuda", **given)
     with_graphs = run(made, requests(6, 1))
+    assert replayed >= {"decode", "mixed", "sampling"}
     made.core.runner.replaying = False  # type: ignore[attr-defined]
     assert run(made, requests(6, 1)) == with_graphs
 

@@ -191,7 +191,7 @@ def test_a_tiny_model_drafts_on_the_gpu_runner_as_on_the_cpus(
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("runner", ["graph", "eager"])
 def test_a_model_drafts_on_the_gpu_and_tokens_are_the_cpu_runners(
-    write_model: WriteModel, family: str, runner: str
+    write_model: WriteModel, family: str, runner: str, replayed: set[str]
 ) -> None:
     """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
     model = write_model(**FAMILIES[family])
@@ -208,13 +208,15 @@ def test_a_model_drafts_on_the_gpu_and_tokens_are_the_cpu_runners(
                     pass
             right, drafts = accepted(made)
             assert drafts > 100 and right >= least * drafts
+    graphs = {"mixed", "sampling", "reading", "guessing"} if runner == "graph" else set()
+    assert replayed >= graphs and bool(replayed) == bool(graphs)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("drafter", ["ngram", "right", "often wrong"])
 def test_graphs_give_every_request_the_cpu_runners_tokens(
-    write_model: WriteModel, family: str, drafter: str
+    write_model: WriteModel, family: str, drafter: str, replayed: set[str]
 ) -> None:
     """Chunks, preemption, prefix hits, all sampling parameters, arrivals and aborts."""
     model = write_model(**FAMILIES[family])
@@ -230,13 +232,14 @@ def test_graphs_give_every_request_the_cpu_runners_tokens(
                 pass
         right, drafts = accepted(made)
         assert drafts > 50 and (right > 20 or drafter == "ngram")
+    assert replayed >= {"mixed", "sampling"}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_deterministic_bits_do_not_depend_on_speculation(
-    write_model: WriteModel, family: str, dtype: str
+    write_model: WriteModel, family: str, dtype: str, replayed: set[str]
 ) -> None:
     model = write_model(**FAMILIES[family])
     adds = rewound(every_parameter(16, 4))
@@ -247,12 +250,13 @@ def test_deterministic_bits_do_not_depend_on_speculation(
             made = engine(model, "cuda", runner=runner, speculative_config=NGRAM, **common)
             assert run(guesses(made, knowing(adds, expected, wrong)), adds, seed=4) == expected
             assert accepted(made)[0] > 20
+    assert replayed >= {"mixed", "sampling"}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
-    write_model: WriteModel, method: str
+    write_model: WriteModel, method: str, replayed: set[str]
 ) -> None:
     model = write_model()
     config = NGRAM if method == "ngram" else drafted_by(model)
@@ -274,6 +278,7 @@ def test_nothing_is_allocated_or_compiled_with_drafts_once_all_is_warm(
     assert accepted(made)[1] > 20
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
     assert not compiled
+    assert replayed >= {"mixed", "sampling"}
 
 
 def bits(output: CompletionOutput) -> list[list[tuple[int, float]]]:

@@ -27,8 +27,8 @@ test: $(VENV)/.installed-test
 	$(PYTEST) -m "not gpu and not full" $(ALONE)
 
 test-all: $(VENV)/.installed-test
-	$(BESIDE) -m "not gpu"
-	$(PYTEST) -m "not gpu" $(ALONE)
+	$(BESIDE) -m "full or not gpu"
+	$(PYTEST) -m "full or not gpu" $(ALONE)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

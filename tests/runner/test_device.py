@@ -329,7 +329,9 @@ def test_deterministic_bits_depend_on_the_request_alone(
 ) -> None:
     # Windows are bounded beforehand.
     preempted = "sliding_window" not in FAMILIES[family]
-    check_deterministic(write_model(**FAMILIES[family]), every_parameter(16, 4), preempted, dtype=dtype)
+    check_deterministic(
+        write_model(**FAMILIES[family]), every_parameter(16, 4), preempted, dtype=dtype
+    )
     assert replayed >= {"decode", "mixed", "sampling"}
 
 

@@ -18,11 +18,20 @@ from quant.stored import SCHEMES
 
 from quire.engine.startup import Engine
 from quire.engine.wire import Add
+from quire.formats.layout import QUANT_FORMATS
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.layers.experts import StackedExperts
 from quire.layers.linear import Linear
 from quire.params import SamplingParams
-from runner.engines import DEVICE, GPT_OSS, check_deterministic, engine, requests, run
+from runner.engines import (
+    DEVICE,
+    GPT_OSS,
+    check_deterministic,
+    engine,
+    every_parameter,
+    requests,
+    run,
+)
 
 ON_GPU = torch.cuda.is_available()
 # Of the root mean square difference, as a share of the logits' spread.
@@ -197,35 +206,32 @@ def test_graphs_give_the_bits_of_the_kernels_they_hold(
     assert run(made, requests(6, 1)) == with_graphs
 
 
+# One for each format.
+EACH = ("ct fp8 channel", "fp8 blocks", "ct nvfp4", "ct mxfp4", "gptq zeros", "ct w8a8 zeros")
+DENSE_MODEL = {**LLAMA, "vocab_size": 320}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("scheme", "config"),
     [
-        ("ct fp8 channel", MOE),
-        ("fp8 blocks", MOE),
-        ("ct nvfp4", MOE),
-        ("gptq zeros", MOE),
+        *((scheme, MOE) for scheme in EACH),
+        *((scheme, DENSE_MODEL) for scheme in EACH),
         ("fp8 blocks", {**DEEPSEEK, "moe_intermediate_size": 128, "vocab_size": 320}),
     ],
 )
 def test_deterministic_bits_depend_on_the_request_alone(
-    scheme: str, config: dict[str, Any], tmp_path: Path
+    scheme: str, config: dict[str, Any], tmp_path: Path, replayed: set[str]
 ) -> None:
-    """Alone, batched and in other chunks, for which tiles of all widths serve."""
+    """For which tiles of all widths serve; log-probabilities of some prompts, too."""
     path, _ = of_scheme(tmp_path, scheme, config)
-    given = {
-        "load_format": "auto",
-        "dtype": "bfloat16",
-        "deterministic": True,
-        "max_model_len": 128,
-    }
-    given |= {"runner": "eager", "kv_cache_memory": 2**24}
-    adds = requests(16, 2, prompt_logprobs=0)
+    adds = every_parameter(16, 2)
+    for add in adds[:4]:
+        add.params.prompt_logprobs = 0
+    given = {"load_format": "auto", "dtype": "bfloat16", "max_model_len": 128}
+    check_deterministic(str(path), adds, preempted=True, **given)
+    assert replayed >= {"decode", "mixed", "sampling"}
 
-    def computed(rows: int, tokens: int) -> Any:
-        room = {"max_num_seqs": rows, "max_num_batched_tokens": tokens}
-        return run(engine(str(path), "cuda", warm=False, **given, **room), adds)
 
-    alone = computed(1, 512)
-    assert computed(16, 512) == alone
-    assert computed(5, 19) == alone
+def test_each_format_is_among_the_schemes_of_the_test_of_bits() -> None:
+    assert {SCHEMES[scheme][2] for scheme in EACH} == set(QUANT_FORMATS)

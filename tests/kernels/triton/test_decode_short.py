@@ -24,6 +24,7 @@ from quire.kernels.triton.attention.decode_short import (
 )
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.launch import launch, num_sms
+from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests, Shape
 
 PLAIN = Shape(3, 1, 16)
@@ -32,7 +33,7 @@ SHAPES = [
     PLAIN,
     EXTRAS,
     *(
-        pytest.param(shape, marks=pytest.mark.full)
+        pytest.param(shape, marks=FULL)
         for shape in (
             Shape(3, 3, 64, sinks=True, dtype=torch.float16),
             Shape(8, 2, 128),
@@ -104,6 +105,7 @@ def test_short_requests_equal_the_reference(shape: Shape, device: torch.device) 
 
 
 @pytest.mark.full
+@pytest.mark.gpu
 @pytest.mark.parametrize("tile", [TILES[1], ShortTile(32, 32, 4), ShortTile(64, 128, 8)])
 @pytest.mark.parametrize("shape", [EXTRAS, Shape(2, 1, 128)], ids=str)
 def test_tiles_of_other_sizes_equal_the_reference(

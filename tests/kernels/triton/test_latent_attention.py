@@ -13,6 +13,7 @@ from quire.kernels.reference.attention.latent_attention import latent_attention 
 from quire.kernels.triton.attention.latent_attention import latent_attention
 from quire.kernels.triton.attention.scratch import Scratch
 from quire.kernels.triton.attention.tiles import Target, head_tiles
+from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests
 
 
@@ -34,7 +35,7 @@ SHAPES = [
     SMALL,
     Shape(5, 24, 8, dtype=torch.float32, cache=torch.bfloat16),
     *(
-        pytest.param(shape, marks=pytest.mark.full)
+        pytest.param(shape, marks=FULL)
         for shape in (
             Shape(128, 32, 16),
             Shape(40, 512, 64),
@@ -134,9 +135,7 @@ def test_more_requests_than_merge_head_by_head(device: torch.device) -> None:
         requests.check([1] * 10, decode=True, deterministic=deterministic)
 
 
-@pytest.mark.parametrize(
-    "shape", [SMALL, pytest.param(Shape(40, 64, 16), marks=pytest.mark.full)], ids=str
-)
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(Shape(40, 64, 16), marks=FULL)], ids=str)
 def test_deterministic_bits_do_not_depend_on_how_tokens_are_computed(
     shape: Shape, device: torch.device
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE
 from quire.kernels.reference.attention.paged_attention import paged_attention as reference
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
+from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.paged_inputs import TOLERANCE, PagedRequests, Shape
 
 PLAIN, ONE_HEAD = Shape(4, 2, 16), Shape(2, 1, 16)
@@ -22,7 +23,7 @@ SHAPES = [
     CODES,
     Shape(2, 1, 16, dtype=torch.float32, cache=torch.bfloat16),
     *(
-        pytest.param(shape, marks=pytest.mark.full)
+        pytest.param(shape, marks=FULL)
         for shape in (
             Shape(4, 2, 16, dtype=torch.float32),
             Shape(34, 2, 16, window=1),
@@ -188,7 +189,7 @@ def test_padded_requests_are_skipped(deterministic: bool, device: torch.device) 
         EXTRAS,
         replace(ONE_HEAD, cache=FP8_CACHE),
         *(
-            pytest.param(shape, marks=pytest.mark.full)
+            pytest.param(shape, marks=FULL)
             for shape in (
                 CODES,
                 Shape(4, 1, 128, window=200, sinks=True),

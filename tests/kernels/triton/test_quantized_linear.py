@@ -60,6 +60,17 @@ def test_rows_and_columns_of_several_scale_blocks(format: str, device: torch.dev
     check(quantized_gemm, 70, weight, device)
 
 
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 12288)])
+def test_layers_of_production_sizes_equal_reference(n: int, k: int, format: str) -> None:
+    device = torch.device("cuda")
+    weight = quantized(format, n, k, device, 4)
+    for product, t in ((skinny, 1), (skinny, 8), (skinny, 32), (quantized_gemm, 300)):
+        check(product, t, weight, device, bias=t == 8)
+
+
 @pytest.mark.parametrize("format", ["fp8", "fp8_block"])
 @pytest.mark.parametrize(("t", "n", "k"), [(1, 300, 260), (2, 150, 1312), (1, 7, 2048)])
 @pytest.mark.parametrize("kind", ["", "silu"])

@@ -25,6 +25,7 @@ from quire.params import SamplingParams
 from quire.runner.sampler import Sampler
 from quire.runner.slots import new_slot
 from quire.step import Enter
+from tests.kernels.triton.marks import FULL
 
 PROMPT, OUTPUT = [1, 2, 2, 3], [5, 6, 5, 3]
 
@@ -182,7 +183,7 @@ CASES: list[tuple[dict[str, Any], list[int], list[list[int]]]] = [
 
 @pytest.mark.parametrize(
     ("temperature", "steps"),
-    [(0.0, 1), (0.8, 1), *(pytest.param(t, 12, marks=pytest.mark.full) for t in (0.0, 0.5, 2.0))],
+    [(0.0, 1), (0.8, 1), *(pytest.param(t, 12, marks=FULL) for t in (0.0, 0.5, 2.0))],
 )
 def test_every_parameter_as_in_the_cpu_sampler(
     temperature: float, steps: int, device: torch.device
@@ -221,7 +222,7 @@ def draft_rows(slots: int, drafts: int, device: torch.device) -> torch.Tensor:
     [
         (0.8, [CASES[i] for i in (10, -2)]),
         (0.0, [CASES[2]]),
-        *(pytest.param(t, CASES, marks=pytest.mark.full) for t in (0.0, 0.8)),
+        *(pytest.param(t, CASES, marks=FULL) for t in (0.0, 0.8)),
     ],
 )
 def test_rows_behind_drafts_are_sampled_as_the_cpu_sampler_does_one_by_one(
@@ -329,8 +330,8 @@ SELECTIONS = [
     [
         (True, 4.0, torch.float32),
         (False, 0.3, torch.bfloat16),
-        pytest.param(True, 0.3, torch.bfloat16, marks=pytest.mark.full),
-        pytest.param(False, 4.0, torch.float32, marks=pytest.mark.full),
+        pytest.param(True, 0.3, torch.bfloat16, marks=FULL),
+        pytest.param(False, 4.0, torch.float32, marks=FULL),
     ],
 )
 def test_selections_from_a_large_vocabulary(
@@ -350,9 +351,7 @@ def test_selections_from_a_large_vocabulary(
     check(logits, every_row(len(enters), device), state)
 
 
-@pytest.mark.parametrize(
-    "keep", [1, 1300, *(pytest.param(k, marks=pytest.mark.full) for k in (2, 2500))]
-)
+@pytest.mark.parametrize("keep", [1, 1300, *(pytest.param(k, marks=FULL) for k in (2, 2500))])
 def test_ties_stay_in_the_order_of_their_ids(keep: int, device: torch.device) -> None:
     """All tokens are equal: top-p leaves the first ones."""
     size = 2500
@@ -406,7 +405,7 @@ def test_a_rows_token_depends_on_nothing_but_the_row(device: torch.device) -> No
         ("greedy", 3),
         ("greedy", 2500),
         ("full", 50),
-        *(pytest.param(v, 4500, marks=pytest.mark.full) for v in ("plain", "full")),
+        *(pytest.param(v, 4500, marks=FULL) for v in ("plain", "full")),
     ],
 )
 def test_log_probabilities_equal_reference(

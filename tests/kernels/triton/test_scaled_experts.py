@@ -20,6 +20,7 @@ from quire.kernels.triton.quantized.scaled_experts import (
     scaled_tiles,
     takes_quantized_pairs,
 )
+from tests.kernels.triton.marks import ON_GPU
 from tests.kernels.triton.moe_inputs import poisoned_memory
 from tests.kernels.triton.test_quantized_experts import inputs
 
@@ -37,9 +38,15 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("format", ["fp8", "fp8_block"])
-@pytest.mark.parametrize("t", [1, 13, 70])
-def test_experts_equal_reference(t: int, format: str, device: torch.device) -> None:
-    given, biases = inputs(format, t, 3, 2, 136, 128, device)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *((t, 3, 2, 136, 128) for t in (1, 13, 70)),
+        pytest.param((300, 16, 4, 2048, 768), marks=ON_GPU),
+    ],
+)
+def test_experts_equal_reference(sizes: tuple[int, ...], format: str, device: torch.device) -> None:
+    given, biases = inputs(format, *sizes, device)
     ready = *given[:3], wanting(given[3]), wanting(given[4])
     with poisoned_memory():
         found = scaled_experts(*ready, "silu", **biases)

@@ -22,6 +22,7 @@ from quire.kernels.triton.quantized.pack import pack
 from quire.kernels.triton.quantized.quantize import quantize
 from quire.kernels.triton.quantized.scaled_gemm import ScaledTile, library_scaled, scaled_gemm
 from tests.kernels.triton.gemm_inputs import assert_close, magnitude, matrix, vector
+from tests.kernels.triton.marks import ON_GPU
 from tests.kernels.triton.quantized_inputs import quantized
 
 BF16 = torch.bfloat16
@@ -29,7 +30,13 @@ FP8 = [("fp8", 0), ("fp8_block", 128)]
 
 
 @pytest.mark.parametrize(("format", "group"), FP8)
-@pytest.mark.parametrize(("t", "n", "k"), [(0, 5, 64), (1, 1, 32), (70, 150, 288), (65, 24, 256)])
+@pytest.mark.parametrize(
+    ("t", "n", "k"),
+    [
+        *((0, 5, 64), (1, 1, 32), (70, 150, 288), (65, 24, 256)),
+        *(pytest.param(*sizes, marks=ON_GPU) for sizes in ((17, 6144, 4096), (300, 4096, 12288))),
+    ],
+)
 def test_product_equals_reference(
     t: int, n: int, k: int, format: str, group: int, device: torch.device
 ) -> None:

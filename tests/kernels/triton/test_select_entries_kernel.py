@@ -11,6 +11,7 @@ from quire.kernels.compressed import Paged, StepTokens
 from quire.kernels.reference.compressed.entries import Entries, PackedIndex, Plain
 from quire.kernels.triton.compressed.select_entries import Sizes, scratch_of, select_entries
 from tests.kernels.triton.compressed_inputs import REFERENCE
+from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.sparse_inputs import last_tokens, on_cpu, paged, paged_on_cpu
 
 RATIO, PER_BLOCK = 4, 8
@@ -92,8 +93,8 @@ def test_decode_and_mixed_steps_choose_as_the_reference(count: int, device: torc
         (PackedIndex(16), torch.bfloat16, 20),
         (Plain(12), torch.float32, 2),
         (PackedIndex(8), torch.float32, 1),
-        pytest.param(PackedIndex(128), torch.bfloat16, 64, marks=pytest.mark.full),
-        pytest.param(Plain(128), torch.float16, 64, marks=pytest.mark.full),
+        pytest.param(PackedIndex(128), torch.bfloat16, 64, marks=FULL),
+        pytest.param(Plain(128), torch.float16, 64, marks=FULL),
     ],
     ids=str,
 )

@@ -57,6 +57,7 @@ def test_linear_in_other_types_equals_reference(
 
 
 @pytest.mark.full
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 2, 7, 8, 16, 33, 64])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 2056), (70, 3000)])

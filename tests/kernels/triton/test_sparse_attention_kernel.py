@@ -13,6 +13,7 @@ from quire.kernels.compressed import StepTokens
 from quire.kernels.reference.compressed.entries import Entries, PackedKeys, Plain
 from quire.kernels.triton.compressed.sparse_attention import sparse_attention, states_of
 from tests.kernels.triton.compressed_inputs import REFERENCE
+from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.paged_inputs import TOLERANCE
 from tests.kernels.triton.sparse_inputs import last_tokens, paged, paged_on_cpu
 
@@ -34,9 +35,9 @@ SHAPES = [
     SMALL,
     Shape(2, PackedKeys(24, 8), size=33),
     Shape(5, Plain(12), dtype=torch.float32),
-    pytest.param(Shape(20, PackedKeys(160, 32), torch.float32), marks=pytest.mark.full),
-    pytest.param(Shape(64, PackedKeys(512, 64), size=128), marks=pytest.mark.full),
-    pytest.param(Shape(17, Plain(512), torch.float16), marks=pytest.mark.full),
+    pytest.param(Shape(20, PackedKeys(160, 32), torch.float32), marks=FULL),
+    pytest.param(Shape(64, PackedKeys(512, 64), size=128), marks=FULL),
+    pytest.param(Shape(17, Plain(512), torch.float16), marks=FULL),
 ]
 
 

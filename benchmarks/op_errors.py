@@ -1,4 +1,5 @@
-"""The relative error of products with quantised weights against float64 on the same codes.
+"""The relative error of products with quantised weights against float64 on the same codes; then
+that of attention over an FP8 cache and of norms that quantise (fp8_errors.py).
 
     python -m benchmarks.op_errors                  # the CPU's kernels
     python -m benchmarks.op_errors --device cuda    # the GPU's, where the layers use them or not
@@ -17,11 +18,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
+from benchmarks import fp8_errors
+from benchmarks.fp8_errors import Error, error
 from quire.cli.bench_record import machine
 from quire.cli.version import versions
 from quire.engine.startup import kernel_facts
@@ -57,13 +60,6 @@ ENCODERS: dict[str, Callable[[torch.Tensor], QuantTensor]] = {
     "int4": lambda values: quantize_integer(values, 4, 128, symmetric=False),
     "int8": lambda values: quantize_integer(values, 8, 128),
 }
-
-
-class Error(NamedTuple):
-    """Of one op: root mean square and worst, both over the result's root mean square."""
-
-    rms: float
-    worst: float
 
 
 class Tensors(WeightSource):
@@ -119,11 +115,6 @@ def exact(tensor: Matrix) -> torch.Tensor:
         codes -= zeros.double().repeat_interleave(group, 1)
     values = codes * scales.double().repeat_interleave(group, 1)
     return values if tensor.row_scales is None else values * tensor.row_scales.double()[:, None]
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> Error:
-    off, size = found.double() - wanted, wanted.square().mean().sqrt()
-    return Error(float(off.square().mean().sqrt() / size), float(off.abs().max() / size))
 
 
 def encoded(format: str, values: torch.Tensor) -> Matrix:
@@ -252,14 +243,18 @@ def measure(device: torch.device, formats: Sequence[str]) -> dict[str, dict[str,
     return found
 
 
-def table(found: dict[str, dict[str, Error]]) -> str:
-    """Markdown: a line for each format, a column for each op."""
-    ops = list(dict.fromkeys(op for cells in found.values() for op in cells))
-    lines = ["| format | " + " | ".join(ops) + " |", "|---" * (len(ops) + 1) + "|"]
-    for format, cells in found.items():
-        shown = [f"{cells[op].rms:.1e}" if op in cells else "" for op in ops]
-        lines.append(f"| `{format}` | " + " | ".join(shown) + " |")
+def table(found: dict[str, dict[str, Error]], first: str = "format") -> str:
+    """Markdown: a line for each of what `first` names, a column for each key of these."""
+    columns = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    lines = [f"| {first} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in found.items():
+        shown = [f"{cells[each].rms:.1e}" if each in cells else "" for each in columns]
+        lines.append(f"| {f'`{name}`' if first == 'format' else name} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def plain(found: dict[str, dict[str, Error]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {f: {op: e._asdict() for op, e in cells.items()} for f, cells in found.items()}
 
 
 def main() -> None:
@@ -269,14 +264,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch.inference_mode():
         found = measure(torch.device(arguments.device), (*ENCODERS, *GGUF_FORMATS))
-    print(table(found))
+        others = fp8_errors.measure(torch.device(arguments.device))
+    print(table(found), table(others, "op"), sep="\n\n")
     if arguments.output:
         record: dict[str, Any] = {
             "command": f"python -m benchmarks.op_errors --device {arguments.device}",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": versions(),
-            "results": {f: {op: e._asdict() for op, e in c.items()} for f, c in found.items()},
+            "results": plain(found),
+            "fp8": plain(others),
         }
         if arguments.device == "cuda":
             record["machine"]["gpu"] = torch.cuda.get_device_name()

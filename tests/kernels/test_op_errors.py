@@ -4,7 +4,7 @@ as their number formats allow."""
 import pytest
 import torch
 
-from benchmarks import op_errors
+from benchmarks import fp8_errors, op_errors
 from benchmarks.op_errors import ENCODERS, encoded, exact, kernel_errors, measure
 from quire.formats.blocks import BlockTensor
 from quire.formats.quantized import QuantTensor
@@ -53,3 +53,45 @@ def test_products_are_as_exact_as_their_number_formats(monkeypatch: pytest.Monke
                 bound = 1e-4
             assert each.rms < bound, (format, op)
             assert each.rms <= each.worst
+
+
+def test_float64_codes_are_those_of_torch() -> None:
+    """Of values in float32, with scales that are powers of two."""
+    values = torch.randn(40, 256, generator=torch.Generator().manual_seed(2))
+    values *= torch.logspace(-6, 0, 256)
+    values[:, ::128] = 448 * 2.0**-5
+    for group in (0, 128):
+        found = fp8_errors._quantized(values.double(), group)
+        wanted = (values * 2**5).to(torch.float8_e4m3fn).float() / 2**5
+        assert torch.equal(found.float(), wanted)
+
+
+def test_attention_over_fp8_and_norms_are_as_exact_as_their_sums() -> None:
+    """float32 sums; and codes whose 4 bits leave 2^-5 in the worst case, 0.026 in the mean."""
+    found = fp8_errors.measure(torch.device("cpu"))
+    for op, cells in found.items():
+        for name, each in cells.items():
+            low, high = (0.02, 0.03) if "codes and scales" in op else (0, 1e-6)
+            assert low < each.rms < high, (op, name)
+    assert "reference" in found["norm, e4m3 per token: beyond e4m3"]
+
+
+def test_a_gpus_attention_over_fp8_and_norms_round_to_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Results: 2^-9 at most. In the interpreter, where there is no GPU, they are cut off instead,
+    which is up to 2^-8, and puts many a norm on the other side of a border of two codes."""
+    small = {"HEADS": 2, "KV_HEADS": 1, "HEAD_SIZE": 32, "HIDDEN": 256, "NORM_TOKENS": 9}
+    small |= {"DECODE": ((20, 1), (33, 1)), "PROMPT": ((9, 9), (40, 3))}
+    for name, value in small.items():
+        monkeypatch.setattr(fp8_errors, name, value)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = fp8_errors.measure(device, triton=True)
+    for op, cells in found.items():
+        assert set(cells) == {"triton", "triton deterministic"}
+        for each in cells.values():
+            if "e4m3" in op:
+                low = 0.02 if "codes and scales" in op else 0.0
+                assert low < each.rms < (0.03 if low or device.type == "cpu" else 5e-3), op
+            else:
+                assert 5e-4 < each.rms < (8e-3 if device.type == "cpu" else 4e-3), op

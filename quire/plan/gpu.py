@@ -13,6 +13,7 @@ from quire.config.speculation import Speculation
 from quire.errors import PlanError
 from quire.formats.layout import BLOCK_FORMATS, is_quantized
 from quire.hardware.machine import Gpu, Machine
+from quire.kernels import capabilities
 from quire.kernels.dense import DenseWeights
 from quire.kernels.device_state import DeviceState, StepBuffers
 from quire.kernels.sampling import Scratch as SamplingScratch
@@ -416,8 +417,7 @@ def widened_bytes(build: Build, formats: Callable[[str], str]) -> int:
 
 def multiplied_in_e4m3(format: str, gpu: Gpu, deterministic: bool) -> bool:
     """Whether many tokens are quantised for weights of a format, where the scheme does that."""
-    hopper = gpu.architecture.startswith("sm_90")
-    return hopper and not deterministic and format in ("fp8", "fp8_block")
+    return not deterministic and capabilities.multiplied_in_e4m3(format, gpu.architecture)
 
 
 def _decoded(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from quire.kernels.capabilities import (
     KERNELS,
     KV_CACHES,
     LAYERS,
+    MEANINGS,
     WIDENED,
     Capability,
     matrix_markdown,
+    multiplied_in_e4m3,
     served_by,
 )
 from quire.kernels.dense import DenseWeights
@@ -79,7 +82,23 @@ def test_an_entry_changes_what_serves_its_formats_and_layers_only(
     for args in (("triton", "fp8", "experts"), ("triton", "int4", "linear")):
         assert served_by(*args) == WIDENED
     rows = [line for line in matrix_markdown().splitlines() if "| triton |" in line]
-    assert "| fp8, nvfp4 | linear | GPU | triton | a kernel |" in rows
+    gpus = "(a kernel) | a kernel | (a kernel) | (a kernel) | (a kernel)"
+    assert f"| fp8, nvfp4 | linear | triton |  |  | {gpus} |" in rows
+
+
+def test_e4m3_products_are_said_of_the_architecture_that_has_them() -> None:
+    for format in QUANT_FORMATS:
+        fp8 = format in ("fp8", "fp8_block")
+        assert multiplied_in_e4m3(format, "sm_90a") == fp8
+        assert not multiplied_in_e4m3(format, "sm_100")
+        assert ("e4m3" in served_by("triton", format, "linear", "sm_90")) == fp8
+        assert "e4m3" not in served_by("triton", format, "linear", "sm_80")
+
+
+def test_every_word_of_the_matrix_is_explained() -> None:
+    rows = [line.split("|")[4:-1] for line in matrix_markdown().splitlines() if "| linear" in line]
+    words = {word for row in rows for cell in row for word in re.findall(r"\w+", cell)}
+    assert words and words | set(KV_CACHES.values()) == set(MEANINGS)
 
 
 def test_every_format_and_layer_is_served_on_every_device() -> None:

@@ -226,8 +226,9 @@ def test_deterministic_bits_depend_on_the_request_alone(
     """For which tiles of all widths serve; log-probabilities of some prompts, too."""
     path, _ = of_scheme(tmp_path, scheme, config)
     adds = every_parameter(16, 2)
-    for add in adds[:4]:
-        add.params.prompt_logprobs = 0
+    for i, add in enumerate(adds):
+        add.params.max_tokens = 40
+        add.params.prompt_logprobs = 0 if i < 4 else add.params.prompt_logprobs
     given = {"load_format": "auto", "dtype": "bfloat16", "max_model_len": 128}
     check_deterministic(str(path), adds, preempted=True, **given)
     assert replayed >= {"decode", "mixed", "sampling"}

@@ -57,8 +57,7 @@ class Graphs:
         except QuireError:
             raise
         except Exception as error:  # whatever it is, the step runs without a graph
-            cause = error.__context__ or error  # what made the capture's end fail
-            self.failed[key] = f"{type(cause).__name__}: {cause}"
+            self.failed[key] = _named(error.__context__ or error)  # what made the end fail, too
             log.warning("no CUDA graph for %s: %s", key, self.failed[key])
         else:
             self._graphs[key] = graph
@@ -98,3 +97,7 @@ class Graphs:
             torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -45,7 +45,7 @@ def sampled(name: str, tokens: int, **params: Any) -> Add:
 
 def warmed(made: Engine) -> Engine:
     """With the graphs that requests like these ask for."""
-    run(made, [sampled(str(i), 20 + i) for i in range(6)] + requests(6, 1, logprobs=None))
+    run(made, [sampled(f"warm{i}", 20 + i) for i in range(6)] + requests(6, 1, logprobs=None))
     while made.core.warm():
         pass
     return made

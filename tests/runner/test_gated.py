@@ -181,7 +181,7 @@ def test_a_tiny_model_on_the_gpu_runner_equals_the_cpu_runner(write_model: Write
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_graphs_give_gated_requests_the_cpu_runners_tokens(
-    write_model: WriteModel, family: str, ahead: bool
+    write_model: WriteModel, family: str, ahead: bool, replayed: set[str]
 ) -> None:
     """With chunks, arrivals at random, preemption and aborts."""
     model = write_model(**FAMILIES[family])
@@ -197,6 +197,7 @@ def test_graphs_give_gated_requests_the_cpu_runners_tokens(
             assert mine.tokens == (want.tokens[: len(mine.tokens)] if aborted else want.tokens)
         while made.core.warm():  # the full variant's graphs, which gated rows have asked for
             pass
+    assert replayed >= {"decode", "mixed", "sampling"}
 
 
 @pytest.mark.gpu

@@ -90,7 +90,8 @@ class Graphs:
         The graph is never destroyed, not even when the process ends: its destructor aborts the
         process where registering it with the random generator had failed half way ("The graph
         should be registered to the state"), and torch's allocators go on to ask it what it captures
-        (torch 2.11, aten/src/ATen/cuda/CUDAGraph.cpp). What it used may be in any state.
+        (torch 2.11, aten/src/ATen/cuda/CUDAGraph.cpp). Pool and stream may be in any state: others
+        take their place, with memory of their own.
         """
         pythonapi.Py_IncRef(py_object(graph))
         with suppress(RuntimeError):  # where recording to the pool had not begun

@@ -1,7 +1,4 @@
-"""DeepSeek V4's prompts: the published texts by their hashes, and every rule by hand.
-
-The encoder was also compared with the published one, byte by byte, on random conversations.
-"""
+"""DeepSeek V4's prompts: the published texts by their hashes, and every rule by hand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from fake_engine import FakeEngine, FakeRenderer, FakeTokenizer
 
 from quire.config.options import EngineOptions, Options, ServerOptions
 from quire.dialects.dialect import Dialect
-from quire.server.serve import Progress, serve
+from quire.server.serve import Progress, ServiceFactory, serve
 from quire.server.state import Service
 from quire.settings import child_environment
 
@@ -60,17 +60,22 @@ def running(
     dialect: Dialect | None = None,
     shows_markup: bool = False,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+    start: ServiceFactory | None = None,
 ) -> Iterator[RunningServer]:
-    """A server on a thread of its own, ended afterwards."""
-    engine, ready, urls = FakeEngine(), threading.Event(), []
-    renderer = renderer or FakeRenderer()
-    service = Service(
-        engine, tokenizer or FakeTokenizer(), renderer, dialect or Dialect(), shows_markup
-    )
+    """A server on a thread of its own, ended afterwards. `start`: makes the service instead, with
+    a FakeEngine in it."""
+    ready, urls, services = threading.Event(), [], []
     tasks: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
 
     async def factory(progress: Progress) -> Service:
-        return service
+        if start is not None:
+            services.append(await start(progress))
+        else:
+            shown, how = renderer or FakeRenderer(), dialect or Dialect()
+            services.append(
+                Service(FakeEngine(), tokenizer or FakeTokenizer(), shown, how, shows_markup)
+            )
+        return services[0]
 
     def on_ready(url: str) -> None:
         urls.append(url)
@@ -91,8 +96,10 @@ def running(
     thread = threading.Thread(target=thread_main, daemon=True)
     thread.start()
     assert ready.wait(10) and urls[0], "the server did not start"
+    engine = services[0].engine
+    assert isinstance(engine, FakeEngine)
     try:
-        yield RunningServer(urls[0], engine, renderer)
+        yield RunningServer(urls[0], engine, services[0].renderer)
     finally:
         loop, task = tasks[0]
         loop.call_soon_threadsafe(task.cancel)

@@ -302,11 +302,12 @@ def test_frames_name_a_call_once_and_then_only_its_arguments(server: RunningServ
     assert deltas[0] == {"role": "assistant", "content": ""}
 
 
+@pytest.mark.parametrize("reasoning", ["none", "qwen3"])
 @pytest.mark.parametrize("shows_markup", [True, False])
 def test_special_tokens_are_kept_only_where_markers_are_such_and_are_looked_for(
-    shows_markup: bool,
+    shows_markup: bool, reasoning: str
 ) -> None:
-    dialect, renderer = Dialect(tools="hermes"), FakeRenderer("tools")
+    dialect, renderer = Dialect(tools="hermes", reasoning=reasoning), FakeRenderer("tools")
     body = {"messages": MESSAGES, "max_tokens": 1}
     with running(renderer=renderer, dialect=dialect, shows_markup=shows_markup) as server:
         with server.client() as http:
@@ -314,7 +315,7 @@ def test_special_tokens_are_kept_only_where_markers_are_such_and_are_looked_for(
                 assert http.post("/v1/chat/completions", json=body | asked).status_code == 200
         with_tools, without = server.engine.requests
     assert with_tools.params.skip_special_tokens is not shows_markup
-    assert without.params.skip_special_tokens is True
+    assert without.params.skip_special_tokens is not (shows_markup and reasoning != "none")
 
 
 def test_a_tool_goes_to_the_template_without_what_is_for_servers(

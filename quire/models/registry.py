@@ -31,6 +31,8 @@ ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "DeepseekV4ForCausalLM": "deepseek_v4",
 }
+# Later ones of a family, which its Config knows in order to refuse them by name.
+REFUSED = {"DeepseekV41ForCausalLM": "deepseek_v4"}
 CAUSAL = "ForCausalLM"
 NO_DRAFTER = "use a checkpoint that has one, or another way to draft"
 # Ends of tensor names that hold nothing new: tables that follow from config.json (as files of
@@ -76,14 +78,15 @@ class MTP(Protocol):
 def _module(hf: dict[str, Any]) -> Any:
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    files = ARCHITECTURES | REFUSED
+    if not isinstance(name, str) or name not in files:
         raise ModelError(
             "unknown_architecture",
             f"the model's architecture {name!r} is not known",
             why="config.json: architectures",
             fix=_known(str(name)),
         )
-    return import_module(f"quire.models.{ARCHITECTURES[name]}")
+    return import_module(f"quire.models.{files[name]}")
 
 
 def _known(name: str) -> str:

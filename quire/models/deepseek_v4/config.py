@@ -17,6 +17,7 @@ SLIDING, SPARSE, HEAVY = (
     "compressed_sparse_attention",
     "heavily_compressed_attention",
 )
+ARCHITECTURE, MODEL_TYPE = "DeepseekV4ForCausalLM", "deepseek_v4"
 PUBLISHED_RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}
 # Values that the published models have, and that the code here is written for.
 ONLY = {
@@ -149,20 +150,27 @@ class Config:
 
 
 def _refuse_others(hf: dict[str, Any]) -> None:
-    found = next((key for key in hf if key.startswith(("dspark_", "engram"))), "")
-    kind = hf.get("model_type", "deepseek_v4")
-    if kind != "deepseek_v4" or found.startswith("engram"):
+    names = hf.get("architectures") or [ARCHITECTURE]
+    later = [key for key in hf if key.startswith("engram")]
+    later += ["model_type"] if hf.get("model_type", MODEL_TYPE) != MODEL_TYPE else []
+    later += ["architectures"] if names[0] != ARCHITECTURE else []
+    if later:
         raise ModelError(
             "unsupported_model",
-            f"the model is a {kind!r}, a later architecture than DeepSeek V4",
-            why=f"config.json: {found or 'model_type'}",
+            f"the model is a {hf.get('model_type') or names[0]!r}, a later architecture than "
+            "DeepSeek V4",
+            why=f"config.json: {', '.join(later)}",
             fix="use DeepSeek-V4-Flash or DeepSeek-V4-Pro",
         )
+    found = [key for key in hf if key.startswith("dspark_")]
+    if number(hf, "num_nextn_predict_layers", 0) > 1:  # the first checkpoints have one at most
+        found.append("num_nextn_predict_layers")
     if found:
         raise ModelError(
             "unsupported_model",
-            "the checkpoint drafts with DSpark, which is not supported",
-            why=f"config.json: {found}",
+            "the checkpoint is a later DeepSeek V4, which drafts with DSpark and is spoken to in "
+            "another chat format: neither is supported",
+            why=f"config.json: {', '.join(found)}",
             fix="use the first DeepSeek-V4-Flash or DeepSeek-V4-Pro, which have one MTP module",
         )
     for key, value in ONLY.items():

@@ -96,8 +96,17 @@ def test_the_tensors_of_flash_are_those_of_the_published_files() -> None:
     ("change", "says"),
     [
         ({"model_type": "deepseek_v41"}, "later architecture"),
+        ({"architectures": ["DeepseekV41ForCausalLM"]}, "later architecture"),
         ({"engram_layers": [1]}, "later architecture"),
         ({"dspark_block_size": 5}, "DSpark"),
+        ({"num_nextn_predict_layers": 3}, "DSpark"),
+        (
+            {
+                "num_nextn_predict_layers": 3,
+                "compress_ratios": [*FLASH["compress_ratios"], 0, 0],
+            },
+            "DSpark",
+        ),
     ],
 )
 def test_later_checkpoints_are_recognised_and_refused(change: dict[str, Any], says: str) -> None:
@@ -116,7 +125,7 @@ def test_later_checkpoints_are_recognised_and_refused(change: dict[str, Any], sa
         ({"compress_ratios": [*[[4]] * 43, 0]}, "has "),
         ({"compress_ratios": None}, "how layers compress is missing"),
         ({"compress_ratios": None, "layer_types": ["x"] * 43, "compress_rates": {}}, "has 'x'"),
-        ({"num_nextn_predict_layers": 3}, "44 entries for 43 layers and 3 MTP"),
+        ({"num_nextn_predict_layers": 0}, "44 entries for 43 layers and 0 MTP"),
         ({"scoring_func": "sigmoid"}, "scoring_func"),
         ({"n_shared_experts": 2}, "n_shared_experts"),
         ({"num_key_value_heads": 2}, "num_key_value_heads"),

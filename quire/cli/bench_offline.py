@@ -64,14 +64,14 @@ def run(invocation: Invocation) -> int:
     bench = Bench(engine)
     record.facts |= bench.warm_up()
     record.ceilings |= ceilings(engine.info.plan["device"])
-    work = bench.work()
+    work, drafter = bench.work(), bench.drafter(options)
     for scenario in scenarios:
         sized = scenario.scaled(scale, engine.info.max_model_len)
         if not invocation.json:
             print(f"{scenario.name}: {_size(sized)} ...", file=sys.stderr, flush=True)
         runs = [bench.measure(sized) for _ in range(repeat)]
         experts = bench.experts(sized) if work.experts else None
-        record.add(sized, sized != scenario, runs, work, experts)
+        record.add(sized, sized != scenario, runs, work, experts, drafter)
     record.finish(as_json=invocation.json, output=flags.output)
     return 0
 
@@ -176,9 +176,12 @@ class Bench:
         if drafted:
             accepted = after.accepted_tokens - before.accepted_tokens
             rows = after.draft_rows - before.draft_rows
+            # Every decode row gives one token, and the drafts that are accepted.
+            decoded = scenario.requests * (scenario.output - 1) - accepted
             metrics |= {
                 "accepted": accepted / drafted,
                 "tokens_per_drafted_row": 1 + accepted / rows,
+                "drafts_per_row": drafted / decoded,
             }
         return metrics | ({"preemptions": float(preempted)} if preempted else {})
 
@@ -190,17 +193,34 @@ class Bench:
         plan, engine = self.engine.info.plan, self.engine.engine
         config = read_config(engine.files.config())
         itemsize = KV_DTYPES[plan["kv_dtype"]].itemsize
-        return Work.of(engine.build, config, plan["weight_parts"], itemsize)
+        return Work.of(config, plan["weight_parts"], engine.build.caches, itemsize)
+
+    def drafter(self, options: Options) -> Work | None:
+        """What of the model or module that drafts counts, if one does: with the model's head where
+        it has none of its own."""
+        from quire.engine.startup import draft_options, find_model
+        from quire.models.registry import read_config
+
+        if not (parts := self.engine.info.plan["draft_parts"]):
+            return None
+        own = draft_options(options)
+        files = self.engine.engine.files if own is None else find_model(own)
+        work = Work.of(read_config(files.config()), parts)
+        return work if work.head.values else replace(work, head=self.work().head)
 
     def experts(self, scenario: Scenario) -> Metrics:
         """Distinct experts of a layer's step, counted in a pass that is long enough for all
         requests to decode together, where they do in the scenario."""
         budget = self.engine.info.plan["max_num_batched_tokens"]
         prompts = -(-scenario.requests * scenario.prompt // budget)
-        output = min(scenario.output, prompts + DECODE_STEPS)
-        with counting(self.engine) as count:
+        asked, work = self.engine.engine.plan.speculation, self.work()
+        drafts = 0 if asked is None else asked.num_speculative_tokens
+        # As many steps even if every draft is accepted, and none of them among the last tokens,
+        # where fewer are drafted.
+        output = min(scenario.output, prompts + DECODE_STEPS * (1 + drafts) + drafts)
+        with counting(self.engine, work.sparse) as count:
             self._pass(replace(scenario, output=output))
-        return count.found() | {"of": float(self.work().experts)}
+        return count.found() | {"of": float(work.experts)}
 
     def _decode(self, scenario: Scenario) -> Metrics:
         """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""

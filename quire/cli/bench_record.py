@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli.roofline import Ceilings, Work, roofline, to_record
+from quire.cli.roofline import Ceilings, Drafted, Work, roofline, to_record
 from quire.cli.version import versions
 from quire.errors import UsageError
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BANDWIDTH_BYTES = 256 * 2**20
 _KEPT = """device device_name threads kernels isa runner dtype kv_dtype weight_formats weight_bytes
-weight_parts max_num_seqs max_num_batched_tokens context_tokens deterministic speculation
-fingerprint"""
+weight_parts draft_parts max_num_seqs max_num_batched_tokens context_tokens deterministic
+speculation fingerprint"""
 
 
 class Record:
@@ -42,13 +42,17 @@ class Record:
         runs: list[dict[str, float]],
         work: Work,
         experts: dict[str, float] | None = None,
+        drafter: Work | None = None,
     ) -> None:
         """The repetitions of a scenario. `cut`: it is smaller than its name says. `work`: what of
-        the model counts for its floor; `experts`: what was counted (None: it has none)."""
+        the model counts for its floor, `drafter`: of what drafts for it; `experts`: what was
+        counted (None: it has none)."""
         names = dict.fromkeys(name for run in runs for name in run)
         median = {n: statistics.median(run.get(n, 0.0) for run in runs) for n in names}
         ceilings = Ceilings.of(self.ceilings)
-        floor = to_record(roofline(work, scenario, self.plan, ceilings, experts), scenario, median)
+        drafted = Drafted(median.get("drafts_per_row", 0), median.get("accepted", 0), drafter)
+        found = roofline(work, scenario, self.plan, ceilings, experts, drafted)
+        floor = to_record(found, scenario, median)
         self.results[scenario.name] = {
             "requests": scenario.requests,
             "prompt_tokens": scenario.prompt,
@@ -126,7 +130,11 @@ def _floor(found: dict[str, Any]) -> str:
 def _experts(found: dict[str, float]) -> str:
     parts = []
     if "decode" in found:
-        parts.append(f"{found['decode']:.4g} of {found['of']:g} with {found['decode_rows']:g} rows")
+        rows, tokens = found["decode_rows"], found["decode_tokens"]
+        drafts = f" and {tokens - rows:.4g} drafts" if tokens > rows else ""
+        parts.append(f"{found['decode']:.4g} of {found['of']:g} with {rows:g} rows{drafts}")
+    if "draft" in found:
+        parts.append(f"{found['draft']:.4g} by the module that drafts")
     if "prompt" in found:
         parts.append(f"{found['prompt']:.4g} with prompts")
     return ", ".join(parts)

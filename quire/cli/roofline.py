@@ -6,11 +6,14 @@ the longer of its bytes and its arithmetic, and a step the sum. Activations, sam
 count nothing. Keys and values count as read once by each decode step; those that a prompt's chunk
 reads, and all that is written, are left out. Prompts and decode steps count apart. A step can hold
 both, and then reads the weights once for them: where many prompts come beside long answers, an
-engine could be a little faster than this estimate.
+engine could be a little faster than this estimate. Drafts are tokens of their step, whose rows are
+read once for them; who makes them reads its own weights once for each draft of a row, and its
+attention counts nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from quire.cli.workload import DECODE, PREFILL, SINGLE, Scenario
 
 if TYPE_CHECKING:
-    from quire.layers.build import Build, Reads
+    from quire.layers.build import CacheLayer, Reads
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,13 @@ class Work:
 
     @classmethod
     def of(
-        cls, build: Build, config: Any, parts: Sequence[Mapping[str, Any]], kv_itemsize: int
+        cls,
+        config: Any,
+        parts: Sequence[Mapping[str, Any]],
+        caches: Sequence[CacheLayer] = (),
+        kv_itemsize: int = 0,
     ) -> Work:
-        """Of a built model. `parts`: Plan.weight_parts as data, so that each part of a model counts
+        """Of a model. `parts`: Plan.weight_parts as data, so that each part of a model counts
         the bytes that it has indeed, whatever their formats are."""
         found = {
             part["name"]: Matrices(part["values"], part["nbytes"], part["e4m3_values"])
@@ -108,7 +115,7 @@ class Work:
         return cls(
             layers=found["layers"],
             head=found["head"],
-            attention=tuple(reads for cache in build.caches for reads in cache.reading()),
+            attention=tuple(reads for cache in caches for reads in cache.reading()),
             kv_bytes=kv_itemsize,
             experts=experts,
             per_token=config.experts_per_token if experts else 0,
@@ -116,7 +123,7 @@ class Work:
             sparse=sparse,
         )
 
-    def products(self, tokens: int, sampled: int, distinct: float | None = None) -> Need:
+    def products(self, tokens: float, sampled: float, distinct: float | None = None) -> Need:
         """A step's matrix products. `distinct`: experts that a layer reads; without it what evenly
         random routing reads on average."""
         if distinct is None:
@@ -129,11 +136,11 @@ class Work:
             flops[1] += 2.0 * matrices.e4m3_values * count
         return Need(read, *flops)
 
-    def spread(self, tokens: int) -> float:
+    def spread(self, tokens: float) -> float:
         """Distinct experts that `tokens` tokens choose on average, each evenly at random."""
         if not self.experts:
             return 0.0
-        return self.experts * (1 - (1 - self.per_token / self.experts) ** tokens)
+        return self.experts * (1 - math.pow(1 - self.per_token / self.experts, tokens))
 
     def decoding(self, context: float) -> Need:
         """One token's attention over `context` tokens, all layers."""
@@ -151,11 +158,24 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """What was drafted, by each row of a decode step in the mean: so many `drafts`, of which a
+    share was `accepted`. `drafter`: the model or module that made them, if one did."""
+
+    drafts: float = 0.0
+    accepted: float = 0.0
+    drafter: Work | None = None
+
+
+@dataclass(frozen=True)
 class Roofline:
     """A scenario's two phases: seconds at the ceilings, and what they need. `step_s` is one decode
-    step of `rows` requests; without a `prompt` ceiling that phase is 0."""
+    step of `rows` requests with their drafts, `tokens` together, which gives each request `given`
+    tokens; without a `prompt` ceiling that phase is 0."""
 
     rows: int
+    tokens: float
+    given: float
     step: tuple[Need, Need]
     step_s: float
     decode_s: float
@@ -169,6 +189,7 @@ def roofline(
     plan: dict[str, Any],
     ceilings: Ceilings,
     experts: dict[str, float] | None = None,
+    drafted: Drafted = Drafted(),
 ) -> Roofline:
     """The floor of a scenario. `experts`: what ExpertCount found; else even routing is assumed."""
     counted = experts or {}
@@ -177,10 +198,14 @@ def roofline(
     context = length + scenario.output / 2
     seats = min(plan["max_num_seqs"], int(plan["context_tokens"] // context) or 1)
     rows = min(scenario.requests, seats)
-    step = (
-        work.products(rows, rows, counted.get("decode")),
-        work.decoding(context).times(rows),
-    )
+    in_step = rows * (1 + drafted.drafts)
+    given = 1 + drafted.drafts * drafted.accepted
+    products = work.products(in_step, in_step, counted.get("decode"))
+    if drafted.drafter is not None:  # it reads what the step gave, and then goes on
+        a_pass = drafted.drafter.products(rows, rows, counted.get("draft"))
+        products = products.plus(a_pass.times(max(1.0, drafted.drafts)))
+    one = work.decoding(context)
+    step = products, Need(one.bytes * rows, one.flops * in_step)
     step_s = ceilings.seconds(*step)
     new = round(length) - scenario.shared
     tokens = scenario.requests * new
@@ -188,13 +213,15 @@ def roofline(
     each = work.products(-(-tokens // steps), 0, counted.get("prompt"))
     sampled = work.products(0, scenario.requests, 0.0)
     arithmetic = Need(0.0, sampled.flops, sampled.e4m3_flops)  # its bytes are in each step's
-    products = each.times(steps).plus(arithmetic)
-    prompt = (products, work.reading(scenario.shared, round(length)).times(scenario.requests))
+    prompts = each.times(steps).plus(arithmetic)
+    prompt = (prompts, work.reading(scenario.shared, round(length)).times(scenario.requests))
     return Roofline(
         rows=rows,
+        tokens=in_step,
+        given=given,
         step=step,
         step_s=step_s,
-        decode_s=step_s * (scenario.output - 1) * scenario.requests / rows,
+        decode_s=step_s * (scenario.output - 1) * scenario.requests / (rows * given),
         prompt=prompt,
         prompt_s=ceilings.seconds(*prompt) if ceilings.flops_s else 0.0,
     )
@@ -206,7 +233,7 @@ def ideal(found: Roofline, scenario: Scenario) -> tuple[str, float] | None:
     if scenario.kind == DECODE:
         return "itl_ms", found.decode_s / (scenario.output - 1) * 1e3
     if scenario.kind == SINGLE:
-        return "decode_tok_s", 1 / found.step_s
+        return "decode_tok_s", found.given / found.step_s
     if not found.prompt_s:
         return None
     if scenario.kind == PREFILL:
@@ -221,6 +248,8 @@ def to_record(
     """What a record keeps: needs and floors of a decode step and of all prompts, and, where the
     scenario's figure has a floor, that and the `share` of it which was reached."""
     kept: dict[str, float | str] = {"rows": found.rows}
+    if found.tokens > found.rows:
+        kept |= {"step_tokens": found.tokens, "tokens_per_row": found.given}
     phases = {"step": (found.step, found.step_s), "prompt": (found.prompt, found.prompt_s)}
     for name, ((products, attention), seconds) in phases.items():
         if not seconds or (name == "step" and scenario.output == 1):

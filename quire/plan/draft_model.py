@@ -14,7 +14,8 @@ from quire.plan import gpu, memory
 from quire.plan.cpu import RECORDED_ROWS, native_misfit
 from quire.plan.facts import DTYPES, ModelFacts, declared_dtype
 from quire.plan.place import Place, held_formats, sum_weights, tensor_formats
-from quire.plan.plan import Choice, format_bytes
+from quire.plan.plan import Choice, WeightPart, format_bytes
+from quire.plan.weight_parts import weight_parts
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class DraftModel:
     behind those of the model. `rotary_bytes` per position."""
 
     weight_bytes: int
+    weight_parts: tuple[WeightPart, ...]
     activation_bytes: int
     graph_bytes: int
     state_bytes: int
@@ -75,6 +77,7 @@ def plan_draft_model(
         state += gpu.drafter_buffers(*step, groups, longest)
     return DraftModel(
         sum_weights(build, formats),
+        weight_parts(build.weights, formats, lambda name: False),
         activations,
         graphs,
         state,

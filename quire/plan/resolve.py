@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from quire.comm.group import Group
 from quire.config.options import Options
@@ -10,14 +11,15 @@ from quire.errors import PlanError
 from quire.hardware.machine import Machine
 from quire.kv.groups import KVGroup
 from quire.layers.build import Build, CacheLayer
-from quire.models.registry import read_config
+from quire.models.registry import mtp_prefix, read_config
 from quire.plan import cpu, gpu, memory
 from quire.plan.draft_model import plan_draft_model, with_draft_model
-from quire.plan.facts import KV_DTYPES, KernelFacts, ModelFacts
-from quire.plan.place import Place, tensor_formats
-from quire.plan.plan import Choice, Plan, format_bytes
+from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
+from quire.plan.place import Place, held_formats, tensor_formats
+from quire.plan.plan import Choice, Plan, WeightPart, format_bytes
 from quire.plan.speculation import describe_speculation
 from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
+from quire.plan.weight_parts import weight_parts
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 6
@@ -65,6 +67,9 @@ def resolve(
     blocks = memory.pool_blocks(groups, tokens, place.step_tokens, sequences)
     _describe_caches(groups, place, choices)
     draft_bytes = place.draft_bytes if drafter is None else drafter.weight_bytes
+    draft_parts = () if drafter is None else drafter.weight_parts
+    if options.engine.mtp:
+        draft_parts = _module_parts(model.hf_config, formats, place)
     if speculation is not None:
         ahead = options.engine.async_scheduling
         describe_speculation(speculation, place.max_sampled, ahead, draft_bytes, choices)
@@ -103,6 +108,7 @@ def resolve(
         weight_parts=place.weight_parts,
         speculation=speculation,
         draft_bytes=draft_bytes,
+        draft_parts=draft_parts,
         draft_fingerprint="" if drafter is None else drafter.fingerprint,
         ranks=(group or Group()).size,
         recomputed_tokens=memory.recomputed_tokens(place.build),
@@ -120,6 +126,18 @@ def resolve(
             fix="remove the cause, or start without --strict",
         )
     return plan
+
+
+def _module_parts(
+    hf: dict[str, Any], formats: Callable[[str], str], place: Place
+) -> tuple[WeightPart, ...]:
+    """Of the MTP module's weights. A pass of it is of few tokens, whose bytes count: none is said
+    to be multiplied in e4m3."""
+    prefix = mtp_prefix(hf)
+    module = [w for w in place.build.weights if w.tensors()[0].name.startswith(prefix)]
+    dtype = place.dtype if place.dtype in DTYPES else declared_dtype(hf)
+    held = held_formats(place.build, formats, dtype, [])
+    return weight_parts(module, held, lambda name: False)
 
 
 def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:

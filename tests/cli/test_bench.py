@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from models.deepseek_v4.oracle import TINY as V4
 
 from quire.cli.bench_serve import percentile, summarize
 from quire.cli.flags import CommandLineError
@@ -140,6 +141,36 @@ def test_bench_offline_counts_the_experts_that_a_step_reads(
     ran = quire("bench", "offline", model, *IDS, *argv)
     assert "of 16 with 8 rows" in ran.out and "with prompts" in ran.out
     assert "floor" in ran.out and "share" in ran.out
+
+
+def test_bench_offline_counts_a_step_with_drafts_as_one_that_decodes(
+    quire: Quire, tmp_path: Path
+) -> None:
+    """One request and one draft: two tokens, which read the experts of both; the module's pass is
+    counted apart, and its weights and the head once more are in the floor."""
+    layers = {"num_hidden_layers": 2, "layer_types": V4["layer_types"][:2], "hc_sinkhorn_iters": 2}
+    hf = V4 | layers | {"architectures": ["DeepseekV4ForCausalLM"], "n_routed_experts": 64}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    argv = ["--scenarios", "b1", "--repeat", "1", "--scale", "0.06", "--moe-routing", "uniform"]
+    argv += ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+    ran = quire("bench", "offline", str(tmp_path), *IDS, *argv, "--output", f"{tmp_path}/record")
+    assert ran.code == 0, ran.err
+    assert "with 1 rows and 1 drafts" in ran.out and "by the module that drafts" in ran.out
+    record = json.loads((tmp_path / "record").read_text())
+    result = record["results"]["b1"]
+    found, floor, median = result["experts"], result["roofline"], result["median"]
+    assert (found["decode_rows"], found["decode_tokens"], found["of"]) == (1, 2, 64)
+    assert 5 < found["decode"] <= 6 and 3 <= found["draft"] < 6
+    assert 0.9 < median["drafts_per_row"] <= 1
+    assert floor["step_tokens"] == pytest.approx(1 + median["drafts_per_row"], abs=1e-3)
+    model, module = (
+        {part["name"]: part for part in record["plan"][kind]}
+        for kind in ("weight_parts", "draft_parts")
+    )
+    expert = module["experts"]["nbytes"] / 64
+    read = model["layers"]["nbytes"] + 2 * model["head"]["nbytes"] + module["layers"]["nbytes"]
+    read += (2 * found["decode"] + found["draft"]) * expert
+    assert read / 1e9 < floor["step_gb"] + 1e-4 and floor["step_gb"] < 1.2 * read / 1e9 + 1e-4
 
 
 def test_percentiles_by_hand() -> None:

@@ -1,6 +1,7 @@
 """The floor of a scenario: by hand on a tiny model, and against figures that were worked out apart
 for known models on a machine of 4.27 TB/s and 794 TFLOP/s."""
 
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from models.deepseek_v4.published import FLASH
 from models.test_deepseek_v3 import PUBLISHED
 
-from quire.cli.roofline import Ceilings, Work, ideal, roofline, to_record
+from quire.cli.roofline import Ceilings, Drafted, Work, ideal, roofline, to_record
 from quire.cli.workload import DECODE, SCENARIOS, TOTAL, Scenario
 from quire.kernels.reference import ops
 from quire.layers.build import Build, Reads
@@ -79,7 +80,7 @@ def work_of(hf: dict[str, Any], value_bytes: int = 2, kv_dtype: str = "auto", **
         part = {"name": name, "values": count, "nbytes": size * count}
         part |= {"e4m3_values": count if fast else 0}
         parts.append(part | {"layers": len(sparse) if name == "experts" else 0})
-    return Work.of(build, read_config(hf), parts, value_bytes)
+    return Work.of(read_config(hf), parts, build.caches, value_bytes)
 
 
 def figure(hf: dict[str, Any], name: str) -> float:
@@ -118,6 +119,36 @@ def test_pairs_of_a_prompt_are_counted_one_by_one() -> None:
             for end in range(start, 30):
                 by_hand = sum(min((p + 1) // ratio, most or 10**9) for p in range(start, end))
                 assert reads.pairs(start, end) == by_hand, (reads, start, end)
+
+
+def test_drafts_are_tokens_of_their_step_and_who_makes_them_reads_its_own_weights() -> None:
+    """Two requests, two drafts each of which half are right, made in two passes."""
+    work, small = work_of(config()), replace(work_of(config(hidden_size=32)), attention=())
+    scenario = Scenario("x", DECODE, 2, 10, 9, "")
+    plain = roofline(work, scenario, PLAN, H200)
+    found = roofline(work, scenario, PLAN, H200, drafted=Drafted(2.0, 0.5, small))
+    products, attention = found.step
+    weights = work.layers.nbytes + work.head.nbytes
+    each = small.layers.nbytes + small.head.nbytes
+    assert products.bytes == weights + 2 * each
+    assert products.flops == weights * 2 * 3 + 2 * each * 2  # two operations for two bytes
+    assert attention.bytes == plain.step[1].bytes
+    assert attention.flops == plain.step[1].flops * 3
+    assert (found.rows, found.tokens, found.given) == (2, 6, 2)
+    assert ideal(found, scenario) == ("itl_ms", pytest.approx(found.step_s * 1e3 / 2))
+    assert to_record(found, scenario, {"itl_ms": 1.0})["step_tokens"] == 6
+    # Nobody reads weights for n-grams.
+    alone = roofline(work, scenario, PLAN, H200, drafted=Drafted(2.0, 0.5))
+    assert alone.step[0] == work.products(6, 6)
+
+
+def test_one_draft_of_flash_reads_the_experts_of_two_tokens() -> None:
+    """12 of 256 in each layer, and not those of one token."""
+    work = work_of(FLASH, experts=(0.53, False))
+    found = roofline(work, Scenario("x", DECODE, 1, 10, 9, ""), PLAN, H200, drafted=Drafted(1.0))
+    assert work.spread(2) == pytest.approx(12, abs=0.15)
+    per_layer = found.step[0].bytes - work.layers.nbytes - work.head.nbytes
+    assert per_layer / 43 == pytest.approx(work.spread(2) * 3 * 4096 * 2048 * 0.53)
 
 
 def test_experts_count_as_chosen() -> None:

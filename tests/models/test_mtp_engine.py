@@ -211,6 +211,10 @@ def test_the_module_is_planned_beside_the_model(family: str, tmp_path: Path) -> 
         engine(str(tmp_path), "cpu", speculative_config=config).plan for config in (None, mtp(2))
     )
     assert made.weight_bytes == without.weight_bytes and made.draft_bytes > 0
+    parts = {part.name: part for part in made.draft_parts}
+    assert sum(part.nbytes for part in parts.values()) == made.draft_bytes
+    assert (parts["experts"].layers, parts["head"].values) == (1, 0)  # the head is the model's
+    assert without.draft_parts == ()
     assert made.total_bytes - made.kv_bytes - made.activation_bytes == (
         without.total_bytes - without.kv_bytes - without.activation_bytes + made.draft_bytes
     ) + (made.graph_bytes - without.graph_bytes)
@@ -333,6 +337,7 @@ def test_the_module_is_planned_on_a_gpu(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hf))
     without, made = (gpu_plan(hf, speculative_config=config) for config in (None, mtp(2)))
     assert made.weight_bytes == without.weight_bytes and made.draft_bytes > 0
+    assert sum(part.nbytes for part in made.draft_parts) == made.draft_bytes
     assert [len(group.layers) for group in made.groups] == [3]
     assert made.graph_bytes > without.graph_bytes and made.state_bytes > without.state_bytes
     assert made.kv_bytes < without.kv_bytes and not made.async_scheduling

@@ -77,7 +77,7 @@ def test_a_draft_models_weights_and_caches_are_planned_beside_the_models() -> No
     small = LLAMA | {"num_hidden_layers": 1, "head_dim": 32}
     alone, made = plan(hf=small, max_num_seqs=1), draft_plan(small)
     without = plan()
-    assert made.draft_bytes == alone.weight_bytes
+    assert made.draft_bytes == alone.weight_bytes and made.draft_parts == alone.weight_parts
     assert made.weight_bytes == without.weight_bytes
     parts = (made.weight_bytes, made.kv_bytes, made.activation_bytes, made.graph_bytes)
     assert made.total_bytes == sum(parts) + made.reserve_bytes + made.draft_bytes

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from quire.config.speculation import Speculation, parse_speculation, speculation_text
+from quire.config.speculation import (
+    QUANTIZATIONS,
+    Speculation,
+    parse_speculation,
+    speculation_text,
+)
 from quire.config.tiers import parse_tiers
 
 
@@ -63,7 +68,7 @@ class ModelOptions:
         None,
         "quantise an unquantised checkpoint while loading: all linear layers, or experts only; see "
         "docs/quantization.md",
-        choices=("fp8", "nvfp4", "nvfp4-experts"),
+        choices=QUANTIZATIONS,
     )
     dtype: str = option(
         "auto",

@@ -13,8 +13,11 @@ METHODS = ("ngram", "draft_model", "mtp")
 OTHER_NAMES = {"deepseek_mtp": "mtp"}
 MOST_DRAFTS = 32
 MOST_LOOKUP = 64
+LONGEST = 2**31 - 1
 # vLLM's where neither is given.
 DEFAULT_LOOKUP = 5
+# What checkpoints can be quantised to while loading, the model's and that of who drafts.
+QUANTIZATIONS = ("fp8", "nvfp4", "nvfp4-experts")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Speculation:
     """How tokens are drafted: `num_speculative_tokens` at most for each row of a step.
 
     `prompt_lookup_min` and `prompt_lookup_max`: sizes of n-grams (method ngram). `model` and
-    `revision`: the drafter's, named as the model is (method draft_model). Method mtp needs neither:
-    the model's own module for multi-token prediction drafts.
+    `revision`: the drafter's, named as the model is (method draft_model); `quantization`: of its
+    weights, while loading; `max_model_len`: tokens of a request up to which it drafts. Method mtp
+    needs none of them: the model's own module for multi-token prediction drafts.
     """
 
     method: str
@@ -32,6 +36,8 @@ class Speculation:
     prompt_lookup_min: int = 0
     model: str | None = None
     revision: str | None = None
+    quantization: str | None = None
+    max_model_len: int | None = None
 
     @property
     def ahead(self) -> int:
@@ -39,7 +45,10 @@ class Speculation:
         return 0 if self.method == "ngram" else self.num_speculative_tokens
 
 
-KEYS = tuple(item.name for item in fields(Speculation))
+# One rank holds what drafts, so of ranks only the number 1 is known, and nothing to keep.
+RANKS = "draft_tensor_parallel_size"
+KEYS = (*(item.name for item in fields(Speculation)), RANKS)
+DRAFT_MODEL_KEYS = ("model", "revision", "quantization", "max_model_len", RANKS)
 
 
 def parse_speculation(given: Any) -> Speculation:
@@ -47,7 +56,9 @@ def parse_speculation(given: Any) -> Speculation:
     values = _object(given)
     for name in values:
         if name not in KEYS:
-            raise _error("unknown_option", f"unknown key {name!r}", suggest(str(name), list(KEYS)))
+            close = suggest(str(name), list(KEYS))
+            fix = " ".join(filter(None, (close, f"keys that are known: {', '.join(KEYS)}")))
+            raise _error("unknown_option", f"unknown key {name!r}", fix)
     method, model = values.get("method"), values.get("model")
     if method is None and model is not None:
         method = "ngram" if model in ("ngram", "[ngram]") else "draft_model"
@@ -61,19 +72,36 @@ def parse_speculation(given: Any) -> Speculation:
         raise _error("invalid_option", "num_speculative_tokens is missing")
     if method == "ngram":
         names_it = model in ("ngram", "[ngram]")
-        _refuse(values, method, ("revision",) if names_it else ("model", "revision"))
+        _refuse(values, method, DRAFT_MODEL_KEYS[names_it:])
         return Speculation(method, drafts, *_lookup(values))
     _refuse(values, method, ("prompt_lookup_max", "prompt_lookup_min"))
     if method == "mtp":
-        _refuse(values, method, ("model", "revision"))
+        _refuse(values, method, DRAFT_MODEL_KEYS)
         return Speculation(method, drafts)
+    return _draft_model(values, drafts)
+
+
+def _draft_model(values: dict[str, Any], drafts: int) -> Speculation:
     for name in ("model", "revision"):
         if values.get(name) is not None and not isinstance(values[name], str):
             raise _error("invalid_option", f"{name} must be a string")
-    if not model:
+    if not values.get("model"):
         fix = "name a small model of the same vocabulary"
         raise _error("invalid_option", "model is missing, which is to draft", fix)
-    return Speculation(method, drafts, model=model, revision=values.get("revision"))
+    quantization = values.get("quantization")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        what = f"quantization {quantization!r} is not known"
+        raise _error("invalid_option", what, f"one of {', '.join(QUANTIZATIONS)}")
+    if values.get(RANKS) not in (None, 1):
+        raise _error("invalid_option", f"{RANKS} can only be 1", "leave it out")
+    return Speculation(
+        "draft_model",
+        drafts,
+        model=values["model"],
+        revision=values.get("revision"),
+        quantization=quantization,
+        max_model_len=_whole(values, "max_model_len", LONGEST),
+    )
 
 
 def speculation_text(given: Any) -> str:

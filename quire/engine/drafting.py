@@ -27,10 +27,18 @@ class DraftCounts:
 
 class Drafting:
     """`most`: drafts of a row. `max_sampled`: rows of logits that a step can sample from. `ahead`:
-    drafts that the runner makes behind a row, and tokens that it needs blocks for there."""
+    drafts that the runner makes behind a row, and tokens that it needs blocks for there. `longest`:
+    tokens of a request, drafts included, that who drafts can know (None: any)."""
 
-    def __init__(self, proposer: Proposer, most: int, max_sampled: int, ahead: int = 0):
-        self.most, self.ahead = most, ahead
+    def __init__(
+        self,
+        proposer: Proposer,
+        most: int,
+        max_sampled: int,
+        ahead: int = 0,
+        longest: int | None = None,
+    ):
+        self.most, self.ahead, self.longest = most, ahead, longest
         self._proposer = proposer
         self._max_sampled = max_sampled
         self._rows = self._drafted = 0
@@ -64,7 +72,8 @@ class Drafting:
         """How many drafts the runner is to make behind a row that samples and ends at `end`."""
         if request.drafter is None:
             return 0
-        return max(0, min(self.ahead, request.longest - 1 - end))
+        longest = request.longest if self.longest is None else min(request.longest, self.longest)
+        return max(0, min(self.ahead, longest - 1 - end))
 
     def take(self, request: Request, drafts: list[int]) -> None:
         """Drafts that the runner made behind all of a request's tokens."""

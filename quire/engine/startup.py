@@ -121,7 +121,12 @@ def draft_options(options: Options) -> Options | None:
         return None
     return replace(
         options,
-        model=replace(options.model, model=asked.model, revision=asked.revision, quantization=None),
+        model=replace(
+            options.model,
+            model=asked.model,
+            revision=asked.revision,
+            quantization=asked.quantization,
+        ),
         engine=replace(options.engine, speculative_config=None),
     )
 
@@ -257,6 +262,8 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
         if theirs.model.load_format != "dummy":
             raise no_weights(files)
         source = dummy_source(theirs, files, target.device)
+    elif isinstance(source, OnlineSource):
+        source = source.to(target.device)
     build = Build(
         target.kernels,
         dtype=target.dtype,
@@ -369,7 +376,8 @@ def make_drafting(plan: Plan) -> Drafting | None:
     if asked is None:
         return None
     drafts = asked.num_speculative_tokens
-    return Drafting(make_proposer(asked), drafts, plan.max_sampled, asked.ahead)
+    proposer, ahead = make_proposer(asked), asked.ahead
+    return Drafting(proposer, drafts, plan.max_sampled, ahead, asked.max_model_len)
 
 
 def engine_info(options: Options, files: ModelFiles, plan: Plan) -> EngineInfo:

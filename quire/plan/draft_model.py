@@ -21,7 +21,8 @@ from quire.plan.weight_parts import weight_parts
 @dataclass(frozen=True)
 class DraftModel:
     """What a model that drafts adds to a plan; sizes are bytes. `layers`: its caches, numbered
-    behind those of the model. `rotary_bytes` per position."""
+    behind those of the model. `rotary_bytes` per position. `max_model_len`: tokens of a request up
+    to which it drafts."""
 
     weight_bytes: int
     weight_parts: tuple[WeightPart, ...]
@@ -31,6 +32,7 @@ class DraftModel:
     rotary_bytes: int
     layers: tuple[CacheLayer, ...]
     fingerprint: str
+    max_model_len: int
 
 
 def plan_draft_model(
@@ -84,7 +86,21 @@ def plan_draft_model(
         sum(build.rotary_bytes.values()),
         tuple(build.caches),
         draft.fingerprint,
+        _longest(options, draft.name, theirs.max_len),
     )
+
+
+def _longest(options: Options, name: str, longest: int) -> int:
+    speculation = options.engine.speculation
+    asked = None if speculation is None else speculation.max_model_len
+    if asked is not None and asked > longest:
+        raise PlanError(
+            "context_too_long",
+            f"--speculative-config: max_model_len {asked} is more than {name} has",
+            why=f"its longest context is {longest} tokens",
+            fix="leave it out: it drafts as far as it can",
+        )
+    return asked or longest
 
 
 Formats = Callable[[str], str]

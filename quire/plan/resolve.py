@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quire.comm.group import Group
@@ -59,6 +60,7 @@ def resolve(
         caches += drafter.layers
         table_bytes += drafter.rotary_bytes
         place = with_draft_model(place, drafter, speculation.ahead)
+        speculation = replace(speculation, max_model_len=drafter.max_model_len)
     groups = _groups(options, caches, place.kv_dtype)
     place, slots = plan_tiers(options, groups, place, machine, tiers, choices)
     longest = read_config(model.hf_config).max_len

@@ -42,7 +42,10 @@ def describe_speculation(
         weights = format_bytes(draft_bytes)
         reason = f"asked for; the model's MTP module, {weights} of weights and a layer's cache"
     else:
-        reason = f"asked for; {asked.model}, {format_bytes(draft_bytes)} of weights"
+        weights = format_bytes(draft_bytes)
+        reason = (
+            f"asked for; {asked.model}, {weights} of weights, up to {asked.max_model_len} tokens"
+        )
     chosen = f"{asked.method}, {asked.num_speculative_tokens} drafts a row"
     choices.append(Choice("speculation", chosen, reason))
     reason = "a row's drafts, and where it begins, depend on which of the last were accepted"

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from quire.config.options import all_options
 from quire.config.parse import build_options
-from quire.config.speculation import MOST_DRAFTS, Speculation, parse_speculation
+from quire.config.speculation import (
+    MOST_DRAFTS,
+    QUANTIZATIONS,
+    Speculation,
+    parse_speculation,
+)
 from quire.errors import UsageError
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
@@ -86,6 +92,11 @@ def test_what_makes_no_sense_is_refused_in_words(given: dict[str, Any], says: st
         ({"model": "a/b", "prompt_lookup_max": 3}, "does not go with method 'draft_model'"),
         ({"model": "a/b", "revision": 3}, "must be a string"),
         ({"method": "ngram", "revision": "main"}, "does not go with method 'ngram'"),
+        ({"method": "ngram", "max_model_len": 9}, "max_model_len does not go with method 'ngram'"),
+        ({"method": "mtp", "quantization": "fp8"}, "quantization does not go with method 'mtp'"),
+        ({"model": "a/b", "quantization": "awq"}, "'awq' is not known"),
+        ({"model": "a/b", "max_model_len": 0}, "whole number"),
+        ({"model": "a/b", "draft_tensor_parallel_size": 2}, "can only be 1"),
     ],
 )
 def test_keys_of_another_method_are_refused(given: dict[str, Any], says: str) -> None:
@@ -98,6 +109,24 @@ def test_a_model_without_a_method_drafts() -> None:
     assert parse_speculation(asked) == Speculation("draft_model", 3, model="a/b", revision="main")
     assert parse_speculation(asked).ahead == 3
     assert parse_speculation(NGRAM).ahead == 0
+
+
+def test_a_draft_models_own_quantisation_and_length_are_kept() -> None:
+    asked = {"model": "a/b", "num_speculative_tokens": 3, "quantization": "fp8"}
+    asked |= {"max_model_len": 2048, "draft_tensor_parallel_size": 1}
+    made = parse_speculation(asked)
+    assert made == Speculation(
+        "draft_model", 3, model="a/b", quantization="fp8", max_model_len=2048
+    )
+    assert all_options("model")["quantization"][1].metadata["choices"] == QUANTIZATIONS
+
+
+def test_an_unknown_key_is_told_all_that_are_known() -> None:
+    with pytest.raises(UsageError, match="unknown key 'moe_backend'") as caught:
+        parse_speculation(NGRAM | {"moe_backend": "x"})
+    known = "method num_speculative_tokens model revision quantization max_model_len"
+    for key in (*known.split(), "draft_tensor_parallel_size", "prompt_lookup_max"):
+        assert key in caught.value.fix
 
 
 @pytest.mark.parametrize("text", ["", "ngram", "[1]", "3", "[" * 100_000, '{"method": "ngram"'])

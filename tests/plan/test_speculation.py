@@ -69,7 +69,7 @@ def test_the_gpus_memory_for_rows_of_logits_and_graphs_of_verifying_steps_is_pla
 
 def draft_plan(draft: dict[str, Any], hf: dict[str, Any] = LLAMA, **options: Any) -> Plan:
     facts = [ModelFacts("m", hf, None), ModelFacts("small", draft, None, "its weights")]
-    given = build_options({"speculative_config": DRAFT, **options})
+    given = build_options({"speculative_config": DRAFT} | options)
     return resolve(given, facts[0], MACHINE, NATIVE, draft=facts[1])
 
 
@@ -88,6 +88,20 @@ def test_a_draft_models_weights_and_caches_are_planned_beside_the_models() -> No
     assert [group.layers for group in draft_plan(LLAMA).groups] == [(0, 1, 2, 3, 4, 5)]
     assert made.fingerprint != without.fingerprint, "its blocks hold more"
     assert reasons(made)["speculation"] == "draft_model, 4 drafts a row"
+
+
+def test_a_model_drafts_up_to_its_own_longest_context_or_less() -> None:
+    small = LLAMA | {"num_hidden_layers": 1, "max_position_embeddings": 96}
+
+    def longest(**more: Any) -> int | None:
+        made = draft_plan(small, speculative_config=DRAFT | more)
+        assert made.speculation is not None
+        return made.speculation.max_model_len
+
+    assert (longest(), longest(max_model_len=40)) == (96, 40)
+    with pytest.raises(PlanError, match="max_model_len 97 is more than small has") as caught:
+        longest(max_model_len=97)
+    assert caught.value.code == "context_too_long"
 
 
 def test_a_windows_blocks_have_room_for_what_is_drafted_behind_a_step() -> None:
@@ -139,5 +153,6 @@ def test_answers_are_the_same_so_the_fingerprint_is() -> None:
     options = build_options({"speculative_config": NGRAM})
     assert plan(speculative_config=options.engine.speculative_config).to_dict()["speculation"] == {
         "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5,
-        "prompt_lookup_min": 5, "model": None, "revision": None,
+        "prompt_lookup_min": 5, "model": None, "revision": None, "quantization": None,
+            "max_model_len": None,
     }  # fmt: skip

@@ -333,6 +333,32 @@ def test_any_draft_model_changes_no_bit(
         assert made.core.scheduler.stats().prefix_hit_tokens > 0
 
 
+def test_a_draft_model_is_quantised_by_itself_and_drafts_up_to_its_length(
+    write_model: WriteModel,
+) -> None:
+    """It is rounded and so not always right; and no draft lies beyond 60 of 420 tokens."""
+    model = write_model()
+    sampled = [SamplingParams(max_tokens=400, ignore_eos=True, seed=seed) for seed in range(8)]
+    prompts = [{"prompt_token_ids": list(range(3, 23))}] * 8
+    given = {"load_format": "dummy", "skip_tokenizer_init": True, "threads": 1}
+
+    def run_with(**config: Any) -> tuple[list[list[int]], int, int]:
+        asked = drafted_by(model) | config if config else None
+        llm = LLM(model, **given, speculative_config=asked)
+        outputs = llm.generate(prompts, sampled, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs], *accepted(llm._engine)
+
+    expected, _, _ = run_with()
+    same, right, drafts = run_with(quantization=None)
+    assert same == expected and right == drafts > 2000
+    rounded, right, drafts = run_with(quantization="nvfp4")
+    assert rounded == expected and 2000 < right < drafts
+    short, right, drafts = run_with(max_model_len=60)
+    # Behind a row that ends at `end` comes its own token, and then what fits below 60.
+    most = sum(min(4, 60 - 1 - end) for end in range(20, 60))
+    assert short == expected and 8 * 20 < right == drafts <= 8 * most
+
+
 def test_a_draft_model_goes_on_from_what_is_found_in_the_prefix_cache(
     write_model: WriteModel,
 ) -> None:

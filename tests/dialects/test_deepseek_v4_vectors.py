@@ -1,9 +1,6 @@
 """The four conversations that DeepSeek publishes with its encoder as tests (`encoding/tests`, MIT
-licence), and the prompts that they become, by their hashes.
-
-Of the second only the conversation could be had, and what the published test says of its prompt;
-the first prompt was had from a copy in which the system's text stands behind the tools, and was put
-in the published order here.
+licence), and the prompts that they become, by their hashes: those of the published files, which
+end without a line end.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from quire.dialects.deepseek_v4 import ASSISTANT, BOS, EOS, USER, encode
 VECTORS = Path(__file__).parent / "vectors"
 PROMPTS = {  # length in characters, beginning of the SHA-256
     1: (2281, "9b366d9d2eac842a6e890594aac0b586"),
+    2: (302, "ca66b01a1ac3a204bb032c928fb607d4"),
     3: (3021, "b3b1cd8748b7b90d3c6be6da3f786f12"),
     4: (1125, "60e1643840ba9e4aeede450feb7b0498"),
 }

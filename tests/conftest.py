@@ -38,6 +38,15 @@ TINY_LLAMA: dict[str, Any] = {
 WriteModel = Callable[..., str]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU, `-m gpu` has what computes there and not in the interpreter."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def write_model(tmp_path_factory: pytest.TempPathFactory) -> WriteModel:
     """Writes a config.json (the tiny Llama with changes) and returns its directory."""

@@ -266,6 +266,7 @@ TINY_V4 = {
 }  # fmt: skip
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("config", "noise"),
     [

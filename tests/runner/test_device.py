@@ -114,6 +114,7 @@ def test_a_tiny_deepseek_equals_the_cpu_runner(
         assert found[name].logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     ("deterministic", "kv"), [(False, "auto"), pytest.param(True, "fp8", marks=pytest.mark.full)]
 )

@@ -22,6 +22,8 @@ from tests.kernels.triton.compressed_inputs import (
     untouched_before,
 )
 
+pytestmark = pytest.mark.triton
+
 F32 = torch.float32
 SIZE, ROTARY, LENGTH = 24, 8, 40
 EPS = 1e-6

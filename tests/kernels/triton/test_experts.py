@@ -14,6 +14,8 @@ from quire.kernels.triton.moe.experts_small import experts_small
 from quire.kernels.triton.moe.tiles import tiles
 from tests.kernels.triton.moe_inputs import poisoned_memory, random, random_ids
 
+pytestmark = pytest.mark.triton
+
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

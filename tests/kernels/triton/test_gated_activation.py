@@ -9,7 +9,10 @@ from quire.kernels.reference.activation import gated_activation as reference
 from quire.kernels.triton.activation.gated_activation import KINDS, gated_activation
 
 # exp's overflow is meant: the gate is then far below zero.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 

@@ -18,6 +18,8 @@ from tests.kernels.triton.gemm_inputs import assert_close, magnitude, matrix
 from tests.kernels.triton.moe_inputs import poisoned_memory
 from tests.kernels.triton.quantized_inputs import quantized_experts
 
+pytestmark = pytest.mark.triton
+
 BF16 = torch.bfloat16
 
 

@@ -21,6 +21,8 @@ from tests.kernels.triton.compressed_inputs import (
     untouched_before,
 )
 
+pytestmark = pytest.mark.triton
+
 BF16, F32 = torch.bfloat16, torch.float32
 SLOTS = 40
 

@@ -16,6 +16,8 @@ from quire.kernels.triton.streams.mix_streams import collapse_streams, mix_strea
 from quire.kernels.triton.streams.write_streams import write_streams
 from tests.kernels.triton.moe_inputs import poisoned_memory, random
 
+pytestmark = pytest.mark.triton
+
 REFERENCE = CompressedKernels(lambda x, matrix: x @ matrix.T, rms_norm)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 # (tokens, streams, channels): more than one part, odd ones, one stream, three as in a test model.

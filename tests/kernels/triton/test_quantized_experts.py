@@ -17,7 +17,10 @@ from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.moe_inputs import poisoned_memory, random, random_ids
 
 # exp's overflow is meant: the gate is then far below zero.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 
 
 def inputs(

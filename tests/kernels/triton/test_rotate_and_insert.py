@@ -17,6 +17,8 @@ from tests.kernels.triton.compressed_inputs import (
     untouched_before,
 )
 
+pytestmark = pytest.mark.triton
+
 BF16, EPS = torch.bfloat16, 1e-6
 
 

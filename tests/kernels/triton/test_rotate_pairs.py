@@ -8,6 +8,8 @@ import torch
 from quire.kernels.triton.compressed.rotate_pairs import rotate_pairs
 from tests.kernels.triton.compressed_inputs import POSITIONS, REFERENCE, random, rotary_table
 
+pytestmark = pytest.mark.triton
+
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-6}
 
 

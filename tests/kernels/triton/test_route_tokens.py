@@ -11,6 +11,8 @@ from quire.kernels.reference.moe.route_tokens import route_tokens as reference
 from quire.kernels.triton.moe.route_tokens import route_tokens
 from tests.kernels.triton.moe_inputs import poisoned_memory, random, random_ids
 
+pytestmark = pytest.mark.triton
+
 # (experts, chosen): tiny, odd, Flash's, Pro's.
 SIZES = [(8, 3), (5, 5), (1, 1), (256, 6), (384, 6)]
 

@@ -24,6 +24,8 @@ from tests.kernels.triton.marks import ON_GPU
 from tests.kernels.triton.moe_inputs import poisoned_memory
 from tests.kernels.triton.test_quantized_experts import inputs
 
+pytestmark = pytest.mark.triton
+
 EXPERTS = 20  # of which SCALED_FROM times as many pairs are more than the path for few takes
 
 

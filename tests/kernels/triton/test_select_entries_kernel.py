@@ -14,6 +14,8 @@ from tests.kernels.triton.compressed_inputs import REFERENCE
 from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.sparse_inputs import last_tokens, on_cpu, paged, paged_on_cpu
 
+pytestmark = pytest.mark.triton
+
 RATIO, PER_BLOCK = 4, 8
 SMALL = Sizes(tokens=4, programs=1, tile=16, listed=32)
 

@@ -17,6 +17,8 @@ from tests.kernels.triton.marks import FULL
 from tests.kernels.triton.paged_inputs import TOLERANCE
 from tests.kernels.triton.sparse_inputs import last_tokens, paged, paged_on_cpu
 
+pytestmark = pytest.mark.triton
+
 SCALE, RATIO = 0.3, 4
 
 

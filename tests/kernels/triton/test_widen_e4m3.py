@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 
 from quire.kernels.triton.compressed.stored import widen_e4m3
+
+pytestmark = pytest.mark.triton
 
 
 @triton.jit

@@ -26,7 +26,10 @@ from quire.models.deepseek_v4.moe import MoE
 from quire.models.deepseek_v4.parts import GroupedLinear
 
 # exp's overflow is meant: the gate is then far below zero.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
 SMALL = {

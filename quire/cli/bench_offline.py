@@ -129,13 +129,15 @@ def _room_for(
 
 @dataclass
 class Timed:
-    """One pass: seconds to the first token, to the last, and in all; tokens of output."""
+    """One pass: seconds to the first token, to the last, and in all; tokens of output. `decoding`:
+    the engine thread's seconds, and steps, once all requests have their first token."""
 
     first: float
     last: float
     seconds: float
     tokens: int
     cached: int
+    decoding: tuple[float, float] = (0.0, 0.0)
 
 
 class Bench:
@@ -226,22 +228,18 @@ class Bench:
         """ITL = (t(n) - t(1)) / (n - 1), t(k) the time to answer all requests with k tokens."""
         if scenario.filled:
             self._fill()  # whose steps are no part of what is measured
-        start = self._host()
         first = self._pass(replace(scenario, output=1)).seconds
-        between = self._host()
         self._read_clock()
         timed = self._pass(scenario)
         whole = timed.seconds
-        end = self._host()
+        host, steps = (b - a for a, b in zip(timed.decoding, self._host(), strict=True))
         gaps = scenario.output - 1
         itl = max(whole - first, 1e-9) / gaps
         metrics = {"itl_ms": itl * 1e3, "output_tok_s": scenario.requests / itl}
         metrics["t1_ms"] = first * 1e3
         if scenario.filled:
             metrics["cached_share"] = timed.cached / (scenario.requests * scenario.prompt)
-        # Both passes have the same steps with prompts in them: what one takes longer is decoding.
-        host, steps = (e - 2 * b + s for s, b, e in zip(start, between, end, strict=True))
-        metrics["host_ms_per_step"] = max(0.0, host) / steps * 1e3
+        metrics["host_ms_per_step"] = host / max(1.0, steps) * 1e3
         busy, idle = self._read_clock()
         return metrics | ({"gpu_idle": idle / (busy + idle)} if busy else {})
 
@@ -302,10 +300,15 @@ class Bench:
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
         requests = [self.engine.request(prompt, params) for prompt in prompts]
         timed = Timed(0.0, 0.0, 0.0, 0, 0)
+        waiting = {request.request_id for request in requests}
         start = time.perf_counter()
         for news in self.engine.stream(requests):
             timed.last = time.perf_counter() - start
             timed.first = timed.first or timed.last
+            if waiting and news.choices:
+                waiting.discard(news.request_id)
+                if not waiting:
+                    timed.decoding = self._host()
             timed.tokens += sum(len(choice.token_ids) for choice in news.choices)
             timed.cached += news.num_cached_tokens if news.finished else 0
         timed.seconds = time.perf_counter() - start

@@ -155,10 +155,10 @@ def _refuse_others(hf: dict[str, Any]) -> None:
     later += ["model_type"] if hf.get("model_type", MODEL_TYPE) != MODEL_TYPE else []
     later += ["architectures"] if names[0] != ARCHITECTURE else []
     if later:
+        name = names[0] if names[0] != ARCHITECTURE else hf.get("model_type")
         raise ModelError(
             "unsupported_model",
-            f"the model is a {hf.get('model_type') or names[0]!r}, a later architecture than "
-            "DeepSeek V4",
+            f"the model is a {name!r}, a later architecture than DeepSeek V4",
             why=f"config.json: {', '.join(later)}",
             fix="use DeepSeek-V4-Flash or DeepSeek-V4-Pro",
         )

@@ -49,14 +49,20 @@ class KernelSet(NamedTuple):
     quantize_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
 
 
+def triton_sets(device: torch.device) -> Iterator[tuple[str, Any]]:
+    """A GPU's kernels in bfloat16, in both modes, by name."""
+    from quire.kernels.triton.ops import TritonKernels
+
+    for mode in (False, True):
+        name = "triton deterministic" if mode else "triton"
+        yield name, TritonKernels(torch.bfloat16, device, mode)
+
+
 def kernel_sets(device: torch.device, triton: bool) -> Iterator[KernelSet]:
     if triton:
-        from quire.kernels.triton.ops import TritonKernels
         from quire.kernels.triton.quantized.quantize import add_rms_norm_quantize
 
-        for mode in (False, True):
-            name = "triton deterministic" if mode else "triton"
-            kernels = TritonKernels(torch.bfloat16, device, mode)
+        for name, kernels in triton_sets(device):
             yield KernelSet(name, kernels, torch.bfloat16, add_rms_norm_quantize)
         return
     facts = kernel_facts()

@@ -186,11 +186,7 @@ class Layers:
 def kernel_sets(device: torch.device) -> Iterator[tuple[str, Kernels, torch.dtype]]:
     """(name, kernels, the dtype that weights are widened to)."""
     if device.type == "cuda":
-        from quire.kernels.triton.ops import TritonKernels
-
-        for mode in (False, True):
-            name = "triton deterministic" if mode else "triton"
-            kernels = TritonKernels(torch.bfloat16, device, mode)
+        for name, kernels in fp8_errors.triton_sets(device):
             yield name, cast(Kernels, kernels), torch.bfloat16
         return
     facts = kernel_facts()

@@ -64,13 +64,14 @@ def run(invocation: Invocation) -> int:
     bench = Bench(engine)
     record.facts |= bench.warm_up()
     record.ceilings |= ceilings(engine.info.plan["device"])
-    work, drafter = bench.work(), bench.drafter(options)
+    work = bench.work()
+    drafter = bench.drafter(options, work)
     for scenario in scenarios:
         sized = scenario.scaled(scale, engine.info.max_model_len)
         if not invocation.json:
             print(f"{scenario.name}: {_size(sized)} ...", file=sys.stderr, flush=True)
         runs = [bench.measure(sized) for _ in range(repeat)]
-        experts = bench.experts(sized) if work.experts else None
+        experts = bench.experts(sized, work) if work.experts else None
         record.add(sized, sized != scenario, runs, work, experts, drafter)
     record.finish(as_json=invocation.json, output=flags.output)
     return 0
@@ -197,9 +198,9 @@ class Bench:
         itemsize = KV_DTYPES[plan["kv_dtype"]].itemsize
         return Work.of(config, plan["weight_parts"], engine.build.caches, itemsize)
 
-    def drafter(self, options: Options) -> Work | None:
-        """What of the model or module that drafts counts, if one does: with the model's head where
-        it has none of its own."""
+    def drafter(self, options: Options, work: Work) -> Work | None:
+        """What of the model or module that drafts counts, if one does: with the head of the model,
+        whose `work` is given, where it has none of its own."""
         from quire.engine.startup import draft_options, find_model
         from quire.models.registry import read_config
 
@@ -207,15 +208,15 @@ class Bench:
             return None
         own = draft_options(options)
         files = self.engine.engine.files if own is None else find_model(own)
-        work = Work.of(read_config(files.config()), parts)
-        return work if work.head.values else replace(work, head=self.work().head)
+        found = Work.of(read_config(files.config()), parts)
+        return found if found.head.values else replace(found, head=work.head)
 
-    def experts(self, scenario: Scenario) -> Metrics:
+    def experts(self, scenario: Scenario, work: Work) -> Metrics:
         """Distinct experts of a layer's step, counted in a pass that is long enough for all
         requests to decode together, where they do in the scenario."""
         budget = self.engine.info.plan["max_num_batched_tokens"]
         prompts = -(-scenario.requests * scenario.prompt // budget)
-        asked, work = self.engine.engine.plan.speculation, self.work()
+        asked = self.engine.engine.plan.speculation
         drafts = 0 if asked is None else asked.num_speculative_tokens
         # As many steps even if every draft is accepted, and none of them among the last tokens,
         # where fewer are drafted.

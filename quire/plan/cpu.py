@@ -121,9 +121,10 @@ def place(
         room=remaining(machine.available_bytes, "this machine's memory", parts, SMALLER),
         fill=False,
         max_sampled=sampled,
-        weight_parts=weight_parts(build.weights[:own], formats, lambda name: False),
+        weight_parts=weight_parts(build.weights[:own], formats),
         ahead=engine.speculation.ahead if engine.speculation is not None and engine.mtp else 0,
         draft_bytes=drafting,
+        draft_parts=weight_parts(build.weights[own:], formats) if engine.mtp else (),
     )
 
 

@@ -79,7 +79,7 @@ def plan_draft_model(
         state += gpu.drafter_buffers(*step, groups, longest)
     return DraftModel(
         sum_weights(build, formats),
-        weight_parts(build.weights, formats, lambda name: False),
+        weight_parts(build.weights, formats),
         activations,
         graphs,
         state,

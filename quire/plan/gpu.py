@@ -122,7 +122,7 @@ def place(
     _choose_kernels(deterministic, found, choices)
     choose_latent_form(build, choices)
     _choose_quantized(build, formats, deterministic, gpu, choices)
-    steps = _choose_steps(options, build, deterministic, runner)
+    steps = _choose_steps(options, build, runner)
     parts = _memory_parts(options, read_config(hf), build, own, formats, dtype, steps)
     # What other programs hold, and this process's own context, is not ours to give out.
     limit = int(gpu.memory_bytes * engine.gpu_memory_utilization)
@@ -160,6 +160,7 @@ def place(
         mixed_graphs=steps.mixed_graphs,
         ahead=engine.speculation.ahead if engine.speculation and engine.mtp else 0,
         draft_bytes=parts.get("MTP module", 0),
+        draft_parts=weight_parts(build.weights[own:], formats) if engine.mtp else (),
     )
 
 
@@ -171,10 +172,9 @@ class Steps(NamedTuple):
     sampled: int
     decode_graphs: tuple[int, ...]
     mixed_graphs: tuple[int, ...]
-    deterministic: bool
 
 
-def _choose_steps(options: Options, build: Build, deterministic: bool, runner: str) -> Steps:
+def _choose_steps(options: Options, build: Build, runner: str) -> Steps:
     engine = options.engine
     tokens = engine.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     sequences = engine.max_num_seqs or (MAX_STATEFUL_SEQS if build.states else MAX_NUM_SEQS)
@@ -182,7 +182,7 @@ def _choose_steps(options: Options, build: Build, deterministic: bool, runner: s
     graphs: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
     if runner == "graph":
         graphs = graph_sizes(tokens, sampled, verifying=engine.speculation is not None)
-    return Steps(tokens, sequences, sampled, *graphs, deterministic)
+    return Steps(tokens, sequences, sampled, *graphs)
 
 
 def _memory_parts(
@@ -196,11 +196,11 @@ def _memory_parts(
 ) -> dict[str, int]:
     """Bytes by what takes them, KV cache apart. The first `own` weights of `build` are the
     model's, what follows is the MTP module's."""
-    tokens, sequences, sampled, decode, mixed, deterministic = steps
+    tokens, sequences, sampled, decode, mixed = steps
     itemsize = DTYPES[dtype].itemsize
     longest = options.model.max_model_len or config.max_len
     groups = count_groups(build.caches)
-    widest = 0 if deterministic else widened_bytes(build, formats)
+    widest = 0 if options.engine.deterministic else widened_bytes(build, formats)
     drafting = sum_weights(build, formats, own)
 
     def activations(tokens: int) -> int:

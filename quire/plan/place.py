@@ -30,8 +30,9 @@ class Place:
 
     `max_sampled`: rows of logits that a step samples from at most. `room`: what the KV cache and
     the rotary tables may take. `fill`: the KV cache takes it all by default, instead of a default
-    number of tokens. `ahead`: tokens that a model drafts behind those of a step. `draft_bytes`:
-    weights of the model's MTP module, where it drafts; its cache is in `build` with the others.
+    number of tokens. `ahead`: tokens that a model drafts behind those of a step. `draft_bytes` and
+    `draft_parts`: weights of the model's MTP module, where it drafts; its cache is in `build` with
+    the others.
     """
 
     device: str
@@ -60,6 +61,7 @@ class Place:
     mixed_graphs: tuple[int, ...] = ()
     ahead: int = 0
     draft_bytes: int = 0
+    draft_parts: tuple[WeightPart, ...] = ()
 
     @property
     def step_tokens(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from quire.comm.group import Group
 from quire.config.options import Options
@@ -12,15 +11,14 @@ from quire.errors import PlanError
 from quire.hardware.machine import Machine
 from quire.kv.groups import KVGroup
 from quire.layers.build import Build, CacheLayer
-from quire.models.registry import mtp_prefix, read_config
+from quire.models.registry import read_config
 from quire.plan import cpu, gpu, memory
 from quire.plan.draft_model import plan_draft_model, with_draft_model
-from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declared_dtype
-from quire.plan.place import Place, held_formats, tensor_formats
-from quire.plan.plan import Choice, Plan, WeightPart, format_bytes
+from quire.plan.facts import KV_DTYPES, KernelFacts, ModelFacts
+from quire.plan.place import Place, tensor_formats
+from quire.plan.plan import Choice, Plan, format_bytes
 from quire.plan.speculation import describe_speculation
 from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
-from quire.plan.weight_parts import weight_parts
 
 # Bumped by hand whenever any kernel's bits can change.
 NUMERICS_VERSION = 6
@@ -69,9 +67,7 @@ def resolve(
     blocks = memory.pool_blocks(groups, tokens, place.step_tokens, sequences)
     _describe_caches(groups, place, choices)
     draft_bytes = place.draft_bytes if drafter is None else drafter.weight_bytes
-    draft_parts = () if drafter is None else drafter.weight_parts
-    if options.engine.mtp:
-        draft_parts = _module_parts(model.hf_config, formats, place)
+    draft_parts = place.draft_parts if drafter is None else drafter.weight_parts
     if speculation is not None:
         ahead = options.engine.async_scheduling
         describe_speculation(speculation, place.max_sampled, ahead, draft_bytes, choices)
@@ -119,27 +115,21 @@ def resolve(
         tier_rates=tier_rates(options, tiers),
         tier_bytes=memory.allocated_bytes(groups, slots) if slots else 0,
     )
-    downgrades = [c for c in choices if c.downgrade]
-    if options.engine.strict and downgrades:
-        raise PlanError(
-            "downgrade",
-            f"--strict: {downgrades[0].what} would be {downgrades[0].chosen}",
-            why=downgrades[0].reason,
-            fix="remove the cause, or start without --strict",
-        )
+    if options.engine.strict:
+        _refuse_downgrades(choices)
     return plan
 
 
-def _module_parts(
-    hf: dict[str, Any], formats: Callable[[str], str], place: Place
-) -> tuple[WeightPart, ...]:
-    """Of the MTP module's weights. A pass of it is of few tokens, whose bytes count: none is said
-    to be multiplied in e4m3."""
-    prefix = mtp_prefix(hf)
-    module = [w for w in place.build.weights if w.tensors()[0].name.startswith(prefix)]
-    dtype = place.dtype if place.dtype in DTYPES else declared_dtype(hf)
-    held = held_formats(place.build, formats, dtype, [])
-    return weight_parts(module, held, lambda name: False)
+def _refuse_downgrades(choices: Sequence[Choice]) -> None:
+    """Raises PlanError for the first one."""
+    downgrade = next((choice for choice in choices if choice.downgrade), None)
+    if downgrade is not None:
+        raise PlanError(
+            "downgrade",
+            f"--strict: {downgrade.what} would be {downgrade.chosen}",
+            why=downgrade.reason,
+            fix="remove the cause, or start without --strict",
+        )
 
 
 def _describe_formats(build: Build, formats: Callable[[str], str]) -> str:

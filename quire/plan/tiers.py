@@ -44,9 +44,14 @@ def tiers_of(options: Options) -> tuple[TierSpec, ...]:
 
 def tier_rates(options: Options, facts: Sequence[TierFacts]) -> tuple[float, ...]:
     """Bytes a second read of each of `--kv-tiers`, assumed where that was not measured."""
+    return tuple(_rate(spec, fact) for spec, fact in _known(options, facts).items())
+
+
+def _known(options: Options, facts: Sequence[TierFacts]) -> dict[TierSpec, TierFacts]:
+    """What was measured of each of `--kv-tiers`, which is nothing of those behind the last of
+    `facts`."""
     specs = parse_tiers(options.engine.kv_tiers or "")
-    measured = [*facts, *[TierFacts()] * len(specs)]
-    return tuple(_rate(spec, fact) for spec, fact in zip(specs, measured, strict=False))
+    return dict.fromkeys(specs, TierFacts()) | dict(zip(specs, facts, strict=False))
 
 
 def _rate(spec: TierSpec, facts: TierFacts) -> float:
@@ -87,11 +92,10 @@ def plan_tiers(
             fix="make it larger",
         )
     place = _with_memory(place, machine, used)
-    asked = parse_tiers(options.engine.kv_tiers or "")
-    known = dict(zip(asked, facts, strict=False))
-    dram = _rate(specs[0], known.get(specs[0], TierFacts()))
+    asked = _known(options, facts)
+    dram = _rate(specs[0], asked.get(specs[0], TierFacts()))
     for spec in specs:
-        tokens, fact = spec.size // sum(flow) * _span(groups), known.get(spec, TierFacts())
+        tokens, fact = spec.size // sum(flow) * _span(groups), asked.get(spec, TierFacts())
         size, reason = _describe(spec, tokens, fact, place)
         rates = [dram] if spec.kind == "dram" else [dram, _rate(spec, fact)]
         reason += _pays(groups, sum(flow) / _span(groups), [rate for rate in rates if rate])

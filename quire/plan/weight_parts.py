@@ -14,10 +14,12 @@ _HEADS = ("lm_head", "head")
 
 
 def weight_parts(
-    weights: Sequence[Weight], formats: Callable[[str], str], in_e4m3: Callable[[str], bool]
+    weights: Sequence[Weight],
+    formats: Callable[[str], str],
+    in_e4m3: Callable[[str], bool] = lambda name: False,
 ) -> tuple[WeightPart, ...]:
     """`formats`: those that weights are held in; `in_e4m3`: whether many tokens are multiplied with
-    a weight in e4m3."""
+    a weight in e4m3. None are on a CPU, and by what drafts, whose passes are of few tokens."""
     tied = not any(_is_head(weight) for weight in weights)
     found = {name: [0, 0, 0] for name in (LAYERS, EXPERTS, HEAD, EMBEDDING)}
     for weight in weights:

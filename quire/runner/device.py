@@ -336,7 +336,7 @@ class DeviceRunner:
         processors for it, else of some. Those of a model that drafts wait for their launch."""
         keys = [key for key in self._wanted if isinstance(key, Shape | Sampling)]
         with wanted_kernels() as wanted:
-            self._send([(0, array("i", [0]))])
+            self._send([(0, array("i", [0]))])  # what comes before a step: see _apply
             count_tokens(self.state, self._slots([-1]))
             for key in keys if self._threads >= 8 else ends(keys):
                 self._compute(key)()

@@ -258,7 +258,7 @@ def sweep_grouped(format: str) -> None:
         tiles = [chosen] + [
             QuantizedTile(rows, tokens, blocks, warps, stages)
             for tokens, rows, blocks, warps, stages in itertools.product(
-                (16, 32, 64), (64, 128), (1, 2), (4, 8), (2, 3, 4, 5)
+                (8, 16, 32, 64), (64, 128), (1, 2), (4, 8), (2, 3, 4, 5)
             )
             if pairs / E / 2 <= tokens <= max(16, 4 * pairs / E)
             and warps * 16 <= rows * 2

@@ -52,6 +52,7 @@ NO_WORKERS = (OSError, TypeError, ValueError)
 Missing = dict[object, tuple[Callable[[], object], bytes | None]]
 _warming = threading.local()
 _hook = threading.Lock()  # Triton has one, for all engines of a process
+_launchers = threading.Lock()
 
 
 @contextmanager
@@ -87,6 +88,7 @@ def compile_kernels(wanted: Wanted, threads: int, early: Workers | None = None) 
     bind = None  # each thread has a current device of its own
     if torch.cuda.is_available():
         bind = partial(torch.cuda.set_device, torch.cuda.current_device())
+        one_launcher_at_a_time(driver.active)
     with ThreadPoolExecutor(threads, initializer=bind) as pool:
         with _hook, _noting_missing() as missing:
             list(pool.map(partial(_load, missing), wanted.values()))
@@ -95,6 +97,24 @@ def compile_kernels(wanted: Wanted, threads: int, early: Workers | None = None) 
             count = min(threads, len(jobs) // 4, MOST_WORKERS)
             compile_in_processes(jobs, partial(Workers, count) if early is None else lambda: early)
         list(pool.map(_compile, [compile_one for compile_one, _ in missing.values()]))
+
+
+def one_launcher_at_a_time(active: Any) -> None:
+    """Have all threads wait for each other where `active`, Triton's driver, loads what launches a
+    kernel.
+
+    Triton 3.6 loads those as Python modules, all of one name. Of such modules Python makes one
+    object, into which each file that is loaded again is written: whoever looks a moment later
+    has the launcher of another thread's kernel, which passes other arguments.
+    """
+    made = active.launcher_cls
+    if getattr(made, "func", None) is not _under_lock:
+        active.launcher_cls = partial(_under_lock, made)
+
+
+def _under_lock(made: Callable[..., object], *of: object) -> object:
+    with _launchers:
+        return made(*of)
 
 
 def compile_in_processes(jobs: Iterable[bytes], start: Callable[[], Workers]) -> int:
@@ -263,8 +283,7 @@ def _load(missing: Missing, compile_one: Callable[[], Any]) -> None:
 
 
 def _compile(compile_one: Callable[[], Any]) -> None:
-    """Compile a kernel, or take it from Triton's cache, and load it. What launches it is made here
-    as well: Triton 3.6 has a C compiler make that, a tenth of a second for each signature."""
+    """Compile a kernel, or take it from Triton's cache, and load it and what launches it."""
     try:
         compiled = compile_one()
         if compiled is not None:  # else a hook has skipped it

@@ -8,16 +8,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import triton.language as tl
+from triton.runtime.driver import driver
 
 from quire.kernels.triton import compile_kernels as compiling
 from quire.kernels.triton import compile_worker
 from quire.kernels.triton.compile_kernels import Workers
+from quire.kernels.triton.launch import launch, wanted_kernels
+from quire.kernels.triton.norm.rms_norm import rms_norm_kernel
+from quire.kernels.triton.step.keep_drafts import keep_drafts_kernel
 
 ROOT = Path(__file__).parents[3]
 # The real thing, but for what a job does: `crash`, `hang`, `refuse`, or nothing.
@@ -141,6 +148,54 @@ def test_processes_begin_early_where_the_cache_is_empty(
     with compiling.early_workers(8) as early:
         assert early is None
     assert len(started) == 1
+
+
+def test_launchers_are_made_one_at_a_time() -> None:
+    inside, most = [0], [0]
+
+    def slow(kernel: int, metadata: str) -> tuple[int, str]:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        inside[0] -= 1
+        return kernel, metadata
+
+    gpu = SimpleNamespace(launcher_cls=slow)
+    for _ in range(2):  # the second finds it done
+        compiling.one_launcher_at_a_time(gpu)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(gpu.launcher_cls, range(8), "abcdefgh")) == list(
+            zip(range(8), "abcdefgh", strict=True)
+        )
+    assert most == [1]
+
+
+@pytest.mark.gpu
+def test_threads_get_the_launchers_of_their_kernels() -> None:
+    x, ids = torch.zeros(4, 64, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
+    with wanted_kernels() as wanted:
+        norm = {"X_STRIDE": 64, "OUT_STRIDE": 64, "H": 64, "ROWS": 4, "BLOCK_H": 64}
+        launch(rms_norm_kernel, (1,), x.device, x, x[0], x, 3, 1e-6, **norm)
+        kept = {"RECORD": 48, "HISTORY": 32, "num_warps": 1}
+        launch(keep_drafts_kernel, (1,), x.device, *[ids] * 6, 3, **kept)
+    kernels: list[Any] = [compile_one() for compile_one in wanted.values()]
+
+    def takes(kernel: Any) -> str:
+        """How many arguments, as its launcher says."""
+        launcher = driver.active.launcher_cls(kernel.src, kernel.metadata)
+        with pytest.raises(TypeError) as said:
+            launcher.launch()
+        return str(said.value)
+
+    one, other = map(takes, kernels)
+    compiling.compile_kernels(wanted, 2)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(takes, kernels * 1000)) == [one, other] * 1000
+    finally:
+        sys.setswitchinterval(before)
 
 
 VALUES = [None, True, 1, 1.0, float("inf"), float("nan"), "fp32", "", tl.float32, tl.float8e4nv]

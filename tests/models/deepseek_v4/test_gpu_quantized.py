@@ -8,6 +8,7 @@ float32 with the values that the codes stand for.
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ ON_GPU = torch.cuda.is_available()
 # Bounds of differences of log-probabilities, of their median and of nine tenths, as shares of the
 # spread: what bfloat16 costs, and e4m3 besides: in activations of more than 16 tokens, unless in
 # deterministic mode, and in the FP8 cache, where a value between two codes may get either. A token
-# whose experts, or entries it attends to, are others after rounding differs by more.
-BFLOAT16, E4M3 = (0.03, 0.1), (0.15, 0.4)
+# whose experts, or entries it attends to, are others after rounding differs by more. On an H200 the
+# first are at most 0.017 and 0.054, the second 0.135 and 0.374; of a fourth of these requests alone
+# they are up to a third more. Another model is at 0.8 and 1.9.
+BFLOAT16, E4M3 = (0.03, 0.1), (0.2, 0.5)
+SEEDS = 4
 
 
 def write(directory: Path, name: str) -> Path:
@@ -55,9 +59,9 @@ def adds() -> list[Add]:
     a token that is given, again and again."""
     given = {"temperature": 0.0, "max_tokens": 4, "logprobs": 1, "prompt_logprobs": 1}
     made = []
-    for n in (2, 20, 44):
+    for seed, n in product(range(SEEDS), (2, 20, 44)):
         params = SamplingParams(**given, ignore_eos=True, allowed_token_ids=[7 + n])
-        made.append(Add(str(n), text(n, seed=n), params, seed=0))
+        made.append(Add(f"{n}.{seed}", text(n, seed=n + 100 * seed), params, seed=0))
     return made
 
 
@@ -85,7 +89,7 @@ def differences(found: dict[str, Got], wanted: dict[str, Got]) -> tuple[float, f
         values.append(
             torch.tensor([x for each in got.values() for x in each.prompt + each.logprobs])
         )
-    assert len(values[0]) == len(values[1]) == 1 + 19 + 43 + 3 * 4
+    assert len(values[0]) == len(values[1]) == SEEDS * (1 + 19 + 43 + 3 * 4)
     errors = (values[0] - values[1]).abs() / values[1].std()
     return float(errors.median()), float(errors.quantile(0.9))
 
@@ -113,4 +117,4 @@ def test_a_quantised_checkpoint_stays_close_to_the_cpu_runner(
     # Without the clamp it is another model.
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "swiglu_limit": 1e6}))
-    assert differences(on_cpu(), wanted)[0] > 2 * E4M3[0]
+    assert differences(on_cpu(), wanted)[0] > 3 * E4M3[0]

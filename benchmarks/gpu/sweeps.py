@@ -32,7 +32,7 @@ from quire.kernels.triton.launch import num_sms
 from quire.kernels.triton.moe.align import align
 from quire.kernels.triton.moe.route import route
 from quire.kernels.triton.norm.rms_norm import add_rms_norm
-from quire.kernels.triton.quantized.experts import expert_tile
+from quire.kernels.triton.quantized.experts import expert_tile, expert_tokens
 from quire.kernels.triton.quantized.experts_small import SmallTile, experts_small, small_tiles
 from quire.kernels.triton.quantized.gemm import QuantizedTile
 from quire.kernels.triton.quantized.gemv import down_gemv, down_tiles, gemv, gemv_tiles
@@ -254,7 +254,8 @@ def sweep_grouped(format: str) -> None:
         _, ids = route(random(t, E), SLOTS, True)
         pairs, used = t * SLOTS, len(ids.unique()) / E
         x = random(t if kind else pairs, weight.k)
-        chosen = expert_tile(pairs, E, weight.k, format, deterministic=False, shared=shared)
+        block = expert_tokens(pairs, gate_up, down, deterministic=False)
+        chosen = expert_tile(block, format, shared)
         tiles = [chosen] + [
             QuantizedTile(rows, tokens, blocks, warps, stages)
             for tokens, rows, blocks, warps, stages in itertools.product(

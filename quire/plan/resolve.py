@@ -21,7 +21,7 @@ from quire.plan.speculation import describe_speculation
 from quire.plan.tiers import TierFacts, plan_tiers, tier_rates
 
 # Bumped by hand whenever any kernel's bits can change.
-NUMERICS_VERSION = 6
+NUMERICS_VERSION = 7
 # A default KV cache on a CPU holds one request of the model's longest context, within these
 # bounds, if half of what is left allows.
 DEFAULT_CONTEXT_TOKENS = range(16384, 32769)

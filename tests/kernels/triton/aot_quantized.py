@@ -185,9 +185,9 @@ def packing(floats: bool) -> Case:
     return Case(name, pack_words_kernel, types, constants, 4, 3, ("count", "width", "stored"))
 
 
-def grouped(pairs: int, format: str, target: str, kind: str = "") -> Case:
+def grouped(tokens: int, format: str, target: str, kind: str = "") -> Case:
     types, constants = weight(format, target)
-    tile = expert_tile(pairs, 128, 2048, format, deterministic=False, shared=SHARED[target])
+    tile = expert_tile(tokens, format, SHARED[target])
     constants |= {"T": tile.tokens, "ROWS": tile.rows, "BLOCKS": tile.blocks, "SLOTS": 8}
     constants |= {"GROUP_BLOCKS": GROUP_BLOCKS, "FROM_TOKENS": kind != "", "KIND": kind}
     constants |= {"LIMIT": 0.0}
@@ -295,7 +295,7 @@ def everywhere(target: str) -> list[Case]:
         gemm(2048, "fp8_block", target),
         gate_up_small("mxfp4", target, 24576),  # DeepSeek V4 Flash
         down_small("int4", target),
-        grouped(128 * 16, "nvfp4", target, "silu"),
+        grouped(8, "nvfp4", target, "silu"),
         widening("nvfp4", target),
     ]
 
@@ -349,7 +349,9 @@ CASES = [
     gate_up_small("nvfp4", "sm_90", 12288),  # Qwen3-30B-A3B
     down_small("nvfp4", "sm_90"),
     down_small("fp8_block", "sm_90"),
-    grouped(128 * 128, "nvfp4", "sm_90", "silu"),
-    grouped(128 * 128, "fp8", "sm_90"),
-    grouped(128, "mxfp4", "sm_90", "silu"),
+    grouped(128, "nvfp4", "sm_90", "silu"),
+    grouped(128, "fp8", "sm_90"),
+    grouped(16, "mxfp4", "sm_90", "silu"),
+    grouped(32, "nvfp4", "sm_90", "silu"),
+    grouped(64, "int4", "sm_90"),
 ]

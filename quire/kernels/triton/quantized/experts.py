@@ -20,32 +20,38 @@ from quire.kernels.triton.quantized.scaled_experts import scaled_experts, takes_
 # Up to here each pair reads its expert's weights by itself. Measured on an H200 with
 # benchmarks/gpu/quantized.py: faster at 64 pairs, much slower at 256.
 SMALL_PAIRS = 64
+FLOATS = ("nvfp4", "mxfp4")
+SUMMED = ("int4", "int8", "fp8_block")  # which have sums of groups in registers as well
+EIGHT_BITS = ("fp8", "fp8_block", "int8")
 
 
-def expert_tile(
-    pairs: int, experts: int, k: int, format: str, *, deterministic: bool, shared: int
-) -> QuantizedTile:
-    """The tile for blocks of pairs: as many tokens as an expert has where they are spread evenly,
-    since every further block reads and decodes the weights again.
-
-    Deterministic mode starts at 64 tokens for the same instruction in every batch. Measured on an
-    H100 with benchmarks/gpu/sweeps.py for nvfp4 and mxfp4 up to 32 tokens; else estimates.
+def expert_tokens(
+    pairs: int, gate_up: PackedQuantized, down: PackedQuantized, *, deterministic: bool
+) -> int:
+    """Tokens of a block of pairs: as many as an expert has where they are spread evenly, since
+    every further block reads and decodes the weights again; in deterministic mode always the same.
     """
-    expected = pairs / experts
-    summed = format in ("int4", "int8", "fp8_block")
-    eight = format in ("fp8", "fp8_block", "int8")
-    tokens = 64
-    if not deterministic:
-        tokens = 16 if expected <= 8 else 32 if expected <= 20 else 64 if expected <= 64 else 128
-    tokens = min(tokens, 64) if summed else tokens
-    rows = 128 if tokens == 128 else 64
-    floats = format in ("nvfp4", "mxfp4")
-    blocks = 2 if floats and (tokens == 16 or (tokens == 32 and k >= 1024)) else 1
+    assert gate_up.experts is not None
+    if deterministic:
+        return 64
+    formats, expected = {gate_up.format, down.format}, pairs / gate_up.experts
+    if expected <= 4 and formats.issubset(FLOATS):
+        return 8
+    tokens = 16 if expected <= 8 else 32 if expected <= 20 else 64 if expected <= 64 else 128
+    return tokens if formats.isdisjoint(SUMMED) else min(tokens, 64)
+
+
+def expert_tile(tokens: int, format: str, shared: int) -> QuantizedTile:
+    """The tile of a product of blocks of so many tokens. Measured with benchmarks/gpu/sweeps.py for
+    nvfp4 and mxfp4 of 8 and 32 tokens on an H200, of 16 on an H100; else estimates."""
+    floats = format in FLOATS
+    rows = 128 if tokens == 128 or (floats and tokens in (8, 32)) else 64
+    blocks = 2 if floats and tokens <= 16 else 1
     for room in (min(shared, 114688), shared):
-        stage = int(blocks * 128 * (tokens * 2 + rows * (1 if eight else 0.625)))
+        stage = int(blocks * 128 * (tokens * 2 + rows * (1 if format in EIGHT_BITS else 0.625)))
         stages = min(3 if floats else 4, (room - 4096) // stage)
         if stages >= 2:
-            return QuantizedTile(rows, tokens, blocks, rows // 16, stages)
+            return QuantizedTile(rows, tokens, blocks, 8 if tokens == 128 else 4, stages)
     return QuantizedTile(64, tokens, 1, 4, 2)
 
 
@@ -87,13 +93,9 @@ def quantized_experts(
         )  # fmt: skip
     check_experts(x, weights, ids, gate_up, down, kind, gate_up_bias, down_bias)
     shared = shared_memory(x.device)
-    first, second = (
-        expert_tile(pairs, e, w.k, w.format, deterministic=deterministic, shared=shared)
-        for w in (gate_up, down)
-    )
-    if second.tokens != first.tokens:
-        raise ValueError(f"gate_up is {gate_up.format}, down {down.format}: not served together")
-    aligned = align(ids, e, first.tokens)
+    tokens = expert_tokens(pairs, gate_up, down, deterministic=deterministic)
+    first, second = (expert_tile(tokens, w.format, shared) for w in (gate_up, down))
+    aligned = align(ids, e, tokens)
     h = quantized_grouped_gemm(
         x, gate_up, aligned, first, kind=kind, limit=limit, bias=gate_up_bias, from_tokens=True
     )

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import workload
@@ -16,6 +17,7 @@ from quire.cli.roofline import Work
 from quire.cli.terminal import Phases
 from quire.cli.workload import CPU_DEFAULT, SCENARIOS, Scenario, find_scenarios, make_prompts
 from quire.errors import PlanError
+from quire.hardware.machine import detect
 
 if TYPE_CHECKING:
     from quire.cli.bench_filled import FilledCaches
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from quire.config.options import Options
 
 MOST_REQUESTS = 256
+ROOM = "making room for the scenarios"
 Metrics = dict[str, float]
 
 
@@ -57,10 +60,15 @@ def run(invocation: Invocation) -> int:
 
     set_up_logging(options.server.log_level)
     phases = Phases(quiet=invocation.json)
+    phases("loading libraries")
+    import_module("quire.engine.startup")
+    detect(gpu=options.engine.device != "cpu")  # CUDA's own start is part of any engine's
+    phases(ROOM)
     options = _room_for(options, invocation.given(), scenarios, scale, invocation.json)
     engine = LocalEngine(options, phases)
-    took = phases.finish()
-    record = Record(invocation.command, engine.info.model, engine.info.plan, {"start_s": took})
+    took = phases.finish() - phases.seconds.pop(ROOM)  # which only benchmarks need
+    info, facts = engine.info, {"start_s": took}
+    record = Record(invocation.command, info.model, info.plan, facts, phases.seconds)
     bench = Bench(engine)
     record.facts |= bench.warm_up()
     record.ceilings |= ceilings(engine.info.plan["device"])

@@ -25,13 +25,22 @@ speculation fingerprint"""
 
 
 class Record:
-    """Everything one run of a benchmark measured. `facts`: numbers of the whole run."""
+    """Everything one run of a benchmark measured. `facts`: numbers of the whole run; `phases`: of
+    its start, in seconds."""
 
-    def __init__(self, command: str, model: str, plan: dict[str, Any], facts: dict[str, float]):
+    def __init__(
+        self,
+        command: str,
+        model: str,
+        plan: dict[str, Any],
+        facts: dict[str, float],
+        phases: dict[str, float],
+    ):
         self.command = command
         self.model = model
         self.plan = plan_facts(plan)
         self.facts = dict(facts)
+        self.phases = dict(phases)
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, dict[str, Any]] = {}
 
@@ -75,7 +84,8 @@ class Record:
             "versions": versions(),
             "plan": self.plan,
             "ceilings": {name: round(value, 2) for name, value in self.ceilings.items()},
-            **{name: round(value, 3) for name, value in self.facts.items()},
+            **_rounded(self.facts),
+            "start_phases_s": _rounded(self.phases),
             "results": self.results,
         }
 
@@ -100,7 +110,10 @@ class Record:
             note = "" if result["full_size"] else "  (smaller than the scenario: not comparable)"
             lines.append(f"{name:12}{counts}  {values}{note}")
         ceilings = ", ".join(f"{name} {value:.4g}" for name, value in self.ceilings.items())
-        return [*lines, "", f"measured ceilings: {ceilings}"]
+        phases = ", ".join(f"{name} {took:.1f}" for name, took in self.phases.items())
+        answer = f"first answer {self.facts['first_answer_s']:.1f}"
+        start = f"start {self.facts['start_s']:.1f} s ({phases}), {answer}"
+        return [*lines, "", f"measured ceilings: {ceilings}", start]
 
     def finish(self, as_json: bool, output: str | None) -> None:
         """Print, and write the file if asked. Raises UsageError where it cannot be written."""

@@ -72,7 +72,11 @@ def test_bench_offline_measures_every_kind_and_records_how(
     assert record["machine"]["cores"] >= 1 and record["versions"]["torch"]
     assert record["command"].startswith("quire bench offline") and record["date"]
     assert record["ceilings"]["memory_read_gb_s"] > 0
+    phases = record["start_phases_s"]
+    assert {"loading libraries", "planning", "loading weights"} <= phases.keys()
+    assert sum(phases.values()) == pytest.approx(record["start_s"], abs=0.01)
     assert "not comparable" in ran.out
+    assert "(loading libraries " in ran.out
     ran = quire("bench", "offline", ids_model, *IDS, "--scale", "0.01", "--repeat", "1", "--json")
     assert json.loads(ran.out)["results"].keys() == {"single", "prefill512", "offline64"}
     assert ran.err == ""

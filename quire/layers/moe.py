@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quire.layers.beside import beside
 from quire.layers.build import Build
 from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
@@ -107,12 +108,14 @@ class MoE:
 
     def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, tokens: Any) -> torch.Tensor:
         """`tokens`: x as the experts take it (Experts.normed)."""
+        own = self.shared
+        shared = None if own is None else beside(x_TH, lambda: own(x_TH))
         weights_TK, ids_TK = self.choose(logits_TE)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
         y_TH = self.experts(tokens, weights_TK, ids_TK)
-        if self.shared is not None:
-            y_TH += self.shared(x_TH)
+        if shared is not None:
+            y_TH += shared()
         return self.build.group.all_reduce(y_TH)
 
     def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 # With more tokens one part occupies the GPU by itself.
 MOST_TOKENS = 64
@@ -16,7 +19,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def beside(x_TH: torch.Tensor, part: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def beside(x_TH: torch.Tensor, part: Callable[[], T]) -> Callable[[], T]:
     """Have `part` computed, which reads x and what else is there by now. Returns what gives its
     result, to be asked once the rest has been launched: while a CUDA graph is captured, `part` is
     a branch of its own until then. `x_TH` decides: it has few tokens, or nothing runs beside."""
@@ -29,7 +32,7 @@ def beside(x_TH: torch.Tensor, part: Callable[[], torch.Tensor]) -> Callable[[],
     with torch.cuda.stream(other):
         result = part()
 
-    def wait() -> torch.Tensor:
+    def wait() -> T:
         current.wait_stream(other)
         return result
 

@@ -60,3 +60,38 @@ def test_a_graph_with_a_branch_gives_the_same(tokens: int) -> None:
             y_TH = wanted(y_TH, weight_HH)
         assert graphs.replay("layers")
         torch.testing.assert_close(out_TH, y_TH, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_kernels_that_begin_early_wait_for_both_branches() -> None:
+    from quire.kernels.triton.norm.rms_norm import add_rms_norm, rms_norm
+    from quire.runner.graphs import Graphs
+
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    x_TH, out_TH = (torch.empty(4, 4096, device=device) for _ in range(2))
+    weight_H = torch.rand(4096, device=device, generator=generator) + 0.5
+
+    def normed(y_TH: torch.Tensor, times: int) -> torch.Tensor:
+        for _ in range(times):
+            y_TH = rms_norm(y_TH, weight_H, 1e-6)
+        return y_TH
+
+    def compute(short: int, long: int) -> torch.Tensor:
+        y_TH = rms_norm(x_TH, weight_H, 1e-6)
+        for _ in range(20):
+            other = beside(y_TH, lambda y_TH=y_TH: normed(y_TH, short))
+            rest_TH = rms_norm(normed(y_TH, long), weight_H, 1e-6)
+            y_TH = add_rms_norm(rest_TH, other(), weight_H, 1e-6)
+        return y_TH
+
+    graphs = Graphs(device)
+    for sizes in ((1, 5), (5, 1)):
+        x_TH.zero_()
+        graphs.capture(sizes, lambda sizes=sizes: out_TH.copy_(compute(*sizes)))
+        assert not graphs.failed
+        for _ in range(10):
+            x_TH.normal_(generator=generator)
+            wanted_TH = compute(*sizes)
+            assert graphs.replay(sizes)
+            assert torch.equal(out_TH, wanted_TH)

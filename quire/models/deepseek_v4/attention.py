@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.reference.compressed.sparse_attention import AT_ONCE
+from quire.layers.beside import beside
 from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
@@ -59,19 +60,26 @@ class Attention:
         c, tokens, table, kernels = self.config, places.tokens, self.rope(), self.compressed
         latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
         latent_TR = self.query_norm(latent_TR)
+        chosen = None
+        if (compressor := self.compressor) is not None:
+            chosen = beside(x_TH, lambda: self._compress(compressor, x_TH, latent_TR, places))
         q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
         window, norm = places.paged(self.window), self.key_norm
         q_THD = kernels.rotate_and_insert(
             q_THD, key_TD, norm.weight, norm.eps, table, tokens, places.slots(self.window), window
         )
         seen = (tokens, self.sinks.values, c.head_size**-0.5, table, window, c.window)
-        if self.compressor is None:
+        if compressor is None or chosen is None:
             mixed_THD = kernels.sparse_attention(q_THD, *seen)
         else:
-            self.compressor(x_TH, places)
-            chosen_TE = None
-            if self.indexer is not None:
-                chosen_TE = self.indexer(x_TH, latent_TR, places)
-            entries = places.paged(self.compressor.entries)
+            entries, chosen_TE = places.paged(compressor.entries), chosen()
             mixed_THD = kernels.sparse_attention(q_THD, *seen, entries, self.layer.ratio, chosen_TE)
         return self.out(self.mix(mixed_THD.flatten(1)))
+
+    def _compress(
+        self, compressor: Compressor, x_TH: torch.Tensor, latent_TR: torch.Tensor, places: Places
+    ) -> torch.Tensor | None:
+        """Write the entries that the step completes. Returns those that each token attends to,
+        [T, E], None for all."""
+        compressor(x_TH, places)
+        return None if self.indexer is None else self.indexer(x_TH, latent_TR, places)

@@ -120,6 +120,9 @@ class QuantizedSource(WeightSource):
     def close(self) -> None:
         self._source.close()
 
+    def make_on(self, device: torch.device) -> None:
+        self._source.make_on(device)
+
     def _storage(self, parts: Parts) -> Storage | None:
         """How a module's weight is stored, by the scheme and by what is there."""
         expected = self.scheme.find(parts.module)

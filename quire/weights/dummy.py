@@ -44,7 +44,7 @@ class DummySource(WeightSource):
     tables by the end of their name: distinct values of 0 to limit - 1 in each row, different from
     row to row. `values` decides for whole names, before all else: a constant, or None for random
     values, random bytes where they are integers. ValueError for two tensors of one name or a row
-    of more indices than the limit. Tensors are read on `device`, with the same values on all.
+    of more indices than the limit. Values are the same on all devices.
     """
 
     def __init__(
@@ -53,13 +53,12 @@ class DummySource(WeightSource):
         seed: int = 0,
         constants: Mapping[str, float] | None = None,
         index_limits: Mapping[str, int] | None = None,
-        device: torch.device | str = "cpu",
         values: Mapping[str, float | None] | None = None,
     ):
         self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         if len(self._infos) != len(infos):
             raise ValueError("two dummy tensors have the same name")
-        self._seed, self._device = seed, torch.device(device)
+        self._seed, self._device = seed, torch.device("cpu")
         self._constants = dict(constants or {})
         self._index_limits = dict(index_limits or {})
         self._values = dict(values or {})
@@ -123,6 +122,10 @@ class DummySource(WeightSource):
 
     def close(self) -> None:
         self._closed = True
+        self._pools.clear()
+
+    def make_on(self, device: torch.device) -> None:
+        self._device = device
         self._pools.clear()
 
     def _constant(self, info: TensorInfo) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -144,10 +145,11 @@ class StackedExperts:
     def nbytes(self, formats: Callable[[str], str]) -> int:
         share = self._share.stop - self._share.start
         total = 4 * (2 * share + self.hidden) * len(self.names) if self.bias else 0
-        for info in self._matrices:
-            down = info.name.endswith(f".{self.parts[2]}.weight")
+        end = f".{self.parts[2]}.weight"
+        kinds = Counter((formats(i.name), i.name.endswith(end)) for i in self._matrices)
+        for (format, down), count in kinds.items():
             shape = (self.hidden, share) if down else (share, self.hidden)
-            total += self.build.kernels.packed_nbytes(formats(info.name), *shape)
+            total += count * self.build.kernels.packed_nbytes(format, *shape)
         return total
 
     def widened(self, formats: Callable[[str], str]) -> dict[str, str]:

@@ -247,6 +247,8 @@ def _alike(tensor: QuantTensor) -> QuantTensor:
     if zeros is None and tensor.format in INTEGER_FORMATS:
         middle = 8 if tensor.format == "int4" else 128
         zeros = torch.full(tensor.scales.shape, middle, dtype=torch.uint8, device=tensor.device)
+    if tensor.activation == "none" and zeros is tensor.zeros:
+        return tensor
     return replace(tensor, activation="none", input_scale=None, zeros=zeros)
 
 

@@ -77,5 +77,10 @@ class Parts:
         return self.read(name).float().reshape(())
 
     @property
+    def doubtful(self) -> bool:
+        """Whether values can be wrong; to look at those that a device makes is to wait for it."""
+        return not self.source.made
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.present.values())

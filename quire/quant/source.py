@@ -82,7 +82,7 @@ class QuantizedSource(WeightSource):
         left, right = bounds(columns, width)
         try:
             tensor = weight.storage.read(weight.parts, slice(first, last))
-            if columns is None:
+            if (left, right) == (0, width):
                 return tensor
             if isinstance(tensor, QuantTensor):
                 return tensor.columns(slice(left, right))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -46,6 +47,8 @@ class DummySource(WeightSource):
     values, random bytes where they are integers. ValueError for two tensors of one name or a row
     of more indices than the limit. Values are the same on all devices.
     """
+
+    made = True
 
     def __init__(
         self,
@@ -95,9 +98,10 @@ class DummySource(WeightSource):
         value = self._constant(info)
         if value is not None:
             dtype = DENSE_DTYPES[info.format]
-            if not dtype.is_floating_point:
-                return torch.full(part, int(value), dtype=dtype, device=self._device)
-            return torch.full(part, value, device=self._device).to(dtype)
+            if dtype.itemsize > 1:
+                return torch.full(part, value, dtype=dtype, device=self._device)
+            byte = _as_byte(value, dtype)
+            return torch.full(part, byte, dtype=torch.uint8, device=self._device).view(dtype)
         if len(shape) < 2:
             values = self._rows(info, 0, 1, 0, shape[0] if shape else 1)[0, first:last]
             return values.reshape(part)
@@ -212,6 +216,11 @@ class DummySource(WeightSource):
 
     def _hash(self, name: str) -> bytes:
         return hashlib.blake2b(f"{self._seed}\0{name}".encode()).digest()
+
+
+@cache
+def _as_byte(value: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(value).to(dtype).view(torch.uint8))
 
 
 def _by_suffix(table: Mapping[str, T], name: str) -> T | None:

@@ -41,8 +41,11 @@ class WeightSource(ABC):
     """Tensors under their Hugging Face names.
 
     Safe to read from several threads. Tensors that `read` returned stay valid after `close`;
-    they may be views of a mapped file and must not be written to.
+    they may be views of a mapped file and must not be written to. `made`: values come from no file
+    and cannot be wrong.
     """
+
+    made = False
 
     @abstractmethod
     def names(self) -> list[str]:

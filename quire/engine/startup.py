@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -171,6 +172,25 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     """Do all of start-up. Raises QuireError with what, why and fix."""
+    with _without_collection():
+        return _start_engine(options, progress)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's collector of garbage pauses, once it has freed what an engine before may have left:
+    nearly all that a start makes stays, and it would look through that again and again."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _start_engine(options: Options, progress: Progress | None) -> Engine:
     say = progress or (lambda phase, fraction: None)
     say("finding the model", 0.0)
     files = find_model(options)

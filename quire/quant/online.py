@@ -101,8 +101,8 @@ class OnlineSource(WeightSource):
             raise bad_values(name.rpartition(".")[0], str(error)) from None
         whole = concatenate_rows(parts)
         try:
-            whole_rows = (left, right) == (0, info.shape[1])
-            return whole if whole_rows else whole.columns(slice(left, right))
+            whole_width = (left, right) == (0, info.shape[1])
+            return whole if whole_width else whole.columns(slice(left, right))
         except ValueError as error:
             raise cut_group(name, str(error)) from None
 

@@ -87,7 +87,7 @@ def engine(rows: int) -> EngineCore:
         found = KernelFacts(None, None, "", "", "3.6.0")
         plan = resolve(options, ModelFacts("m", files.config(), None), MACHINE, found)
         cpu = torch.device("cpu")
-        source = dummy_source(options, files, cpu)
+        source = dummy_source(options, files)
         made = assemble(options, files, plan, source, found, cpu, lambda phase, done: None)
     made.core.runner._outputs.tokens.fill_(TOKEN)  # type: ignore[attr-defined]
     return made.core

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -48,7 +49,6 @@ from quire.plan.facts import DTYPES, KV_DTYPES, KernelFacts, ModelFacts, declare
 from quire.plan.plan import Plan
 from quire.plan.resolve import resolve
 from quire.plan.shortage import explained
-from quire.quant.online import OnlineSource
 from quire.runner.eager import EagerRunner, allocate_caches, allocate_states
 from quire.runner.pages import CpuPages, pool_tensors
 from quire.speculative.proposer import make_proposer
@@ -101,8 +101,8 @@ def find_model(options: Options) -> ModelFiles:
 def make_plan(
     options: Options, files: ModelFiles, source: WeightSource | None, found: KernelFacts
 ) -> Plan:
-    """Plan with what is known: formats of tensors where there are weights (or dummies, which need
-    no `source`), else config.json alone."""
+    """Plan with what is known: formats of tensors where there are weights (or dummies, which are
+    made for it without a `source`), else config.json alone."""
     facts = _facts(options, files, source)
     drafter = draft_options(options)
     draft = None
@@ -139,7 +139,7 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
     )
     fingerprint = "no weights"
     if options.model.load_format == "dummy":
-        source = dummy_source(options, files, torch.device("cpu"))
+        source = source or dummy_source(options, files)
         fingerprint = source.fingerprint()
     elif source is not None:
         fingerprint = files.commit or source.fingerprint()
@@ -172,6 +172,25 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     """Do all of start-up. Raises QuireError with what, why and fix."""
+    with _without_collection():
+        return _start_engine(options, progress)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's collector of garbage pauses, once it has freed what an engine before may have left:
+    nearly all that a start makes stays, and it would look through that again and again."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _start_engine(options: Options, progress: Progress | None) -> Engine:
     say = progress or (lambda phase, fraction: None)
     say("finding the model", 0.0)
     files = find_model(options)
@@ -179,17 +198,22 @@ def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     if options.engine.mtp:
         mtp_prefix(files.config())
     say("planning", 0.0)
-    source = open_weights(options, files)
-    if source is None and options.model.load_format != "dummy":
-        raise no_weights(files)
+    source = _weights(options, files)
     found = kernel_facts()
     plan = make_plan(options, files, source, found)
     device = torch.device(plan.device)
-    if source is None:
-        source = dummy_source(options, files, device)
-    elif isinstance(source, OnlineSource):
-        source = source.to(device)
+    source.make_on(device)
     return assemble(options, files, plan, source, found, device, say)
+
+
+def _weights(options: Options, files: ModelFiles) -> WeightSource:
+    """The files' weights, or dummies. Raises ModelError where there are neither."""
+    source = open_weights(options, files)
+    if source is None and options.model.load_format == "dummy":
+        source = dummy_source(options, files)
+    if source is None:
+        raise no_weights(files)
+    return source
 
 
 def assemble(
@@ -257,13 +281,8 @@ def _load_draft_model(options: Options, target: Build) -> tuple[Model, Build] | 
     if theirs is None:
         return None
     files = find_model(theirs)
-    source = open_weights(theirs, files)
-    if source is None:
-        if theirs.model.load_format != "dummy":
-            raise no_weights(files)
-        source = dummy_source(theirs, files, target.device)
-    elif isinstance(source, OnlineSource):
-        source = source.to(target.device)
+    source = _weights(theirs, files)
+    source.make_on(target.device)
     build = Build(
         target.kernels,
         dtype=target.dtype,

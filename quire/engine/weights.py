@@ -68,12 +68,12 @@ def _quantize(source: WeightSource, options: Options, files: ModelFiles) -> Weig
     return source if online is None else OnlineSource(source, online)
 
 
-def dummy_source(options: Options, files: ModelFiles, device: torch.device) -> WeightSource:
-    """Seeded weights of the model's shapes, made on `device`, in the formats that its config or its
-    GGUF file tell."""
+def dummy_source(options: Options, files: ModelFiles) -> WeightSource:
+    """Seeded weights of the model's shapes, in the formats that its config or its GGUF file
+    tell."""
     scheme, formats = checkpoint_scheme(files), stored_formats(files)
     seed, drafting = options.model.seed, options.engine.mtp
-    source = dummy_checkpoint(files.config(), scheme, formats, seed, device, drafting)
+    source = dummy_checkpoint(files.config(), scheme, formats, seed, drafting)
     return _quantize(source, options, files)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -82,17 +83,16 @@ class QuantTensor:
         return grouped(self.format, 0 if group == self.shape[1] else group)
 
     def to(self, device: torch.device | str) -> QuantTensor:
+        """The same where it lies there."""
+
         def move(part: torch.Tensor | None) -> torch.Tensor | None:
             return None if part is None else part.to(device)
 
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            row_scales=move(self.row_scales),
-            zeros=move(self.zeros),
-            input_scale=move(self.input_scale),
-        )
+        names = ("codes", "scales", "row_scales", "zeros", "input_scale")
+        parts: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
+        if all(part is getattr(self, name) for name, part in parts.items()):
+            return self
+        return replace(self, **parts)
 
     def dequantize(self) -> torch.Tensor:
         """The values, float32 [rows, columns]; activations do not come into it."""

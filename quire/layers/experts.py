@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -126,6 +128,10 @@ class StackedExperts:
         build.add_weight(self)
 
     def tensors(self) -> list[TensorInfo]:
+        return list(self._tensors)
+
+    @cached_property
+    def _tensors(self) -> list[TensorInfo]:
         wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
         infos = []
         for name in self.names:
@@ -139,22 +145,23 @@ class StackedExperts:
     def nbytes(self, formats: Callable[[str], str]) -> int:
         share = self._share.stop - self._share.start
         total = 4 * (2 * share + self.hidden) * len(self.names) if self.bias else 0
-        for info in self._matrices():
-            down = info.name.endswith(f".{self.parts[2]}.weight")
+        end = f".{self.parts[2]}.weight"
+        kinds = Counter((formats(i.name), i.name.endswith(end)) for i in self._matrices)
+        for (format, down), count in kinds.items():
             shape = (self.hidden, share) if down else (share, self.hidden)
-            total += self.build.kernels.packed_nbytes(formats(info.name), *shape)
+            total += count * self.build.kernels.packed_nbytes(format, *shape)
         return total
 
     def widened(self, formats: Callable[[str], str]) -> dict[str, str]:
         """All matrices with the reason, where the kernels do not take their codes as they are."""
-        found = {formats(info.name) for info in self._matrices()}
+        found = {formats(info.name) for info in self._matrices}
         share = self._share.stop - self._share.start
         reason = next(filter(None, (self._why_widened(name, share) for name in sorted(found))), "")
         if len(found) > 1 and any(map(is_quantized, found)):
             reason = reason or f"experts of one layer are {' and '.join(sorted(found))}"
         if not reason:
             return {}
-        return {i.name: reason for i in self._matrices() if is_quantized(formats(i.name))}
+        return {i.name: reason for i in self._matrices if is_quantized(formats(i.name))}
 
     def load(self, source: WeightSource) -> None:
         experts = range(len(self.names))
@@ -208,8 +215,9 @@ class StackedExperts:
             self.gate_up_bias_EI, self.down_bias_EH, limit=self.limit,
         )  # fmt: skip
 
+    @cached_property
     def _matrices(self) -> list[TensorInfo]:
-        return [info for info in self.tensors() if len(info.shape) == 2]
+        return [info for info in self._tensors if len(info.shape) == 2]
 
     def _why_widened(self, format: str, share: int) -> str:
         """Of the down projection, whose columns are shared, and then of gate and up."""
@@ -239,6 +247,8 @@ def _alike(tensor: QuantTensor) -> QuantTensor:
     if zeros is None and tensor.format in INTEGER_FORMATS:
         middle = 8 if tensor.format == "int4" else 128
         zeros = torch.full(tensor.scales.shape, middle, dtype=torch.uint8, device=tensor.device)
+    if tensor.activation == "none" and zeros is tensor.zeros:
+        return tensor
     return replace(tensor, activation="none", input_scale=None, zeros=zeros)
 
 

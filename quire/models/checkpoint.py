@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from quire.kernels.reference import ops as reference_ops
-from quire.layers.build import Build
+from quire.kernels.dense import DenseWeights
+from quire.layers.build import Build, Kernels
 from quire.models.deepseek_v4.parts import IndexTable
 from quire.models.registry import adapt_source, build_model, build_mtp
 from quire.quant.config import read_scheme
@@ -64,12 +64,11 @@ def dummy_checkpoint(
     scheme: Scheme | None,
     formats: Mapping[str, str],
     seed: int,
-    device: torch.device,
     drafting: bool = False,
 ) -> WeightSource:
-    """Seeded weights of the model's shapes, made on `device`: quantised as the scheme says, else in
-    `formats` by tensor name, in the config's dtype where they name none. With `drafting` those of
-    the MTP module too."""
+    """Seeded weights of the model's shapes: quantised as the scheme says, else in `formats` by
+    tensor name, in the config's dtype where they name none. With `drafting` those of the MTP module
+    too."""
     declared = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
     dense = {"float32": "f32", "float16": "f16"}.get(declared.removeprefix("torch."), "bf16")
     infos: list[TensorInfo] = []
@@ -88,12 +87,14 @@ def dummy_checkpoint(
             infos.append(TensorInfo(f"{module}.{part}", shape, format))
             values[f"{module}.{part}"] = value
     limits = {w.name: w.limit for w in build.weights if isinstance(w, IndexTable)}
-    source = DummySource(infos, seed, index_limits=limits, device=device, values=values)
+    source = DummySource(infos, seed, index_limits=limits, values=values)
     return source if scheme is None else QuantizedSource(source, scheme)
 
 
 def _shapes(hf: dict[str, Any], drafting: bool) -> Build:
-    build = Build(reference_ops)
+    # Names and shapes are the same for all kernels; for dense ones the experts of a layer are one
+    # weight, and not thousands of layers that nobody asks to compute.
+    build = Build(cast(Kernels, DenseWeights(torch.bfloat16, torch.device("meta"))))
     model = build_model(hf, build)
     if drafting:
         build_mtp(hf, model, build)

@@ -50,7 +50,10 @@ class ModelConfig(Protocol):
 
 
 class Model(Protocol):
-    """What every family's Model does; see quire/models/llama.py."""
+    """What every family's Model does; see quire/models/llama.py. `layers` are called in turn by
+    `forward`."""
+
+    layers: list[Any]
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, step: StepInputs

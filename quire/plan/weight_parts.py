@@ -22,16 +22,19 @@ def weight_parts(
     a weight in e4m3. None are on a CPU, and by what drafts, whose passes are of few tokens."""
     tied = not any(_is_head(weight) for weight in weights)
     found = {name: [0, 0, 0] for name in (LAYERS, EXPERTS, HEAD, EMBEDDING)}
+    layers: set[str] = set()
     for weight in weights:
         sums = found[_part_of(weight, tied)]
         sums[0] += weight.nbytes(formats)
         for tensor in weight.tensors():
-            sums[1] += prod(tensor.shape)
-            sums[2] += prod(tensor.shape) if in_e4m3(tensor.name) else 0
-    names = [tensor.name for weight in weights for tensor in weight.tensors()]
-    layers = len({name.partition(".experts.")[0] for name in names if ".experts." in name})
+            values = prod(tensor.shape)
+            sums[1] += values
+            sums[2] += values if in_e4m3(tensor.name) else 0
+            layer, among_experts, _ = tensor.name.partition(".experts.")
+            if among_experts:
+                layers.add(layer)
     return tuple(
-        WeightPart(name, nbytes, values, e4m3, layers if name == EXPERTS else 0)
+        WeightPart(name, nbytes, values, e4m3, len(layers) if name == EXPERTS else 0)
         for name, (nbytes, values, e4m3) in found.items()
     )
 

@@ -21,6 +21,9 @@ USUALLY_DENSE = (
 )
 EXPERTS = "experts"  # the part of a name under which a layer's experts stand
 MAX_NAME = 512  # names of files, too, can be made to take long
+_NUMBER = re.compile("[0-9]+")
+# What a pattern needs for the numbers in a name to matter: digits, or what stands for some.
+_OF_NUMBERS = re.compile(r"[0-9?\[]|re:")
 
 
 class Patterns:
@@ -46,12 +49,23 @@ class Patterns:
             else:
                 self._plain.setdefault(pattern, place)
         self._lengths = sorted({pattern.count(".") + 1 for pattern in self._plain})
+        self._numbers_matter = any(map(_OF_NUMBERS.search, patterns))
+        self._known: dict[str, int | None] = {}
 
     def first(self, module: str) -> int | None:
         """The place of the first pattern that means a module; None, too, for a name of more than
         512 characters."""
         if len(module) > MAX_NAME:
             return None
+        if self._numbers_matter:
+            return self._first(module)
+        # One look for all the experts of all layers.
+        kind = _NUMBER.sub("0", module)
+        if kind not in self._known:
+            self._known[kind] = self._first(kind)
+        return self._known[kind]
+
+    def _first(self, module: str) -> int | None:
         found = [place for place, pattern in self._wildcards if pattern.match(module)]
         found += [place for place, pattern in self._expressions if pattern.matches(module)]
         parts = module.split(".")

@@ -70,15 +70,12 @@ class Online:
 
 class OnlineSource(WeightSource):
     """The weights that `online` means as QuantTensor, made from those of `source`, one at a time,
-    on `device` (None: where they are read); all others as they are. A part of a weight has the
+    where they are read or as make_on says; all others as they are. A part of a weight has the
     codes of the whole."""
 
-    def __init__(self, source: WeightSource, online: Online, device: torch.device | None = None):
-        self._source, self._online, self._device = source, online, device
-
-    def to(self, device: torch.device) -> OnlineSource:
-        """The same, encoding on another device."""
-        return OnlineSource(self._source, self._online, device)
+    def __init__(self, source: WeightSource, online: Online):
+        self._source, self._online = source, online
+        self._device: torch.device | None = None
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -104,7 +101,8 @@ class OnlineSource(WeightSource):
             raise bad_values(name.rpartition(".")[0], str(error)) from None
         whole = concatenate_rows(parts)
         try:
-            return whole if columns is None else whole.columns(slice(left, right))
+            whole_width = (left, right) == (0, info.shape[1])
+            return whole if whole_width else whole.columns(slice(left, right))
         except ValueError as error:
             raise cut_group(name, str(error)) from None
 
@@ -117,6 +115,10 @@ class OnlineSource(WeightSource):
 
     def close(self) -> None:
         self._source.close()
+
+    def make_on(self, device: torch.device) -> None:
+        self._source.make_on(device)
+        self._device = device
 
     def _encode(self, name: str, info: TensorInfo, first: int, last: int) -> Iterator[QuantTensor]:
         if self._online.format == "fp8":

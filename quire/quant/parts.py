@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +22,21 @@ FLOATS = ("f32", "bf16", "f16")
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of `module` in a source: `present` are the last parts of their names."""
+    """The tensors of `module` in a source: `present` are those by the last part of their names."""
 
     source: WeightSource
     module: str
-    present: frozenset[str]
+    present: Mapping[str, TensorInfo]
 
     def info(self, part: str) -> TensorInfo:
-        return self.source.info(f"{self.module}.{part}")
+        return self.present[part]
 
     def first(self, *names: str) -> str | None:
         """The first of these parts that is there."""
-        return next((name for name in names if name in self.present), None)
+        for name in names:
+            if name in self.present:
+                return name
+        return None
 
     def need(self, *names: str, formats: tuple[str, ...], dimensions: int | None = None) -> str:
         """The first of these parts that is there. Raises ModelError where there is none, or where
@@ -73,5 +77,10 @@ class Parts:
         return self.read(name).float().reshape(())
 
     @property
+    def doubtful(self) -> bool:
+        """Whether values can be wrong; to look at those that a device makes is to wait for it."""
+        return not self.source.made
+
+    @property
     def nbytes(self) -> int:
-        return sum(self.info(part).nbytes for part in self.present)
+        return sum(info.nbytes for info in self.present.values())

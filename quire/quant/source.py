@@ -56,9 +56,9 @@ class QuantizedSource(WeightSource):
         for parts in _modules(source, names):
             storage = self._storage(parts)
             if storage is None:
-                hidden |= {f"{parts.module}.{p}" for p in parts.present if p in _HARMLESS}
+                hidden.update(f"{parts.module}.{p}" for p in parts.present if p in _HARMLESS)
                 continue
-            hidden |= {f"{parts.module}.{part}" for part in parts.present}
+            hidden.update(f"{parts.module}.{part}" for part in parts.present)
             name, shape = f"{parts.module}.weight", storage.open(parts)
             info = TensorInfo(name, shape, storage.layout, stored=parts.nbytes)
             self._weights[name] = _Weight(info, storage, parts)
@@ -82,7 +82,7 @@ class QuantizedSource(WeightSource):
         left, right = bounds(columns, width)
         try:
             tensor = weight.storage.read(weight.parts, slice(first, last))
-            if columns is None:
+            if (left, right) == (0, width):
                 return tensor
             if isinstance(tensor, QuantTensor):
                 return tensor.columns(slice(left, right))
@@ -120,6 +120,9 @@ class QuantizedSource(WeightSource):
     def close(self) -> None:
         self._source.close()
 
+    def make_on(self, device: torch.device) -> None:
+        self._source.make_on(device)
+
     def _storage(self, parts: Parts) -> Storage | None:
         """How a module's weight is stored, by the scheme and by what is there."""
         expected = self.scheme.find(parts.module)
@@ -143,18 +146,18 @@ class QuantizedSource(WeightSource):
 
 def _modules(source: WeightSource, names: list[str]) -> Iterator[Parts]:
     """The modules that have a weight, or a part of a quantised one."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, dict[str, TensorInfo]] = {}
     for name in names:
         module, _, last = name.rpartition(".")
         if module and last in (*PRIMARY, *COMPANIONS):
-            found.setdefault(module, set()).add(last)
+            found.setdefault(module, {})[last] = source.info(name)
     for module, present in found.items():
-        if present.intersection(PRIMARY):
-            yield Parts(source, module, frozenset(present))
+        if not present.keys().isdisjoint(PRIMARY):
+            yield Parts(source, module, present)
 
 
 def _is_quantized(parts: Parts) -> bool:
-    if parts.present - {"weight", *_HARMLESS}:
+    if parts.present.keys() - {"weight", *_HARMLESS}:
         return True
     return "weight" in parts.present and parts.info("weight").format.startswith(("f8_", "u8", "i8"))
 

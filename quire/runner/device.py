@@ -43,6 +43,7 @@ from quire.runner.device_forward import forward_table
 from quire.runner.device_mtp import DeviceMTP
 from quire.runner.diffs import Columns, Diffs, variant
 from quire.runner.graphs import Graphs
+from quire.runner.layer_kinds import one_of_a_kind, watched_layers
 from quire.runner.packets import PacketRing, Run
 from quire.runner.pending import DevicePending, HostOutputs, token_logprobs
 from quire.runner.shapes import Guessing, Key, Reading, Sampling, Shape, Shapes, ends
@@ -334,14 +335,26 @@ class DeviceRunner:
     def _compile(self) -> None:
         """Compile what steps will launch, several kernels at a time: of all shapes where there are
         processors for it, else of some. Those of a model that drafts wait for their launch."""
-        keys = [key for key in self._wanted if isinstance(key, Shape | Sampling)]
         with wanted_kernels() as wanted:
             self._send([(0, array("i", [0]))])  # what comes before a step: see _apply
             count_tokens(self.state, self._slots([-1]))
-            for key in keys if self._threads >= 8 else ends(keys):
-                self._compute(key)()
+            self._note_steps()
         compile_kernels(wanted, self._threads, self._compilers)
         self._compilers = None
+
+    def _note_steps(self) -> None:
+        """Compute steps where kernels are only noted. Layers that launch the same, down to shapes
+        and numbers, for the largest and the smallest steps of each kind do so for those between,
+        which one of them computes alone."""
+        keys = [key for key in self._wanted if isinstance(key, Shape | Sampling)]
+        some = ends(keys)
+        with watched_layers(self.model) as launches:
+            for key in some:
+                self._compute(key)()
+        if self._threads >= 8:
+            with one_of_a_kind(self.model, launches):
+                for key in (key for key in keys if key not in some):
+                    self._compute(key)()
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         if self._graphs is None or not self._shapes.gets_graph(key):

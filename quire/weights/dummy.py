@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -44,8 +45,10 @@ class DummySource(WeightSource):
     tables by the end of their name: distinct values of 0 to limit - 1 in each row, different from
     row to row. `values` decides for whole names, before all else: a constant, or None for random
     values, random bytes where they are integers. ValueError for two tensors of one name or a row
-    of more indices than the limit. Tensors are read on `device`, with the same values on all.
+    of more indices than the limit. Values are the same on all devices.
     """
+
+    made = True
 
     def __init__(
         self,
@@ -53,13 +56,12 @@ class DummySource(WeightSource):
         seed: int = 0,
         constants: Mapping[str, float] | None = None,
         index_limits: Mapping[str, int] | None = None,
-        device: torch.device | str = "cpu",
         values: Mapping[str, float | None] | None = None,
     ):
         self._infos = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         if len(self._infos) != len(infos):
             raise ValueError("two dummy tensors have the same name")
-        self._seed, self._device = seed, torch.device(device)
+        self._seed, self._device = seed, torch.device("cpu")
         self._constants = dict(constants or {})
         self._index_limits = dict(index_limits or {})
         self._values = dict(values or {})
@@ -96,9 +98,10 @@ class DummySource(WeightSource):
         value = self._constant(info)
         if value is not None:
             dtype = DENSE_DTYPES[info.format]
-            if not dtype.is_floating_point:
-                return torch.full(part, int(value), dtype=dtype, device=self._device)
-            return torch.full(part, value, device=self._device).to(dtype)
+            if dtype.itemsize > 1:
+                return torch.full(part, value, dtype=dtype, device=self._device)
+            byte = _as_byte(value, dtype)
+            return torch.full(part, byte, dtype=torch.uint8, device=self._device).view(dtype)
         if len(shape) < 2:
             values = self._rows(info, 0, 1, 0, shape[0] if shape else 1)[0, first:last]
             return values.reshape(part)
@@ -123,6 +126,10 @@ class DummySource(WeightSource):
 
     def close(self) -> None:
         self._closed = True
+        self._pools.clear()
+
+    def make_on(self, device: torch.device) -> None:
+        self._device = device
         self._pools.clear()
 
     def _constant(self, info: TensorInfo) -> float | None:
@@ -209,6 +216,11 @@ class DummySource(WeightSource):
 
     def _hash(self, name: str) -> bytes:
         return hashlib.blake2b(f"{self._seed}\0{name}".encode()).digest()
+
+
+@cache
+def _as_byte(value: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(value).to(dtype).view(torch.uint8))
 
 
 def _by_suffix(table: Mapping[str, T], name: str) -> T | None:

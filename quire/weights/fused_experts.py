@@ -100,6 +100,9 @@ class FusedExperts(WeightSource):
     def close(self) -> None:
         self._source.close()
 
+    def make_on(self, device: torch.device) -> None:
+        self._source.make_on(device)
+
 
 def _split(info: TensorInfo) -> list[_View]:
     """The views of a fused tensor; none of another."""

@@ -55,6 +55,9 @@ class RenamedSource(WeightSource):
     def close(self) -> None:
         self._source.close()
 
+    def make_on(self, device: torch.device) -> None:
+        self._source.make_on(device)
+
     def _find(self, name: str) -> str:
         if name not in self._stored:
             raise missing_tensor(name, "the checkpoint")

@@ -41,8 +41,11 @@ class WeightSource(ABC):
     """Tensors under their Hugging Face names.
 
     Safe to read from several threads. Tensors that `read` returned stay valid after `close`;
-    they may be views of a mapped file and must not be written to.
+    they may be views of a mapped file and must not be written to. `made`: values come from no file
+    and cannot be wrong.
     """
+
+    made = False
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -56,7 +59,7 @@ class WeightSource(ABC):
     def read(
         self, name: str, rows: slice | None = None, columns: slice | None = None
     ) -> torch.Tensor | BlockTensor | QuantTensor:
-        """A tensor on the CPU, or only some of its first and last dimension.
+        """A tensor on the CPU (but see make_on), or only some of its first and last dimension.
 
         A BlockTensor where the format is packed: then columns are whole blocks. A QuantTensor
         where it is quantised: then slices are whole groups, or else a ModelError. ModelError if
@@ -70,6 +73,9 @@ class WeightSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of files. Reading afterwards raises ModelError."""
+
+    def make_on(self, device: torch.device) -> None:  # noqa: B027
+        """From now on what is computed, not read from files, is computed and read on `device`."""
 
     @property
     def nbytes(self) -> int:

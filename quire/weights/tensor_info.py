@@ -32,10 +32,10 @@ class TensorInfo:
     def nbytes(self) -> int:
         if self.stored is not None:
             return self.stored
-        if is_quantized(self.format):
-            return quantized_nbytes(self.format, prod(self.shape[:-1]), self.shape[-1])
         if self.format in DENSE_BYTES:
             return prod(self.shape) * DENSE_BYTES[self.format]
+        if is_quantized(self.format):
+            return quantized_nbytes(self.format, prod(self.shape[:-1]), self.shape[-1])
         return prod(self.shape[:-1]) * row_bytes(self.format, self.shape[-1])
 
     @property

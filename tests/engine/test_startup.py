@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from quire.engine.startup import find_model, kernel_facts, make_plan
 from quire.engine.weights import open_weights
 from quire.errors import PlanError
 from quire.plan.plan import Plan
+from quire.weights.source import WeightSource
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -53,6 +55,43 @@ def test_a_device_without_memory_is_an_error_of_the_plan(
     with pytest.raises(PlanError, match="no memory left") as caught:
         LLM(write_model(), load_format="dummy", skip_tokenizer_init=True)
     assert caught.value.code == "out_of_memory" and "the largest term is" in caught.value.fix
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_collector_of_garbage_is_afterwards_as_it_was(
+    write_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch, collecting: bool
+) -> None:
+    seen = []
+
+    def fail(*given: Any) -> None:
+        seen.append(gc.isenabled())
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    model, before = write_model(), gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        LLM(model, load_format="dummy", skip_tokenizer_init=True)
+        assert gc.isenabled() == collecting
+        monkeypatch.setattr(startup, "load_weights", fail)
+        with pytest.raises(PlanError):
+            LLM(model, load_format="dummy", skip_tokenizer_init=True)
+        assert gc.isenabled() == collecting and seen == [False]
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_dummies_are_made_once_a_start(
+    write_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], startup.dummy_source
+
+    def counted(*given: Any) -> WeightSource:
+        made.append(make(*given))
+        return made[-1]
+
+    monkeypatch.setattr(startup, "dummy_source", counted)
+    LLM(write_model(), load_format="dummy", skip_tokenizer_init=True)
+    assert len(made) == 1
 
 
 def plan_of(model: str, **options: Any) -> Plan:

@@ -13,6 +13,7 @@ from quire.errors import ModelError
 from quire.formats.layout import ungrouped
 from quire.formats.quantized import QuantTensor
 from quire.quant.config import read_scheme
+from quire.quant.online import Online, OnlineSource
 from quire.quant.source import QuantizedSource
 from quire.weights.dummy import DummySource
 from quire.weights.source import TensorInfo
@@ -117,6 +118,17 @@ def test_dummy_weights_of_a_scheme_are_small_and_the_same_in_parts(scheme: str) 
     assert whole.shape == (256, 256)
     assert 0.01 < float(whole.std()) < 0.04 and float(whole.mean().abs()) < 0.01
     assert torch.equal(values_of(source.read(f"{NAME}.weight", slice(128, 256))), whole[128:])
+
+
+def test_what_is_made_is_made_where_it_is_asked_for() -> None:
+    parsed = read_scheme({"quantization_config": next(iter(SCHEMES.values()))[0]})
+    assert parsed is not None
+    dummies = DummySource([TensorInfo("norm.weight", (32,), "bf16")])
+    for source in (dummies, QuantizedSource(dummies, parsed), OnlineSource(dummies, Online("fp8"))):
+        source.make_on(torch.device("cpu"))
+        before = source.read("norm.weight")
+        source.make_on(torch.device("meta"))
+        assert before.device.type == "cpu" and source.read("norm.weight").device.type == "meta"
 
 
 def test_the_fingerprint_follows_the_stored_tensors_and_the_way_they_are_read() -> None:

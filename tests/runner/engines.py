@@ -55,7 +55,8 @@ def engine(model: str, device: str, warm: bool = True, **given: Any) -> Engine:
     draft_facts = draft and ModelFacts("d", find_model(draft).config(), None)
     plan = resolve(options, facts, MACHINE, found, draft=draft_facts)
     where = DEVICE if device == "cuda" else torch.device("cpu")
-    source = open_weights(options, files) or dummy_source(options, files, where)
+    source = open_weights(options, files) or dummy_source(options, files)
+    source.make_on(where)
     made = assemble(options, files, plan, source, found, where, lambda phase, done: None)
     while warm and made.core.warm():
         pass

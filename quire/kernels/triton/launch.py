@@ -58,6 +58,8 @@ def num_sms(device: torch.device) -> int:
 
 # Kernels by what they are compiled for, with what compiles them.
 Wanted = dict[tuple[Any, ...], Callable[[], object]]
+# What a launch is of: the key of its kernel in Wanted, its grid, its arguments' shapes and numbers.
+Launch = tuple[Any, ...]
 _noting = threading.local()
 
 
@@ -81,6 +83,9 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
         if key not in wanted:
             small = [_small(a) for a in args]
             wanted[key] = partial(kernel.warmup, *small, grid=tuple(grid), **meta)
+        launches: list[Launch] | None = getattr(_noting, "launches", None)
+        if launches is not None:
+            launches.append((key, *grid, *map(_size, args)))
         return
     try:
         kernel[tuple(grid)](*args, **meta)
@@ -100,6 +105,16 @@ def wanted_kernels() -> Iterator[Wanted]:
         yield found
     finally:
         _noting.wanted = None
+
+
+@contextmanager
+def launches_noted(launches: list[Launch]) -> Iterator[None]:
+    """What this thread would launch inside is added to `launches`, where kernels are noted."""
+    _noting.launches = launches
+    try:
+        yield
+    finally:
+        _noting.launches = None
 
 
 def settle_key(kernel: Any) -> None:
@@ -125,6 +140,11 @@ def _kind(value: object) -> object:
     if isinstance(value, int):
         return type(value), value == 1, value % 16 == 0, value.bit_length() > 31
     return repr(value) if value is None or isinstance(value, str | float) else type(value)
+
+
+def _size(value: Any) -> object:
+    """The shape of a tensor or of what describes one; anything else itself."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor | TensorDescriptor) else value
 
 
 def _small(value: Any) -> Any:

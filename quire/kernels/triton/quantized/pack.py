@@ -13,6 +13,7 @@ more than e4m3 and none for the sign: then it is a bfloat16's bits, shifted, wit
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ NVFP4_FACTOR = 2.0**7
 MXFP4_FACTOR = 2.0**64
 # The largest scale of mxfp4 is 2^(192 - 127); larger ones would overflow.
 MXFP4_MOST = 192
+# Of nvfp4, in place of a scale that has no meaning: more than any that has.
+NO_SCALE = 255
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,20 @@ def _pack_codes(codes: torch.Tensor, zero: torch.Tensor | None, format: str) -> 
 
 def _nvfp4_scale(scales: torch.Tensor) -> torch.Tensor:
     """e4m3 scales as uint8: 8 * (exponent + 10) + mantissa, all normal; 0 for zero."""
-    values = scales.float()
-    if not bool((values >= 0).all()):  # NaN is not either
+    bytes_ = _nvfp4_scales(scales.device)[scales.view(torch.uint8).int()]
+    if bytes_.numel() and int(bytes_.amax()) == NO_SCALE:
         raise ValueError("scales of nvfp4: negative ones and NaN have no meaning")
+    return bytes_
+
+
+@cache
+def _nvfp4_scales(device: torch.device) -> torch.Tensor:
+    """uint8 [256], by the byte of an e4m3 scale."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     mantissa, exponent = torch.frexp(values)
     byte = (exponent - 1 + 10) * 8 + (mantissa * 16 - 8).int()
-    return torch.where(values > 0, byte, 0).to(torch.uint8)
+    byte = torch.where(values > 0, byte, 0).where(values >= 0, NO_SCALE)  # NaN is not either
+    return byte.to(torch.uint8).to(device)
 
 
 def _by_block(bytes_: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:

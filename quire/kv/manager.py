@@ -14,7 +14,7 @@ from quire.kv.pool import BlockPool
 from quire.kv.prefixes import Page, Prefixes
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestBlocks:
     """The blocks of one running request.
 
@@ -90,7 +90,7 @@ class KVManager:
 
     def available(self) -> int:
         """Blocks that every pool can still give."""
-        return min(pool.available for pool in self.pools)
+        return min([pool.available for pool in self.pools])
 
     # -- a request's life --------------------------------------------------------------------
 
@@ -210,10 +210,10 @@ class KVManager:
         """Make the tables cover `num_tokens` tokens: the blocks that are new in each, or None, and
         no change, where pools are full."""
         tables = self._running[request_id].tables
-        missing = [
-            max(0, group.blocks_of(num_tokens) - len(table))
-            for group, table in zip(self.groups, tables, strict=True)
-        ]
+        missing = []
+        for group, table in zip(self.groups, tables, strict=True):
+            count = -(-num_tokens // group.block_size) - len(table)
+            missing.append(count if count > 0 else 0)
         if sum(missing) > self.available() and not self._have_room(missing):
             return None
         grown = []
@@ -238,7 +238,7 @@ class KVManager:
         tokens below which another call would do nothing.
         """
         blocks = self._running[request_id]
-        full = min(computed, valid)
+        full = computed if computed < valid else valid
         if self.enable_caching and full > blocks.published:
             self._extend_identities(blocks, tokens, full)
             for group in self.groups:
@@ -281,19 +281,24 @@ class KVManager:
         """Know the identities of the full blocks among the first `full` tokens."""
         for group in self.groups:
             chain, size = blocks.identities[group.index], group.block_size
+            known = len(chain) * size
+            if known + size > full:
+                continue
             parent = chain[-1] if chain else blocks.roots[group.index]
-            for i in range(len(chain), full // size):
-                parent = self.identity.block(parent, tokens[i * size : (i + 1) * size])
+            for start in range(known, full - size + 1, size):
+                parent = self.identity.block(parent, tokens[start : start + size])
                 chain.append(parent)
 
     def _publish(self, blocks: RequestBlocks, group: KVGroup, full: int) -> None:
         """Offer a group's full blocks up to the first `full` tokens."""
-        table, pool = blocks.tables[group.index], self.pools[group.pool]
-        for i in range(blocks.published // group.block_size, full // group.block_size):
-            if table[i] != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
-                identity = blocks.identities[group.index][i]
-                if pool.publish(table[i], identity) and self.published is not None:
-                    self.published.append((group.pool, table[i], identity))
+        size = group.block_size
+        table, identities = blocks.tables[group.index], blocks.identities[group.index]
+        for i in range(blocks.published // size, full // size):
+            block = table[i]
+            if block != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
+                new = self.pools[group.pool].publish(block, identities[i])
+                if new and self.published is not None:
+                    self.published.append((group.pool, block, identities[i]))
 
     def _room_for(self, blocks: RequestBlocks, hit: int, tokens: int, step_tokens: int) -> bool:
         need = [0] * len(self.pools)

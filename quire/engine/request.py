@@ -35,10 +35,10 @@ class Request:
     blocks have room for. `settle_at`: tokens computed at which KVManager.commit next has
     something to do. `plain_until`: promised tokens up to which its next row is a plain decoding one
     that needs no block, and `quiet_until`: computed ones below which its commit appends a token and
-    that is all, unless it is an end token; both 0 where that is not known. `identities`: what KVManager.admit keeps
-    between attempts. `longest` and `earliest_end` are max_tokens and min_tokens with the prompt.
-    `prompt_logprobs_due`: log-probabilities of the prompt to send in all. `gate`: says which tokens
-    may come next.
+    that is all, unless it is an end token; both 0 where that is not known. `identities`: what
+    KVManager.admit keeps between attempts. `longest` and `earliest_end` are max_tokens and
+    min_tokens with the prompt. `prompt_logprobs_due`: log-probabilities of the prompt to send in
+    all. `gate`: says which tokens may come next.
     `visit`: what the tiers do for it before it is admitted.
     `drafter`: guesses them. Of a row with drafts only the token that is sure to come is promised,
     and only the tokens before the drafts are scheduled; what is accepted is added to both once it

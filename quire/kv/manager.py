@@ -203,23 +203,29 @@ class KVManager:
             prompt_boundary=self._prefixes.floor(len(tokens) - 1),
         )
         if self.enable_caching:
-            self._extend_identities(blocks, tokens, len(tokens))
+            for group in self.groups:
+                self._extend_identities(blocks, group, tokens, len(tokens) // group.block_size)
         return blocks
 
     def grow(self, request_id: str, num_tokens: int) -> list[list[int]] | None:
         """Make the tables cover `num_tokens` tokens: the blocks that are new in each, or None, and
         no change, where pools are full."""
         tables = self._running[request_id].tables
-        missing = []
-        for group, table in zip(self.groups, tables, strict=True):
-            count = -(-num_tokens // group.block_size) - len(table)
-            missing.append(count if count > 0 else 0)
-        if sum(missing) > self.available() and not self._have_room(missing):
-            return None
+        missing: list[int] = []
+        total = 0
+        for group in self.groups:
+            count = -(-num_tokens // group.block_size) - len(tables[group.index])
+            if count < 0:
+                count = 0
+            missing.append(count)
+            total += count
+        for pool in self.pools:
+            if total > pool.available and not self._have_room(missing):
+                return None
         grown = []
-        for group, table, count in zip(self.groups, tables, missing, strict=True):
-            new = self.pools[group.pool].allocate(count)
-            table += new
+        for group in self.groups:
+            new = self.pools[group.pool].allocate(missing[group.index])
+            tables[group.index].extend(new)
             grown.append(new)
         return grown
 
@@ -240,9 +246,11 @@ class KVManager:
         blocks = self._running[request_id]
         full = computed if computed < valid else valid
         if self.enable_caching and full > blocks.published:
-            self._extend_identities(blocks, tokens, full)
             for group in self.groups:
-                self._publish(blocks, group, full)
+                first, end = blocks.published // group.block_size, full // group.block_size
+                if first < end:
+                    self._extend_identities(blocks, group, tokens, end)
+                    self._publish(blocks, group, first, end)
             blocks.published = full
         settled = (computed // self._finest + 1) * self._finest
         for group in self._windows:
@@ -277,23 +285,22 @@ class KVManager:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _extend_identities(self, blocks: RequestBlocks, tokens: Sequence[int], full: int) -> None:
-        """Know the identities of the full blocks among the first `full` tokens."""
-        for group in self.groups:
-            chain, size = blocks.identities[group.index], group.block_size
-            known = len(chain) * size
-            if known + size > full:
-                continue
+    def _extend_identities(
+        self, blocks: RequestBlocks, group: KVGroup, tokens: Sequence[int], end: int
+    ) -> None:
+        """Know the identities of a group's first `end` blocks, which are full."""
+        chain, size = blocks.identities[group.index], group.block_size
+        known = len(chain)
+        if known < end:
             parent = chain[-1] if chain else blocks.roots[group.index]
-            for start in range(known, full - size + 1, size):
+            for start in range(known * size, end * size, size):
                 parent = self.identity.block(parent, tokens[start : start + size])
                 chain.append(parent)
 
-    def _publish(self, blocks: RequestBlocks, group: KVGroup, full: int) -> None:
-        """Offer a group's full blocks up to the first `full` tokens."""
-        size = group.block_size
+    def _publish(self, blocks: RequestBlocks, group: KVGroup, first: int, end: int) -> None:
+        """Offer a group's blocks `first` to `end`, which are full."""
         table, identities = blocks.tables[group.index], blocks.identities[group.index]
-        for i in range(blocks.published // size, full // size):
+        for i in range(first, end):
             block = table[i]
             if block != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
                 new = self.pools[group.pool].publish(block, identities[i])

@@ -324,12 +324,15 @@ class DeviceRunner:
         if self._kernels.scratch is not None:
             self._kernels.scratch.reset()
 
-    @torch.inference_mode()
     def warm(self) -> int:
         """Prepare for one shape: capture its graph, or compute it where it gets none, so that its
         kernels are compiled and its memory is there. Returns how many shapes are left."""
-        if not self._wanted:
-            return 0
+        if self._wanted:
+            self._prepare_next()
+        return len(self._wanted)
+
+    @torch.inference_mode()
+    def _prepare_next(self) -> None:
         self._steady = None
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
@@ -341,7 +344,6 @@ class DeviceRunner:
         self._prepare(key, self._compute(key))
         if not self._wanted:
             count_tokens(self.state, self._slots([-1]))
-        return len(self._wanted)
 
     def _compile(self) -> None:
         """Compile what steps will launch, several kernels at a time: of all shapes where there are

@@ -62,7 +62,7 @@ class PacketRing:
         packet: list[Run] = []
         begin = size = RUN_WORDS * self._least
         for run in runs:
-            for piece in self._pieces(run):
+            for piece in (run,) if len(run[1]) <= self._room else self._cut(run):
                 needed = RUN_WORDS + len(piece[1])
                 if size + needed > self._capacity:
                     yield from self._send(packet, take)
@@ -85,10 +85,8 @@ class PacketRing:
             yield place
             self._reading(place)
 
-    def _pieces(self, run: Run) -> Iterable[Run]:
+    def _cut(self, run: Run) -> list[Run]:
         offset, values = run
-        if len(values) <= self._room:
-            return (run,) if values else ()
         starts = range(0, len(values), self._room)
         return [(offset + start, values[start : start + self._room]) for start in starts]
 

@@ -54,9 +54,9 @@ class BlockIdentity:
         # canonical(parent, raw, media), without its loop: this runs for every block.
         pack, size = _packing(len(tokens))
         ends = canonical(media) if media else _EMPTY
-        hashed = self._hash.copy()
-        hashed.update(b"".join((_LENGTH.pack(len(parent)), parent, size, pack(*tokens), ends)))
-        return hashed.digest()
+        return self._digest(
+            b"".join((_LENGTH.pack(len(parent)), parent, size, pack(*tokens), ends))
+        )
 
     def _digest(self, data: bytes) -> bytes:
         hashed = self._hash.copy()  # has taken in the key already

@@ -214,9 +214,7 @@ class KVManager:
         missing: list[int] = []
         total = 0
         for group in self.groups:
-            count = -(-num_tokens // group.block_size) - len(tables[group.index])
-            if count < 0:
-                count = 0
+            count = max(0, group.blocks_of(num_tokens) - len(tables[group.index]))
             missing.append(count)
             total += count
         for pool in self.pools:
@@ -244,7 +242,7 @@ class KVManager:
         tokens below which another call would do nothing.
         """
         blocks = self._running[request_id]
-        full = computed if computed < valid else valid
+        full = min(computed, valid)
         if self.enable_caching and full > blocks.published:
             for group in self.groups:
                 first, end = blocks.published // group.block_size, full // group.block_size

@@ -42,8 +42,11 @@ class Batches:
         suspect = min(roster.suspects, key=order_of, default=None)
         if suspect is None:
             running = self._decode(batch, flight, budget)
-            budget = self._go_on(flight, budget - len(flight.decoding), running)
-            self._admit(batch, flight, budget, tiering)
+            budget -= len(flight.decoding)
+            if running:
+                budget = self._go_on(flight, budget, running)
+            if roster.waiting:
+                self._admit(batch, flight, budget, tiering)
         elif computing:
             return None  # a step that raises now must have one possible cause
         elif suspect.state is State.RUNNING:

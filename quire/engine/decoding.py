@@ -36,7 +36,8 @@ class Flight:
 
 def may_decode(request: Request) -> None:
     """The request's row samples: from now on the device knows the token that the next one starts
-    with, so that can be a plain one, up to the request's end and that of its blocks."""
+    with, so that can be a plain one, up to the request's end and that of its blocks. Only where all
+    that is promised but this token is scheduled."""
     request.plain_until = min(request.longest - 1, request.covered)
 
 
@@ -49,17 +50,17 @@ def take_plain(
     new_blocks: dict[int, list[list[int]]] = {}
     decoding, others = flight.decoding, list[Request]()
     for request in running:
-        start, promised = request.scheduled, request.promised
-        if start + 1 != promised or promised > request.plain_until:
+        promised = request.promised
+        if promised > request.plain_until:
             if not request.gap:
                 continue
-            if start + 1 != promised or not request.plain_until:
+            if not request.plain_until:
                 others.append(request)
                 continue
             new_blocks[len(slots)] = grow(request)
             may_decode(request)
         slots.append(request.slot)
-        starts.append(start)
+        starts.append(promised - 1)
         decoding.append(request)
         request.scheduled = promised
         request.promised = promised + 1
@@ -68,33 +69,22 @@ def take_plain(
 
 
 def commit_tokens(
-    flight: Flight,
-    tokens: list[int],
-    settle: Callable[[Request], None],
-    commit: Callable[[Request, Row, int], Delta | None],
+    flight: Flight, tokens: list[int], commit: Callable[[Request, Row, int], Delta | None]
 ) -> list[Delta]:
-    """Take the one token that each row gave, each of one token. `settle` is called where a block
-    has become full, and `commit` takes the token where there is more to do than to append it.
-    Every delta has one token."""
+    """Take the one token that each row gave, each of one token. `commit` takes it where there is
+    more to do than to append it. Every delta has one token."""
     deltas = []
-    requests = flight.decoding + [request for request, _ in flight.parts]
-    for place, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+    requests, rows = flight.decoding, [PLAIN] * len(flight.decoding)
+    if flight.parts:
+        requests = requests + [request for request, _ in flight.parts]
+        rows += [row for _, row in flight.parts]
+    for request, row, token in zip(requests, rows, tokens, strict=True):
         request.inflight_steps -= 1
         computed = request.computed + 1
-        if computed >= request.quiet_until or token in request.end_tokens:
-            ahead = place - len(flight.decoding)
-            delta = commit(request, PLAIN if ahead < 0 else flight.parts[ahead][1], token)
-            if delta is not None:
-                deltas.append(delta)
-            continue
-        request.computed = computed
-        request.tokens.append(token)
-        if computed >= request.settle_at:
-            settle(request)
-        name, cached, by_tier = (
-            request.add.request_id,
-            request.cached_tokens,
-            request.cached_by_tier,
-        )
-        deltas.append(Delta(name, [token], None, None, None, None, cached or 0, None, by_tier))
+        if computed < request.quiet_until and token not in request.end_tokens:
+            request.computed = computed
+            request.tokens.append(token)
+            deltas.append(Delta(request.request_id, [token]))
+        elif delta := commit(request, row, token):
+            deltas.append(delta)
     return deltas

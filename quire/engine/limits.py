@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from quire.engine.admission import check_request, check_timeout
 from quire.engine.wire import Add
@@ -28,8 +29,13 @@ class Limits:
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
         """The tokens that end a request with these parameters."""
-        own = () if params.ignore_eos else self.eos_token_ids
-        return frozenset((*(params.stop_token_ids or ()), *own))
+        own = frozenset[int]() if params.ignore_eos else self._eos
+        return own.union(params.stop_token_ids) if params.stop_token_ids else own
+
+    @cached_property
+    def _eos(self) -> frozenset[int]:
+        """One for all requests: every step looks into it for each of them."""
+        return frozenset(self.eos_token_ids)
 
     def max_tokens(self, add: Add) -> int:
         """The most tokens of output that a request can get."""

@@ -35,10 +35,10 @@ class Request:
     blocks have room for. `settle_at`: tokens computed at which KVManager.commit next has
     something to do. `plain_until`: promised tokens up to which its next row is a plain decoding one
     that needs no block, and `quiet_until`: computed ones below which its commit appends a token and
-    does not end it; both 0 where that is not known. `identities`: what KVManager.admit keeps
-    between attempts. `longest` and `earliest_end` are max_tokens and min_tokens with the prompt.
-    `prompt_logprobs_due`: log-probabilities of the prompt to send in all. `gate`: says which tokens
-    may come next.
+    that is all, unless it is an end token; both 0 where that is not known. `identities`: what
+    KVManager.admit keeps between attempts. `longest` and `earliest_end` are max_tokens and
+    min_tokens with the prompt. `prompt_logprobs_due`: log-probabilities of the prompt to send in
+    all. `gate`: says which tokens may come next.
     `visit`: what the tiers do for it before it is admitted.
     `drafter`: guesses them. Of a row with drafts only the token that is sure to come is promised,
     and only the tokens before the drafts are scheduled; what is accepted is added to both once it
@@ -70,6 +70,7 @@ class Request:
     gate: Gate | None = None
     visit: Visit | None = None
     drafter: Drafter | None = None
+    request_id: str = field(init=False)
     order: tuple[int, int] = field(init=False)
     num_prompt: int = field(init=False)
     promised: int = field(init=False)
@@ -78,6 +79,7 @@ class Request:
     earliest_end: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.request_id = self.add.request_id
         self.tokens = list(self.add.prompt_token_ids)
         self.num_prompt = self.promised = len(self.tokens)
         asked = self.add.params.prompt_logprobs is not None
@@ -85,10 +87,6 @@ class Request:
         self.longest = self.num_prompt + self.max_tokens
         self.earliest_end = self.num_prompt + self.add.params.min_tokens
         self.order = (self.priority, self.arrival)
-
-    @property
-    def request_id(self) -> str:
-        return self.add.request_id
 
     @property
     def num_output(self) -> int:

@@ -192,7 +192,7 @@ class Scheduler:
             deltas = self._commit_rows(flight, result.rows)
             generated = sum(len(delta.token_ids) for delta in deltas)
         else:
-            deltas = commit_tokens(flight, result.tokens, self._publish, self._commit_token)
+            deltas = commit_tokens(flight, result.tokens, self._commit_token)
             generated = len(deltas)
         self._counts["generated_tokens"] += generated
         return deltas
@@ -207,6 +207,14 @@ class Scheduler:
         return deltas
 
     def _commit_token(self, request: Request, row: Row, token: int) -> Delta | None:
+        computed = request.computed + 1
+        if 0 < request.quiet_until <= computed < request.longest - 1 and (
+            token not in request.end_tokens
+        ):
+            request.computed = computed
+            request.tokens.append(token)
+            self._publish(request)
+            return Delta(request.request_id, [token])
         return self._commit_row(request, row, RowResult([token]))
 
     def quarantine(self, steps: list[int], error: QuireError) -> None:
@@ -261,7 +269,7 @@ class Scheduler:
         if delta.finish_reason is not None:
             self._finish(request)
         elif row.sample and request.slot >= 0:
-            request.quiet_until = request.longest - 1
+            request.quiet_until = min(request.longest - 1, request.settle_at)
         return delta if delta.token_ids or delta.prompt_logprobs else None
 
     def _publish(self, request: Request, confirmed: bool = False) -> None:
@@ -276,6 +284,8 @@ class Scheduler:
         request.settle_at = self.kv.commit(
             request.request_id, request.tokens, request.computed, valid
         )
+        if request.quiet_until:
+            request.quiet_until = min(request.longest - 1, request.settle_at)
 
     def _finish(self, request: Request, confirmed: bool = False, discard: bool = False) -> None:
         if request.state is State.RUNNING:
@@ -329,3 +339,5 @@ class Scheduler:
         for request in self.requests.values():
             request.check_integrity()
             assert request.inflight == flying.get(id(request), 0)
+            if request.slot >= 0 and request.plain_until and self._drafting is None:
+                assert request.scheduled + 1 == request.promised

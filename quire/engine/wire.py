@@ -120,7 +120,8 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
     """What a step gave one request. `error`: [code, what, why, fix] of a failed request.
-    `cached_by_tier`: the cached tokens by where they came from, where there are tiers."""
+    `cached_tokens` (and `cached_by_tier`: by where they came from, where there are tiers) are those
+    of the whole request: in the deltas of its first token and of its end, and 0 in most others."""
 
     request_id: str
     token_ids: list[int]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 SCHEMA_VERSION = 1
 DIGEST_BYTES = 32
@@ -18,6 +18,13 @@ _LENGTH = struct.Struct("<Q")
 _EMPTY = _LENGTH.pack(0)
 # No identity leaves the process: tiers name pages by hashes of them with secrets of their own.
 KEY = b"quire block identity"
+
+
+@cache
+def _packing(tokens: int) -> tuple[Callable[..., bytes], bytes]:
+    """What packs so many tokens into int64, and the bytes' length as `canonical` writes it."""
+    packed = struct.Struct(f"<{tokens}q")
+    return packed.pack, _LENGTH.pack(packed.size)
 
 
 def canonical(*fields: bytes) -> bytes:
@@ -44,11 +51,12 @@ class BlockIdentity:
 
     def block(self, parent: bytes, tokens: Sequence[int], media: bytes = b"") -> bytes:
         """The identity of a full block of `tokens` that follows `parent`."""
-        raw = array("q", tokens).tobytes()
         # canonical(parent, raw, media), without its loop: this runs for every block.
-        size = _LENGTH.pack
-        ends = size(len(media)) + media if media else _EMPTY
-        return self._digest(size(len(parent)) + parent + size(len(raw)) + raw + ends)
+        pack, size = _packing(len(tokens))
+        ends = canonical(media) if media else _EMPTY
+        return self._digest(
+            b"".join((_LENGTH.pack(len(parent)), parent, size, pack(*tokens), ends))
+        )
 
     def _digest(self, data: bytes) -> bytes:
         hashed = self._hash.copy()  # has taken in the key already

@@ -14,7 +14,7 @@ from quire.kv.pool import BlockPool
 from quire.kv.prefixes import Page, Prefixes
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestBlocks:
     """The blocks of one running request.
 
@@ -90,7 +90,7 @@ class KVManager:
 
     def available(self) -> int:
         """Blocks that every pool can still give."""
-        return min(pool.available for pool in self.pools)
+        return min([pool.available for pool in self.pools])
 
     # -- a request's life --------------------------------------------------------------------
 
@@ -203,23 +203,27 @@ class KVManager:
             prompt_boundary=self._prefixes.floor(len(tokens) - 1),
         )
         if self.enable_caching:
-            self._extend_identities(blocks, tokens, len(tokens))
+            for group in self.groups:
+                self._extend_identities(blocks, group, tokens, len(tokens) // group.block_size)
         return blocks
 
     def grow(self, request_id: str, num_tokens: int) -> list[list[int]] | None:
         """Make the tables cover `num_tokens` tokens: the blocks that are new in each, or None, and
         no change, where pools are full."""
         tables = self._running[request_id].tables
-        missing = [
-            max(0, group.blocks_of(num_tokens) - len(table))
-            for group, table in zip(self.groups, tables, strict=True)
-        ]
-        if sum(missing) > self.available() and not self._have_room(missing):
-            return None
+        missing: list[int] = []
+        total = 0
+        for group in self.groups:
+            count = max(0, group.blocks_of(num_tokens) - len(tables[group.index]))
+            missing.append(count)
+            total += count
+        for pool in self.pools:
+            if total > pool.available and not self._have_room(missing):
+                return None
         grown = []
-        for group, table, count in zip(self.groups, tables, missing, strict=True):
-            new = self.pools[group.pool].allocate(count)
-            table += new
+        for group in self.groups:
+            new = self.pools[group.pool].allocate(missing[group.index])
+            tables[group.index].extend(new)
             grown.append(new)
         return grown
 
@@ -240,9 +244,11 @@ class KVManager:
         blocks = self._running[request_id]
         full = min(computed, valid)
         if self.enable_caching and full > blocks.published:
-            self._extend_identities(blocks, tokens, full)
             for group in self.groups:
-                self._publish(blocks, group, full)
+                first, end = blocks.published // group.block_size, full // group.block_size
+                if first < end:
+                    self._extend_identities(blocks, group, tokens, end)
+                    self._publish(blocks, group, first, end)
             blocks.published = full
         settled = (computed // self._finest + 1) * self._finest
         for group in self._windows:
@@ -277,23 +283,27 @@ class KVManager:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _extend_identities(self, blocks: RequestBlocks, tokens: Sequence[int], full: int) -> None:
-        """Know the identities of the full blocks among the first `full` tokens."""
-        for group in self.groups:
-            chain, size = blocks.identities[group.index], group.block_size
+    def _extend_identities(
+        self, blocks: RequestBlocks, group: KVGroup, tokens: Sequence[int], end: int
+    ) -> None:
+        """Know the identities of a group's first `end` blocks, which are full."""
+        chain, size = blocks.identities[group.index], group.block_size
+        known = len(chain)
+        if known < end:
             parent = chain[-1] if chain else blocks.roots[group.index]
-            for i in range(len(chain), full // size):
-                parent = self.identity.block(parent, tokens[i * size : (i + 1) * size])
+            for start in range(known * size, end * size, size):
+                parent = self.identity.block(parent, tokens[start : start + size])
                 chain.append(parent)
 
-    def _publish(self, blocks: RequestBlocks, group: KVGroup, full: int) -> None:
-        """Offer a group's full blocks up to the first `full` tokens."""
-        table, pool = blocks.tables[group.index], self.pools[group.pool]
-        for i in range(blocks.published // group.block_size, full // group.block_size):
-            if table[i] != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
-                identity = blocks.identities[group.index][i]
-                if pool.publish(table[i], identity) and self.published is not None:
-                    self.published.append((group.pool, table[i], identity))
+    def _publish(self, blocks: RequestBlocks, group: KVGroup, first: int, end: int) -> None:
+        """Offer a group's blocks `first` to `end`, which are full."""
+        table, identities = blocks.tables[group.index], blocks.identities[group.index]
+        for i in range(first, end):
+            block = table[i]
+            if block != NULL_BLOCK and group.keeps(i, blocks.prompt_boundary):
+                new = self.pools[group.pool].publish(block, identities[i])
+                if new and self.published is not None:
+                    self.published.append((group.pool, block, identities[i]))
 
     def _room_for(self, blocks: RequestBlocks, hit: int, tokens: int, step_tokens: int) -> bool:
         need = [0] * len(self.pools)

@@ -39,12 +39,13 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, evicting the least recently used cached ones where needed."""
-        if count > self.available:
+        free = self._free
+        if count > len(free) and count > self.available:
             raise MemoryError(f"{count} blocks wanted, {self.available} available")
         blocks = []
         for _ in range(count):
-            if self._free:
-                block = self._free.popleft()
+            if free:
+                block = free.popleft()
             else:
                 block, _ = self._cached.popitem(last=False)
                 self._forget(block)
@@ -75,10 +76,9 @@ class BlockPool:
         """Let others find a held, fully computed block. The first block of an identity stays:
         whether this one is it."""
         assert self._count[block] > 0
-        if self._identity[block] is not None or identity in self._index:
+        if self._identity[block] is not None or self._index.setdefault(identity, block) != block:
             return False
         self._identity[block] = identity
-        self._index[identity] = block
         return True
 
     def release(self, block: int) -> None:

@@ -2,8 +2,8 @@
 
 A step is four things on one stream, none of which waits for the device on the host: what has
 changed (one copy and one kernel), the forward pass, sampling, and the copy of the sampled tokens
-to pinned memory. Forward and sampling are a CUDA graph each where one that fits has been captured,
-and launched kernel by kernel where not. Sampled tokens stay on the device, so the next step can be
+to pinned memory. The first three are a CUDA graph each where one that fits has been captured, and
+launched kernel by kernel where not. Sampled tokens stay on the device, so the next step can be
 submitted before this one's are known.
 """
 
@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import add
 from typing import Any, NamedTuple, cast
 
@@ -59,6 +60,15 @@ LOGPROBS = int(Flag.LOGPROBS)
 MOST_THREADS = 16
 # Host copies of results: of steps in flight, and of the one being written.
 RING = 4
+# Of a packet that is taken over by a graph, whose grid is one size: tables of rows, and a block for
+# each row of a large step.
+LEAST_RUNS = 288
+
+
+class Packet(NamedTuple):
+    """The graph that takes over a small packet from a place in the ring."""
+
+    place: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,8 @@ class DeviceRunner:
         self._stateful = bool(build.states)
         self._verifying = plan.speculation is not None
         self._diffs = Diffs(self.state.layout)
-        self._packets = PacketRing(self.device)
+        least = LEAST_RUNS if plan.runner == "graph" else 0
+        self._packets = PacketRing(self.device, least=least)
         self._buffers = StepBuffers.allocate(sampled, tokens, groups, max_blocks, self.device)
         self._attention_scratch(build.caches + (draft[1].caches if draft else []), plan)
         self._sampling_scratch = SamplingScratch.allocate(sampled, vocab_size, self.device)
@@ -314,23 +325,26 @@ class DeviceRunner:
         if self._kernels.scratch is not None:
             self._kernels.scratch.reset()
 
-    @torch.inference_mode()
     def warm(self) -> int:
         """Prepare for one shape: capture its graph, or compute it where it gets none, so that its
         kernels are compiled and its memory is there. Returns how many shapes are left."""
-        if not self._wanted:
-            return 0
+        if self._wanted:
+            self._prepare_next()
+        return len(self._wanted)
+
+    @torch.inference_mode()
+    def _prepare_next(self) -> None:
         self._steady = None
         # What is computed is padding: it reads no request and writes nowhere.
         self.state.rows[:, 0] = -1
         if not self._compiled and self.device.type == "cuda":
             self._compile()
             self._compiled = True
+            self._capture_packets()
         key = self._wanted.popleft()
         self._prepare(key, self._compute(key))
         if not self._wanted:
             count_tokens(self.state, self._slots([-1]))
-        return len(self._wanted)
 
     def _compile(self) -> None:
         """Compile what steps will launch, several kernels at a time: of all shapes where there are
@@ -355,6 +369,14 @@ class DeviceRunner:
             with one_of_a_kind(self.model, launches):
                 for key in (key for key in keys if key not in some):
                     self._compute(key)()
+
+    def _capture_packets(self) -> None:
+        """Bringing a packet over is two launches of known size: a graph saves what finding the
+        arguments of a copy and of a kernel costs the host in every step."""
+        if self._graphs is None:
+            return
+        for place in self._packets.empty():
+            self._graphs.capture(Packet(place), partial(self._take, place))
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         if self._graphs is None or not self._shapes.gets_graph(key):
@@ -393,8 +415,15 @@ class DeviceRunner:
             count_tokens(self.state, self._slots(counted))
 
     def _send(self, runs: list[Run]) -> None:
-        for packet, count in self._packets.send(runs):
+        for packet, count in self._packets.send(runs, self._replay_packet):
             apply_runs(self.state.arena, packet, count)
+
+    def _take(self, place: int) -> None:
+        apply_runs(self.state.arena, *self._packets.small(place))
+
+    def _replay_packet(self, place: int) -> bool:
+        graphs = self._graphs
+        return graphs is not None and self.replaying and graphs.replay(Packet(place))
 
     def _slots(self, slots: list[int]) -> torch.Tensor:
         """Slots on the device, by a copy that the host does not wait for."""

@@ -224,14 +224,13 @@ class Diffs:
 
     def blocks(self, rows: Sequence[Row], decoding: Decoding | None = None) -> list[Run]:
         """The runs of the blocks that are new in a step, beside those of requests that enter."""
-        grown = [(row.slot, row.new_blocks) for row in rows if row.new_blocks]
-        if decoding is not None:
-            grown += [(decoding.slots[i], blocks) for i, blocks in decoding.new_blocks.items()]
         runs: list[Run] = []
-        for slot, new_blocks in grown:
-            for group, blocks in enumerate(new_blocks):
-                if blocks:
-                    self._extend(runs, group, slot, blocks)
+        if decoding is not None:
+            for i, new_blocks in decoding.new_blocks.items():
+                self._grow(runs, decoding.slots[i], new_blocks)
+        for row in rows:
+            if row.new_blocks:
+                self._grow(runs, row.slot, row.new_blocks)
         return runs
 
     def drafts(self, rows: Columns) -> list[Run]:
@@ -290,6 +289,11 @@ class Diffs:
             for k, (i, behind) in enumerate(zip(rows.sampling, rows.behind, strict=True)):
                 values[4 * k + 3] += _DRAFTS * len(rows.drafts.get(i, ())) + _BEHIND * behind
         return self.layout.rows_offset + 4 * first, values
+
+    def _grow(self, runs: list[Run], slot: int, new_blocks: list[list[int]]) -> None:
+        for group, blocks in enumerate(new_blocks):
+            if blocks:
+                self._extend(runs, group, slot, blocks)
 
     def _extend(self, runs: list[Run], group: int, slot: int, blocks: list[int]) -> None:
         filled = self._filled[group][slot]

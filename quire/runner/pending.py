@@ -38,6 +38,7 @@ class HostOutputs:
 
         self._device_chosen, self._device_spoiled = outputs.chosen(), spoiled
         self._chosen, self._spoiled = pinned(self._device_chosen), pinned(spoiled)
+        self._numbers = self._chosen.numpy()  # the same memory, quicker to cut
         self._device_drafts = drafts
         self._drafts = None if drafts is None else pinned(drafts)
         rest = [outputs.logprob, outputs.rank, outputs.top_ids, outputs.top_logprobs]
@@ -71,10 +72,15 @@ class HostOutputs:
     def done(self) -> bool:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
-    def wait(self) -> SampleOutputs:
-        """The outputs, once they are there."""
+    def wait(self) -> tuple[list[int], list[int]]:
+        """Tokens and status of the rows that sampled, once they are there."""
         if self._event is not None:
             self._event.synchronize()
+        tokens, status = self._numbers[:, : self._rows].tolist()
+        return tokens, status
+
+    def outputs(self) -> SampleOutputs:
+        """All of these rows' outputs, after `wait`."""
         return self._host.view(self._rows)
 
     def spoiled_rows(self, lengths: list[int]) -> dict[int, int]:
@@ -116,14 +122,14 @@ class DevicePending:
     def result(self) -> Result:
         """Wait for the step. Raises what the device raises."""
         assert self._sample is None, "a step with gated rows must be opened first"
-        outputs, sampling = self.host.wait(), self.rows.sampling
-        tokens, status = outputs.tokens.tolist(), outputs.status.tolist()
+        tokens, status = self.host.wait()
         special = self.wanted or self.prompts or self.drafted or self.rows.drafts
         if self.rows.decode and not (any(status) or special):
             return Result(self.step, [], tokens)
         rows = [RowResult(tokens=[]) for _ in self.rows.slots]
-        chosen = Chosen(outputs, tokens, status, self.wanted)
-        for place, (i, behind) in enumerate(zip(sampling, self.rows.behind, strict=True)):
+        chosen = Chosen(self.host.outputs(), tokens, status, self.wanted)
+        samples = zip(self.rows.sampling, self.rows.behind, strict=True)
+        for place, (i, behind) in enumerate(samples):
             if not behind:
                 drafts = self.rows.drafts.get(i, ())
                 rows[i] = verify(drafts, partial(chosen.behind, place))

@@ -13,7 +13,7 @@ from quire.runner.shapes import Shape
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Kinds of CUDA graphs that are replayed during a test: "decode" and "mixed" forward passes,
-    "sampling", and of a model that drafts "reading" and "guessing"."""
+    "sampling", of a model that drafts "reading" and "guessing", and "packet", of what is new."""
     kinds = set[str]()
     replay = Graphs.replay
 

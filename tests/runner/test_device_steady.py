@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Hashable
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,8 @@ import torch
 
 from quire.params import SamplingParams
 from quire.runner import device
-from quire.runner.device import DeviceRunner
+from quire.runner.device import LEAST_RUNS, DeviceRunner
+from quire.runner.packets import PacketRing
 from quire.step import Batch, Decoding, Enter, Row, written_out
 from runner.engines import SMALL, TINY, engine
 
@@ -25,6 +27,25 @@ def apply(arena: torch.Tensor, packet: torch.Tensor, count: int) -> None:
     for low, high, source, length in packet[: 4 * count].view(count, 4).tolist():
         begin = high << 32 | (low & 0xFFFF_FFFF)
         arena[begin : begin + length] = packet[source : source + length]
+
+
+class Replayed:
+    """Graphs of what runs on a processor: it runs again."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Hashable, Callable[[], object]] = {}
+        self.replayed = 0
+
+    def capture(self, key: Hashable, compute: Callable[[], object]) -> None:
+        compute()
+        self.captured[key] = compute
+
+    def replay(self, key: Hashable) -> bool:
+        if key not in self.captured:
+            return False
+        self.captured[key]()
+        self.replayed += 1
+        return True
 
 
 @pytest.fixture
@@ -100,3 +121,25 @@ def test_steps_in_columns_leave_on_the_device_what_written_out_rows_leave(
             first, second = (r.state.arena[: r.state.layout.rows_offset] for r in runners)
             assert torch.equal(first, second)
         assert launched[0] == launched[1] and skipped > 50
+
+
+def test_packets_taken_by_graphs_leave_what_launched_kernels_leave(
+    runners: list[DeviceRunner],
+) -> None:
+    graphs, rng = Replayed(), random.Random(0)
+    for runner in runners:
+        runner._packets = PacketRing(runner.device, capacity=2**14, depth=3, least=LEAST_RUNS)
+    runners[0]._graphs = graphs  # type: ignore[assignment]
+    with (
+        mock.patch.object(device, "apply_runs", apply),
+        mock.patch.object(device, "count_tokens", lambda *args: None),
+        mock.patch.object(DeviceRunner, "_run", lambda *args: None),
+    ):
+        for batch in random_batches(rng, SLOTS, 100):
+            if batch.step == 20:  # what the packets held then is not taken a second time
+                runners[0]._capture_packets()
+            runners[0].replaying = not 50 <= batch.step < 60
+            for runner in runners:
+                runner.submit(batch)
+            assert torch.equal(runners[0].state.arena, runners[1].state.arena)
+    assert len(graphs.captured) == 3 and 60 < graphs.replayed <= 91

@@ -222,7 +222,8 @@ def run(invocation: Invocation) -> None:
         fix = "raise --max-num-seqs or --kv-cache-memory"
         raise UsageError("invalid_value", what, fix=fix, field="rows")
     bench = Bench(engine)
-    record = Record(invocation.command, engine.info.model, plan, facts | bench.warm_up())
+    facts |= bench.warm_up()
+    record = Record(invocation.command, engine.info.model, plan, facts, phases.seconds)
     record.ceilings |= ceilings(plan["device"])
     work = {f"decode{n}": partial(decode, bench, n, context, steps, flags.filled) for n in sizes}
     if prompt:

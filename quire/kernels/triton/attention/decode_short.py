@@ -191,18 +191,13 @@ def decode_short_kernel(
     q_weights = load_floats(q_norm_ptr, column, D, CHUNK) if NORM_Q else ()
     k_weights = load_floats(k_norm_ptr, column, D, CHUNK) if NORM_K else ()
     wait_for_inputs(PDL)
-    if NEW:
-        slot = tl.load(slots_ptr + row)
-    if HALF:
-        position = tl.load(positions_ptr + row)
     length = tl.load(context_len_ptr + row)
     first_head = words_at(q_ptr) + row.to(tl.int64) * (Q_STRIDE // 2)
-    q = load_head(first_head + head * (D // 2), column, D, CHUNK, DTYPE)
     if NEW:
-        k_head = first_head + (KV_HEADS * GROUP + head // GROUP) * (D // 2)
-        new_k = load_head(k_head, column, D, CHUNK, DTYPE)
-        v_head = k_head + KV_HEADS * (D // 2)
-        new_v = tl.load(v_head + begin // 2 + column, mask=column < (D - begin) // 2, other=0)
+        slot = tl.load(slots_ptr + row)
+        position = tl.load(positions_ptr + row)
+    else:
+        q = load_head(first_head + head * (D // 2), column, D, CHUNK, DTYPE)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     # Keys in the cache; a new one is another program's to write.
     left = length - oldest - 1 if NEW else length - oldest
@@ -215,9 +210,6 @@ def decode_short_kernel(
     following = turn ^ 2
     next_a = _blocks(table_ptr, number, following, blocks, BLOCK)
     next_b = _blocks(table_ptr, number, following + 1, blocks, BLOCK)
-    table = ()
-    if HALF:
-        table = load_floats(cos_sin_ptr + position * (2 * HALF), column, 2 * HALF, CHUNK)
 
     # A block's heads begin BLOCK * D // 2 words apart, its tokens D // 2.
     inner = (head // GROUP * BLOCK + (oldest + key) % BLOCK)[:, None] * (D // 2) + column[None, :]
@@ -231,7 +223,18 @@ def decode_short_kernel(
     low_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
     high_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
     if NEW:
-        q_words = narrow(turned(normed(q, q_weights, eps, D), table), DTYPE)
+        # Or the compiler asks for tiles after this arithmetic, which is done by the time that they
+        # are there.
+        tl.debug_barrier()
+        k_head = first_head + (KV_HEADS * GROUP + head // GROUP) * (D // 2)
+        v_head = k_head + (KV_HEADS * D + begin) // 2
+        new_q = load_head(first_head + head * (D // 2), column, D, CHUNK, DTYPE)
+        new_k = load_head(k_head, column, D, CHUNK, DTYPE)
+        new_v = tl.load(v_head + column, mask=column < (D - begin) // 2, other=0)
+        table = ()
+        if HALF:
+            table = load_floats(cos_sin_ptr + position * (2 * HALF), column, 2 * HALF, CHUNK)
+        q_words = narrow(turned(normed(new_q, q_weights, eps, D), table), DTYPE)
         k_words = narrow(turned(normed(new_k, k_weights, eps, D), table), DTYPE)
         # Padding has no slot.
         count = tl.where((slot >= 0) & (head % GROUP == 0), (D - begin) // 2, 0)

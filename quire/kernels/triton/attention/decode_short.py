@@ -242,7 +242,7 @@ def decode_short_kernel(
             k_ptr, v_ptr, k_words, new_v, slot, head // GROUP, begin, column, count,
             K_WORDS, V_WORDS, D, CHUNK, BLOCK,
         )  # fmt: skip
-        # The first key of the first place in a tile.
+        # The first place of a tile has seen the new key, if there is one.
         first_place = key < tl.minimum(length, 1)
         s = dot_words(q_words, k_words, DTYPE)
         m = tl.where(first_place, capped(s, inner_scale) if SOFTCAP else s, m)

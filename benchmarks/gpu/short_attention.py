@@ -1,5 +1,6 @@
 """Decode attention of few requests with short contexts: the kernel whose programs hand states on
-(decode.py), and the one whose programs do not, in tiles of several sizes (decode_short.py).
+(decode.py), and the one whose programs do not, in tiles of several sizes (decode_short.py); this
+one after rotary_cache, with head norms, and with what that does as a part of it.
 
     python -m benchmarks.gpu.short_attention            # all models
     python -m benchmarks.gpu.short_attention Qwen3-8B   # those with this in their name
@@ -22,11 +23,13 @@ import triton.language as tl
 from benchmarks.gpu.attention import MODELS, Model, block_tables
 from benchmarks.gpu.harness import Work, command, microseconds
 from benchmarks.gpu.shapes import DEVICE, random
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.reference.packed import BLOCK
 from quire.kernels.triton.attention.decode_short import SHORT_CONTEXT, ShortTile, decode_short
 from quire.kernels.triton.attention.decode_short import TILES as CHOSEN
 from quire.kernels.triton.attention.paged_attention import Scratch, paged_attention
 from quire.kernels.triton.launch import launch, let_next_start, wait_for_inputs
+from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 
 # (requests, tokens of each).
 CONTEXTS = [(1, n) for n in (128, 256, 290, 385, 512, 1000, 4000)] + [(2, 290), (4, 290)]
@@ -63,6 +66,17 @@ class Layers:
         self.tables = tables.unbind()
         self.q = [random(requests, model.heads * d) for _ in self.tables]
         self.out = torch.empty_like(self.q[0])
+        last = torch.full((requests,), tokens - 1, device=DEVICE)
+        cos_sin = torch.rand(tokens, d, device=DEVICE)
+        norms = torch.rand(2, d, device=DEVICE).unbind()
+        width = (model.heads + 2 * model.kv_heads) * d
+        self.new = [
+            NewTokens(
+                random(requests, width), last, cos_sin, *norms, 1e-6,
+                table[:, last[0] // BLOCK].long() * BLOCK + last % BLOCK,
+            )
+            for table in self.tables
+        ]  # fmt: skip
         self.start = torch.arange(requests + 1, device=DEVICE, dtype=torch.int32)
         self.length = torch.full((requests,), tokens, device=DEVICE, dtype=torch.int32)
         self.scratch = Scratch.allocate(
@@ -84,13 +98,35 @@ class Layers:
             scratch=self.scratch, out=self.out,
         )  # fmt: skip
 
-    def short(self, tile: ShortTile, q: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    def short(
+        self,
+        tile: ShortTile | None,
+        q: torch.Tensor,
+        tables: torch.Tensor,
+        new: NewTokens | None = None,
+    ) -> torch.Tensor:
         factor = self.model.head_size**-0.5 * math.log2(math.e)
         decode_short(
             q, self.k_cache, self.v_cache, tables, self.length, factor, 1.0, None, False, None,
-            self.out, tile,
+            self.out, tile, new,
         )  # fmt: skip
         return self.out
+
+    def after_rotary(self, new: NewTokens, tables: torch.Tensor) -> torch.Tensor:
+        q = new.written(rotary_cache, self.k_cache, self.v_cache)
+        return self.short(None, q, tables)
+
+    def with_rotary(self, new: NewTokens, tables: torch.Tensor) -> torch.Tensor:
+        return self.short(None, new.qkv[:, : self.q[0].shape[1]], tables, new)
+
+    def rotary(self) -> tuple[float, float]:
+        """Microseconds of two kernels and of one."""
+        works = self.after_rotary, self.with_rotary
+        two, one = (work(self.new[0], self.tables[0]).clone() for work in works)
+        torch.testing.assert_close(one, two, atol=2e-2, rtol=2e-2)
+        each = list(zip(self.new, self.tables, strict=True))
+        after, within = (microseconds([partial(w, *layer) for layer in each]) for w in works)
+        return after, within
 
     def handing_on(self) -> tuple[float, torch.Tensor]:
         """Microseconds, and the first layer's result."""
@@ -120,6 +156,12 @@ def table(model: Model) -> None:
         for case, (_, tokens), (_, expected) in zip(cases, CONTEXTS, handing, strict=True):
             times.append(case.alone(tile, expected) if tokens <= SHORT_CONTEXT else None)
         row(f"none: {keys} keys {chunk} columns {warps} warps", times)
+    both = [
+        case.rotary() if tokens <= SHORT_CONTEXT else (None, None)
+        for case, (_, tokens) in zip(cases, CONTEXTS, strict=True)
+    ]
+    row("rotary_cache, then the chosen tile", [after for after, _ in both])
+    row("one kernel for both", [within for _, within in both])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quire.kernels.new_tokens import NewTokens
 from quire.layers.build import Build
 from quire.layers.cache_scales import fixed_scales
 from quire.layers.inputs import StepInputs
@@ -82,20 +83,18 @@ class Attention:
         group = step.groups[self.cache.group]
         keys, values = self.cache.tensors
         q_norm, k_norm = (n.weight for n in self.norms) if self.norms else (None, None)
-        q_TD = self.kernels.rotary_cache(
+        new = NewTokens(
             self.qkv.after(norm, stream),
             positions_T,
             self.rope(),
             q_norm,
             k_norm,
             self.eps,
-            keys,
-            values,
             group.slots,
             self.fixed_scales,
         )
-        out_TD = self.kernels.attention(
-            q_TD,
+        out_TD = self.kernels.rotary_attention(
+            new,
             keys,
             values,
             group.block_tables,

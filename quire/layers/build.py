@@ -37,6 +37,7 @@ class Kernels(Protocol):
     add_rms_norm: Callable[..., torch.Tensor]
     rotary_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
+    rotary_attention: Callable[..., torch.Tensor]
     latent_cache: Callable[..., torch.Tensor]
     latent_attention: Callable[..., torch.Tensor]
     cache_page: Callable[..., tuple[tuple[int, ...], ...]]

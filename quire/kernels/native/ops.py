@@ -6,11 +6,14 @@ only on its own input row and the weights, to the bit: not on T, on other rows o
 A wrong shape or type raises ValueError.
 """
 
+from typing import Any
+
 import torch
 
 from quire.kernels import capabilities
 from quire.kernels.native import _native
 from quire.kernels.native.program import call, record
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.reference.activation.gated_activation import SWIGLU_ALPHA, limit_of
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of, packed_width
 from quire.kernels.reference.compressed.ops import CompressedKernels
@@ -29,9 +32,9 @@ __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "compressed",
     "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
     "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
-    "num_threads", "pack", "pack_exact", "packed_nbytes", "record", "rms_norm", "rotary_cache",
-    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows",
-    "why_widened",
+    "num_threads", "pack", "pack_exact", "packed_nbytes", "record", "rms_norm",
+    "rotary_attention", "rotary_cache", "route", "route_groups", "route_tokens", "set_isa",
+    "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False
@@ -305,6 +308,14 @@ def attention(
         _address("out", out, torch.float32, rows, width), rows, blocks,
     )  # fmt: skip
     return out
+
+
+def rotary_attention(
+    new: NewTokens, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    """attention of the queries of `new` tokens, whose keys and values rotary_cache writes first;
+    `others`: attention's arguments from the block tables on."""
+    return attention(new.written(rotary_cache, k_cache, v_cache), k_cache, v_cache, *others)
 
 
 def _latents(cache: torch.Tensor, rank: int) -> tuple[int, int, int]:

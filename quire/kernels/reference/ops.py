@@ -4,12 +4,14 @@ Slow and readable. They differ in rounding: weights are dense here, and nothing 
 """
 
 import math
+from typing import Any
 
 import numpy
 import torch
 from torch.nn import functional
 
 from quire.kernels import capabilities
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.reference.activation import gated_activation as activation
 from quire.kernels.reference.activation.gated_activation import limit_of
 from quire.kernels.reference.attention.fp8_cache import (
@@ -39,9 +41,9 @@ __all__ = [
     "BLOCK", "PackedWeight", "add_rms_norm", "argmax", "attention", "cache_page", "compressed",
     "dense", "embedding", "exact_nbytes", "gated_activation", "gated_linear", "gumbel",
     "isa", "latent_attention", "latent_cache", "linear", "logsumexp",
-    "num_threads", "pack", "pack_exact", "packed_nbytes", "rms_norm", "rotary_cache",
-    "route", "route_groups", "route_tokens", "set_isa", "set_num_threads", "unpack_rows",
-    "why_widened",
+    "num_threads", "pack", "pack_exact", "packed_nbytes", "rms_norm",
+    "rotary_attention", "rotary_cache", "route", "route_groups", "route_tokens", "set_isa",
+    "set_num_threads", "unpack_rows", "why_widened",
 ]  # fmt: skip
 
 dense = False
@@ -227,6 +229,14 @@ def attention(
         mixed = torch.einsum("hgts,hsd->thgd", weights, v)
         result[first:last] = mixed.reshape(last - first, -1)
     return _into(out, result)
+
+
+def rotary_attention(
+    new: NewTokens, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: Any
+) -> torch.Tensor:
+    """attention of the queries of `new` tokens, whose keys and values rotary_cache writes first;
+    `others`: attention's arguments from the block tables on."""
+    return attention(new.written(rotary_cache, k_cache, v_cache), k_cache, v_cache, *others)
 
 
 def _read(blocks: torch.Tensor, tokens_last: bool) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from quire.kernels.dense import DenseWeights
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.reference.activation.gated_activation import limit_of
+from quire.kernels.reference.attention.fp8_cache import head_size_of
 from quire.kernels.reference.packed import PackedWeight
 from quire.kernels.triton.activation.gated_activation import gated_activation
 from quire.kernels.triton.attention.latent_attention import latent_attention
@@ -30,7 +34,7 @@ from quire.kernels.triton.quantized.linear import (
 from quire.kernels.triton.quantized.pack import PackedQuantized
 from quire.kernels.triton.quantized.scaled_experts import norm_for_experts
 from quire.kernels.triton.rotary.latent_cache import latent_cache
-from quire.kernels.triton.rotary.rotary_cache import rotary_cache
+from quire.kernels.triton.rotary.rotary_cache import check_rotary, rotary_cache
 
 
 class TritonKernels(DenseWeights):
@@ -150,6 +154,8 @@ class TritonKernels(DenseWeights):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        *,
+        new: NewTokens | None = None,
     ) -> torch.Tensor:
         """As many tokens as requests: every request has one, and the kernel for decoding serves
         them; so a step of other kinds must have more tokens than requests, padding included."""
@@ -157,8 +163,15 @@ class TritonKernels(DenseWeights):
         return paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_len, scale, window, softcap,
             sinks, decode=q.shape[0] == block_tables.shape[0], deterministic=self.deterministic,
-            scratch=self.scratch,
+            scratch=self.scratch, new=new,
         )  # fmt: skip
+
+    def rotary_attention(
+        self, new: NewTokens, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: Any
+    ) -> torch.Tensor:
+        heads = check_rotary(new.qkv, new.cos_sin, k_cache, v_cache, new.fixed)
+        q = new.qkv[:, : heads * head_size_of(k_cache.shape[3], k_cache.dtype)]
+        return self.attention(q, k_cache, v_cache, *others, new=new)
 
     def latent_attention(
         self,

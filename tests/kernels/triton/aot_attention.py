@@ -131,12 +131,17 @@ def short(
     dtype: torch.dtype = torch.bfloat16,
     window: int = 0,
     extras: bool = False,
+    new: bool = False,
     only_full: bool = False,
 ) -> Case:
-    """The kernel of few short requests as decode_short would launch it."""
+    """The kernel of few short requests as decode_short would launch it, with `new` tokens of which
+    heads are normed and rotate."""
     tile = TILES[extras]
+    types = _types(dtype, dtype, decode_short_kernel) | {"eps": "fp32"}
+    types |= dict.fromkeys(("positions_ptr", "slots_ptr"), "*i64" if new else "*i32")
+    types |= dict.fromkeys(("cos_sin_ptr", "q_norm_ptr", "k_norm_ptr"), "*fp32" if new else "*i32")
     constants = {
-        "Q_STRIDE": heads * d,
+        "Q_STRIDE": (heads + 2 * kv_heads * new) * d,
         "OUT_STRIDE": heads * d,
         "K_STRIDE": kv_heads * 16 * d,
         "V_STRIDE": kv_heads * 16 * d,
@@ -147,14 +152,20 @@ def short(
         "WINDOW": window,
         "SOFTCAP": extras,
         "HAS_SINKS": extras,
+        "NEW": new,
+        "HALF": d // 2 * new,
+        "NORM_Q": new,
+        "NORM_K": new,
         "SHORT": SHORT_CONTEXT,
         "TILE": tile.keys,
         "CHUNK": tile.chunk,
     }
     return Case(
-        f"short {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "") + " extras" * extras,
+        f"short {heads}/{kv_heads} D={d} {dtype}".replace("torch.", "")
+        + " extras" * extras
+        + " new" * new,
         decode_short_kernel,
-        _types(dtype, dtype, decode_short_kernel),
+        types,
         constants,
         tile.warps,
         1,
@@ -231,6 +242,8 @@ def _for_target(target: str) -> list[Case]:
         case("decode", target, 32, 8, 128, one_row=True, **rest),
         short(target, 32, 8, 128, **rest),
         short(target, 8, 4, 256, window=1024, extras=True, **rest),
+        short(target, 32, 4, 128, new=True),
+        short(target, 8, 4, 256, window=1024, extras=True, new=True, **rest),
         case("decode", target, 32, 8, 128, deterministic=True, decode=False, **rest),
         case("varlen", target, 32, 8, 128, deterministic=True, small=True, **rest),
         case("decode", target, 8, 4, 256, **extras),
@@ -246,6 +259,7 @@ CASES = [new for target in AHEAD for new in _for_target(target) + _latents_for_t
     case("decode", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
     case("varlen", "sm_90", 9, 3, 64, dtype=torch.float16, only_full=True),
     short("sm_90", 9, 3, 80, dtype=torch.float16, only_full=True),
+    short("sm_90", 9, 3, 64, dtype=torch.float16, new=True, only_full=True),
     case("varlen", "sm_90", 32, 8, 128, small=True, only_full=True),
     case("varlen", "sm_90", 8, 4, 256, deterministic=True, only_full=True),
     case("varlen", "sm_90", 32, 8, 128, deterministic=True, only_full=True),

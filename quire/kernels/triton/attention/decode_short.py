@@ -18,6 +18,12 @@ Keys and values are words of two columns from memory to arithmetic: as numbers o
 be taken apart, each in a register of its own, as soon as they are there, which a program would wait
 for before it asks for the next tile.
 
+Where it can (serves_new), the kernel also does what rotary_cache does: head norms, rotation and the
+write to the cache, which would be a launch of its own for little work. Every program makes its
+query head and the new key of its KV head ready while its first tiles are on their way, and its
+first state is that of the new key and value. So nobody reads what is written: in the cache, keys
+end before the new one. Of a KV head, the programs of its first query head write their columns.
+
 On an H100, one layer in a chain of them, contexts of 290 tokens: 4.7 us for one request and 5.4 for
 two, where states that are handed on take 7.4 and 8.5 (benchmarks/gpu/short_attention.py).
 """
@@ -30,9 +36,20 @@ import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.triton.attention.tile import capped, finite, normalised
+from quire.kernels.triton.attention.words import (
+    dot_words,
+    load_floats,
+    load_head,
+    narrow,
+    normed,
+    spread,
+    turned,
+    wide,
+    words_at,
+)
 from quire.kernels.triton.launch import launch, let_next_start, num_sms, wait_for_inputs
-from quire.kernels.triton.quantized.decode import wide_pair
 from quire.kernels.triton.rows import row_stride
 
 # Tokens that a query sees at most; a power of two.
@@ -52,22 +69,6 @@ class ShortTile:
 
 # The first for which there is a multiprocessor for each program.
 TILES = (ShortTile(128, 32, 8), ShortTile(128, 64, 8))
-
-
-@triton.jit
-def _words(pointer):
-    return pointer.to(tl.pointer_type(tl.uint32), bitcast=True)
-
-
-@triton.jit
-def _wide(words, dtype: tl.constexpr):
-    """Both columns of words, in float32."""
-    if dtype == tl.bfloat16:
-        low, high = wide_pair(words)
-    else:
-        low = words.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-        high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return low, high
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def _extend(
     [TILE, CHUNK / 2] of both columns of words."""
     products = tl.zeros(low_acc.shape, tl.float32)
     for i in tl.static_range(len(k)):
-        low, high = _wide(k[i], DTYPE)
+        low, high = wide(k[i], DTYPE)
         products += low * q[2 * i][None, :]
         products += high * q[2 * i + 1][None, :]
     s = tl.sum(products, 1)
@@ -118,10 +119,25 @@ def _extend(
     reference = finite(top) * factor
     p = tl.exp2(tl.fma(s, factor, -reference))
     shrink = tl.exp2(tl.fma(m, factor, -reference))
-    low, high = _wide(v, DTYPE)
+    low, high = wide(v, DTYPE)
     low_acc = low_acc * shrink[:, None] + low * p[:, None]
     high_acc = high_acc * shrink[:, None] + high * p[:, None]
     return top, weight * shrink + p, low_acc, high_acc
+
+
+@triton.jit
+def _write(
+    k_ptr, v_ptr, k, v, slot, kv_head, begin, column, count,
+    K_WORDS: tl.constexpr, V_WORDS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first `count` words from column `begin` on of a key and its value to their slot of the
+    cache; `v` has no others."""
+    inner = (kv_head * BLOCK + slot % BLOCK) * (D // 2) + begin // 2 + column
+    k_ptrs = words_at(k_ptr) + slot // BLOCK * K_WORDS + inner
+    for i in tl.static_range(len(k)):
+        tl.store(k_ptrs, k[i], mask=column < tl.where(begin == i * CHUNK, count, 0))
+    tl.store(words_at(v_ptr) + slot // BLOCK * V_WORDS + inner, v, mask=column < count)
 
 
 @triton.jit(do_not_specialize=["table_stride", "blocks"])
@@ -133,10 +149,16 @@ def decode_short_kernel(
     context_len_ptr,
     sinks_ptr,
     out_ptr,
+    positions_ptr,
+    slots_ptr,
+    cos_sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     table_stride,
     blocks,
     factor,
     inner_scale,
+    eps,
     Q_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -148,13 +170,16 @@ def decode_short_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    NEW: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM_Q: tl.constexpr,
+    NORM_K: tl.constexpr,
     SHORT: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
-    wait_for_inputs(PDL)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     K_WORDS: tl.constexpr = K_STRIDE // 2
     V_WORDS: tl.constexpr = V_STRIDE // 2
@@ -163,14 +188,19 @@ def decode_short_kernel(
     head, row = program // SLICES % (KV_HEADS * GROUP), program // (SLICES * KV_HEADS * GROUP)
     begin = program % SLICES * CHUNK
     key, column = tl.arange(0, TILE), tl.arange(0, CHUNK // 2)
+    q_weights = load_floats(q_norm_ptr, column, D, CHUNK) if NORM_Q else ()
+    k_weights = load_floats(k_norm_ptr, column, D, CHUNK) if NORM_K else ()
+    wait_for_inputs(PDL)
     length = tl.load(context_len_ptr + row)
-    q_head = _words(q_ptr) + row.to(tl.int64) * (Q_STRIDE // 2) + head * (D // 2)
-    q = ()
-    for first in tl.static_range(0, D, CHUNK):
-        inside = column < (D - first) // 2
-        q = q + _wide(tl.load(q_head + first // 2 + column, mask=inside, other=0), DTYPE)
+    first_head = words_at(q_ptr) + row.to(tl.int64) * (Q_STRIDE // 2)
+    if NEW:
+        slot = tl.load(slots_ptr + row)
+        position = tl.load(positions_ptr + row)
+    else:
+        q = load_head(first_head + head * (D // 2), column, D, CHUNK, DTYPE)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-    left = length - oldest
+    # Keys in the cache; a new one is another program's to write.
+    left = length - oldest - 1 if NEW else length - oldest
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     number = (oldest + key) // BLOCK
     # Even, so the tiles of a pair are 2 i and 2 i + 1.
@@ -183,7 +213,7 @@ def decode_short_kernel(
 
     # A block's heads begin BLOCK * D // 2 words apart, its tokens D // 2.
     inner = (head // GROUP * BLOCK + (oldest + key) % BLOCK)[:, None] * (D // 2) + column[None, :]
-    k_ptrs, v_ptrs = _words(k_ptr) + inner, _words(v_ptr) + begin // 2 + inner
+    k_ptrs, v_ptrs = words_at(k_ptr) + inner, words_at(v_ptr) + begin // 2 + inner
     in_slice = _columns(begin, D, CHUNK)
     seen_a, seen_b = turn * TILE + key < left, (turn + 1) * TILE + key < left
     k_a, v_a = _tile(k_ptrs, v_ptrs, block_a, seen_a, in_slice, K_WORDS, V_WORDS, D, CHUNK)
@@ -192,6 +222,35 @@ def decode_short_kernel(
     weight = tl.zeros([TILE], tl.float32)
     low_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
     high_acc = tl.zeros([TILE, CHUNK // 2], tl.float32)
+    if NEW:
+        # Or the compiler asks for tiles after this arithmetic, which is done by the time that they
+        # are there.
+        tl.debug_barrier()
+        k_head = first_head + (KV_HEADS * GROUP + head // GROUP) * (D // 2)
+        v_head = k_head + (KV_HEADS * D + begin) // 2
+        new_q = load_head(first_head + head * (D // 2), column, D, CHUNK, DTYPE)
+        new_k = load_head(k_head, column, D, CHUNK, DTYPE)
+        new_v = tl.load(v_head + column, mask=column < (D - begin) // 2, other=0)
+        table = ()
+        if HALF:
+            table = load_floats(cos_sin_ptr + position * (2 * HALF), column, 2 * HALF, CHUNK)
+        q_words = narrow(turned(normed(new_q, q_weights, eps, D), table), DTYPE)
+        k_words = narrow(turned(normed(new_k, k_weights, eps, D), table), DTYPE)
+        # Padding has no slot.
+        count = tl.where((slot >= 0) & (head % GROUP == 0), (D - begin) // 2, 0)
+        _write(
+            k_ptr, v_ptr, k_words, new_v, slot, head // GROUP, begin, column, count,
+            K_WORDS, V_WORDS, D, CHUNK, BLOCK,
+        )  # fmt: skip
+        # The first place of a tile has seen the new key, if there is one.
+        first_place = key < tl.minimum(length, 1)
+        s = dot_words(q_words, k_words, DTYPE)
+        m = tl.where(first_place, capped(s, inner_scale) if SOFTCAP else s, m)
+        weight = tl.where(first_place, 1.0, weight)
+        low, high = wide(new_v[None, :], DTYPE)
+        low_acc = tl.where(first_place[:, None], low, low_acc)
+        high_acc = tl.where(first_place[:, None], high, high_acc)
+        q = spread(q_words, column, DTYPE)
     for i in range(0, SHORT // TILE, 2):
         pair, following, after = i ^ turn, (i + 2) ^ turn, (i + 4) ^ turn
         if pair * TILE < left:
@@ -228,6 +287,12 @@ def _programs(rows: int, heads: int, head_size: int, tile: ShortTile) -> int:
     return rows * heads * -(-head_size // tile.chunk)
 
 
+def _tile_for(rows: int, heads: int, head_size: int, device: torch.device) -> ShortTile:
+    sms = num_sms(device)
+    fits = (t for t in TILES if _programs(rows, heads, head_size, t) <= sms)
+    return next(fits, TILES[-1])
+
+
 def short_rows(heads: int, dtype: torch.dtype, k_cache: torch.Tensor) -> int:
     """For how many requests with queries in `dtype` decode_short is: of caches in the same 16 bits,
     and so few that each program has a multiprocessor."""
@@ -245,6 +310,21 @@ def serves_short(q: torch.Tensor, k_cache: torch.Tensor, rows: int, longest: int
     return longest <= SHORT_CONTEXT and whole_words and few
 
 
+def serves_new(
+    q: torch.Tensor, k_cache: torch.Tensor, rows: int, longest: int, new: NewTokens
+) -> bool:
+    """serves_short for tokens whose keys and values are not in the cache yet, q being the first
+    columns of their qkv: columns that rotate together must be whole chunks apart."""
+    if not serves_short(q, k_cache, rows, longest):
+        return False
+    head_size = k_cache.shape[3]
+    tile = _tile_for(rows, q.shape[1] // head_size, head_size, q.device)
+    half = 0 if new.cos_sin is None else new.cos_sin.shape[1] // 2
+    tables = (t for t in (new.cos_sin, new.q_norm, new.k_norm) if t is not None)
+    whole_pairs = all(t.is_contiguous() and t.storage_offset() % 2 == 0 for t in tables)
+    return half % tile.chunk == 0 and whole_pairs
+
+
 def decode_short(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -258,23 +338,34 @@ def decode_short(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
     tile: ShortTile | None = None,
+    new: NewTokens | None = None,
 ) -> None:
     """paged_attention's `decode` where serves_short says so. Logits in log2 units are dot * factor,
     or tanh(dot * inner_scale) * factor with `softcap`. Rows of block_tables are read beyond the
-    context. `tile`: another than the first that has multiprocessors enough."""
+    context. `tile`: another than the first that has multiprocessors enough. `new`, where serves_new
+    says so: each request's last token, of whose qkv `q` are the first columns; its key and value
+    are not read from the cache but written there, as rotary_cache does.
+    """
     rows, columns = block_tables.shape
     _, kv_heads, block, head_size = k_cache.shape
     heads = q.shape[1] // head_size
-    sms = num_sms(q.device)
-    fits = (t for t in TILES if _programs(rows, heads, head_size, t) <= sms)
-    tile = tile or next(fits, TILES[-1])
+    tile = tile or _tile_for(rows, heads, head_size, q.device)
+    cos_sin, q_norm, k_norm = (new.cos_sin, new.q_norm, new.k_norm) if new else (None,) * 3
+    # The pointer of what is absent is never read.
+    sinks_or, cos_sin_or, q_norm_or, k_norm_or = (
+        context_len if x is None else x for x in (sinks, cos_sin, q_norm, k_norm)
+    )
+    positions, slots = (new.positions, new.slots) if new else (context_len, context_len)
     launch(
         decode_short_kernel, (_programs(rows, heads, head_size, tile),), q.device,
-        q, k_cache, v_cache, block_tables, context_len, context_len if sinks is None else sinks,
-        out, block_tables.stride(0), columns, factor, inner_scale,
+        q, k_cache, v_cache, block_tables, context_len, sinks_or, out, positions, slots,
+        cos_sin_or, q_norm_or, k_norm_or, block_tables.stride(0), columns, factor, inner_scale,
+        new.eps if new else 0.0,
         Q_STRIDE=row_stride(q, "q"), OUT_STRIDE=row_stride(out, "out"),
         K_STRIDE=k_cache.stride(0), V_STRIDE=v_cache.stride(0), KV_HEADS=kv_heads,
         GROUP=heads // kv_heads, D=head_size, BLOCK=block, WINDOW=window or 0, SOFTCAP=softcap,
-        HAS_SINKS=sinks is not None, SHORT=SHORT_CONTEXT, TILE=tile.keys, CHUNK=tile.chunk,
+        HAS_SINKS=sinks is not None, NEW=new is not None,
+        HALF=0 if cos_sin is None else cos_sin.shape[1] // 2, NORM_Q=q_norm is not None,
+        NORM_K=k_norm is not None, SHORT=SHORT_CONTEXT, TILE=tile.keys, CHUNK=tile.chunk,
         num_warps=tile.warps, num_stages=1,
     )  # fmt: skip

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from quire.kernels.new_tokens import NewTokens
 from quire.kernels.reference.attention.fp8_cache import FP8_CACHE, head_size_of
 from quire.kernels.triton.attention.decode import decode_kernel
 from quire.kernels.triton.attention.decode_ordered import decode_ordered_kernel
-from quire.kernels.triton.attention.decode_short import decode_short, serves_short
+from quire.kernels.triton.attention.decode_short import decode_short, serves_new, serves_short
 from quire.kernels.triton.attention.scratch import Scratch, decode_programs
 from quire.kernels.triton.attention.tiles import (
     columns,
@@ -22,6 +23,7 @@ from quire.kernels.triton.attention.tiles import (
 from quire.kernels.triton.attention.varlen import varlen_kernel
 from quire.kernels.triton.launch import launch, num_sms
 from quire.kernels.triton.quantized.operands import instructions
+from quire.kernels.triton.rotary.rotary_cache import rotary_cache
 from quire.kernels.triton.rows import empty_rows, row_stride
 
 __all__ = ["Scratch", "paged_attention"]
@@ -45,6 +47,7 @@ def paged_attention(
     deterministic: bool,
     scratch: Scratch,
     out: torch.Tensor | None = None,
+    new: NewTokens | None = None,
 ) -> torch.Tensor:
     """Attention of queries q [T, Hq * D] to their requests' keys and values: [T, Hq * D].
 
@@ -62,6 +65,8 @@ def paged_attention(
     are not read. `decode`: request b's one query is q[b], and T = B; query_start is not read then.
     `deterministic`: a row's bits depend on nothing but its query, its keys and values and the GPU
     (tile.py says why). `scratch` serves one call at a time. q and `out` have contiguous rows.
+    `new`: the tokens of the queries, which rotary_cache has not served yet: q are the first columns
+    of their qkv.
 
     Raises ValueError for shapes or options that do not fit, and a scratch for fewer requests.
     """
@@ -78,7 +83,11 @@ def paged_attention(
         raise ValueError(f"scratch: allocated for fewer than {rows} rows of {kv_heads} KV heads")
     if out is None:
         out = empty_rows(q.shape[0], q.shape[1], q.dtype, q.device)
-    if not tokens or not rows or not block_tables.shape[1]:
+    room = block_tables.shape[1] * block
+    longest, few = min(room, window or room), decode and not deterministic
+    if new is not None and not (few and serves_new(q, k_cache, rows, longest, new)):
+        q, new = new.written(rotary_cache, k_cache, v_cache), None
+    if not tokens or not rows or not room:
         return out
 
     device, group = q.device, heads // kv_heads
@@ -86,11 +95,10 @@ def paged_attention(
     # Logits in log2 units are dot * factor, or tanh(dot * inner_scale) * factor.
     factor = (scale if softcap is None else softcap) * log2_e
     inner_scale = 1.0 if softcap is None else scale / softcap
-    room = block_tables.shape[1] * block
-    if decode and not deterministic and serves_short(q, k_cache, rows, min(room, window or room)):
+    if few and serves_short(q, k_cache, rows, longest):
         decode_short(
             q, k_cache, v_cache, block_tables, context_len, factor, inner_scale, window,
-            softcap is not None, sinks, out,
+            softcap is not None, sinks, out, new=new,
         )  # fmt: skip
         return out
     shared: dict[str, Any] = {

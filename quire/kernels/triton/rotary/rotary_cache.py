@@ -32,6 +32,18 @@ def _load_norm(q_ptr, k_ptr, k_head, column, mask):
 
 
 @triton.jit
+def inverse_rms(squares, D: tl.constexpr, eps):
+    """What heads with such sums of squares are multiplied by in an RMS norm."""
+    return tl.rsqrt(squares / D + eps)
+
+
+@triton.jit
+def rotated(a, b, cosine, sine):
+    """Columns of both halves, of which those in the same places rotate together."""
+    return a * cosine - b * sine, b * cosine + a * sine
+
+
+@triton.jit
 def _store(
     q_ptrs, k_ptrs, v_ptrs, x, inverse_scale, is_q, is_k, is_v, inside, FP8: tl.constexpr
 ):  # fmt: skip
@@ -116,12 +128,12 @@ def rotary_cache_kernel(
         squares = tl.sum(a * a + b * b, axis=1)
         if D > 2 * HALF:
             squares += tl.sum(c * c, axis=1)
-        inverse = tl.where(normed, tl.rsqrt(squares / D + eps)[:, None], 1.0)
+        inverse = tl.where(normed, inverse_rms(squares, D, eps)[:, None], 1.0)
         a, b = a * inverse * norm_a, b * inverse * norm_b
         if D > 2 * HALF:
             c = c * inverse * norm_c
     if ROTATE:
-        turned_a, turned_b = a * cosine - b * sine, b * cosine + a * sine
+        turned_a, turned_b = rotated(a, b, cosine, sine)
         a, b = tl.where(v_head < 0, turned_a, a), tl.where(v_head < 0, turned_b, b)
 
     # Padding has no slot: none of its keys and values are written.
@@ -182,6 +194,33 @@ def block_sizes(heads: int, half: int, rest: int) -> dict[str, int]:
     }
 
 
+def check_rotary(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    fixed: torch.Tensor | None,
+) -> int:
+    """Query heads of `qkv`. ValueError where rotary_cache's arguments do not go together."""
+    _, kv_heads, block, width = k_cache.shape
+    d = head_size_of(width, k_cache.dtype)
+    q_heads = qkv.shape[1] // d - 2 * kv_heads
+    rotary_dim = d if cos_sin is None else cos_sin.shape[1]
+    inner, fp8 = (block * width, width, 1), k_cache.dtype == FP8_CACHE
+    if block != BLOCK or k_cache.stride()[1:] != inner or v_cache.stride()[1:] != inner:
+        raise ValueError(f"cache: blocks are not contiguous [Hkv, {BLOCK}, D]")
+    if fixed is not None and (not fp8 or fixed.shape != (2, kv_heads)):
+        raise ValueError(f"fixed: one scale for each of {kv_heads} heads, twice, of an e4m3 cache")
+    if q_heads < 1 or qkv.shape[1] % d or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"qkv {list(qkv.shape)}, k_cache {list(k_cache.shape)} and v_cache "
+            f"{list(v_cache.shape)} do not fit together"
+        )
+    if rotary_dim % 2 or not 0 < rotary_dim <= d:
+        raise ValueError(f"cos_sin: {rotary_dim} values of a head of {d} cannot rotate")
+    return q_heads
+
+
 def rotary_cache(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -209,22 +248,9 @@ def rotary_cache(
     Raises ValueError for other layouts.
     """
     t, fp8 = qkv.shape[0], k_cache.dtype == FP8_CACHE
-    _, kv_heads, block, width = k_cache.shape
-    d = head_size_of(width, k_cache.dtype)
-    q_heads = qkv.shape[1] // d - 2 * kv_heads
+    kv_heads, d = k_cache.shape[1], head_size_of(k_cache.shape[3], k_cache.dtype)
+    q_heads = check_rotary(qkv, cos_sin, k_cache, v_cache, fixed)
     rotary_dim = d if cos_sin is None else cos_sin.shape[1]
-    inner = (block * width, width, 1)
-    if block != BLOCK or k_cache.stride()[1:] != inner or v_cache.stride()[1:] != inner:
-        raise ValueError(f"cache: blocks are not contiguous [Hkv, {BLOCK}, D]")
-    if fixed is not None and (not fp8 or fixed.shape != (2, kv_heads)):
-        raise ValueError(f"fixed: one scale for each of {kv_heads} heads, twice, of an e4m3 cache")
-    if q_heads < 1 or qkv.shape[1] % d or v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"qkv {list(qkv.shape)}, k_cache {list(k_cache.shape)} and v_cache "
-            f"{list(v_cache.shape)} do not fit together"
-        )
-    if rotary_dim % 2 or not 0 < rotary_dim <= d:
-        raise ValueError(f"cos_sin: {rotary_dim} values of a head of {d} cannot rotate")
     if out is None:
         out = torch.empty((t, q_heads * d), dtype=qkv.dtype, device=qkv.device)
     half = rotary_dim // 2

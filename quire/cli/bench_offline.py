@@ -253,8 +253,9 @@ class Bench:
         return metrics | ({"gpu_idle": idle / (busy + idle)} if busy else {})
 
     def _host(self) -> tuple[float, float]:
-        """The engine thread's seconds, and steps, so far."""
-        return self.core.host_seconds, self.core.scheduler.stats().steps
+        """The engine thread's seconds, the clock's apart, and steps, so far."""
+        clock = 0.0 if self._clock is None else self._clock.host_seconds
+        return self.core.host_seconds - clock, self.core.scheduler.stats().steps
 
     def _read_clock(self) -> tuple[float, float]:
         """The device's busy and idle seconds since the last reading; zeros on a CPU."""

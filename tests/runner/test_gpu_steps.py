@@ -116,6 +116,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Clock:
+    host_seconds = 0.0
+
     def read(self) -> tuple[float, float]:
         return 0.002, 0.001
 

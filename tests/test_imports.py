@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "quire"
 # From the lowest to the highest: a room may import from its own line's earlier rooms and from all
 # lines above it in this list, never the other way.
 ORDER = [
-    ["errors", "settings", "params", "outputs", "step", "comm", "formats"],
+    ["errors", "garbage", "settings", "params", "outputs", "step", "comm", "formats"],
     ["config", "hardware", "weights", "tokenization"],
     ["kernels"],
     ["quant", "kv"],

@@ -88,6 +88,11 @@ class Request:
         self.earliest_end = self.num_prompt + self.add.params.min_tokens
         self.order = (self.priority, self.arrival)
 
+    def be_quiet(self) -> None:
+        """Its row has sampled: commits append a token, and that is all, until a block is full or
+        its longest end is near."""
+        self.quiet_until = min(self.longest - 1, self.settle_at)
+
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt

@@ -207,10 +207,8 @@ class Scheduler:
         return deltas
 
     def _commit_token(self, request: Request, row: Row, token: int) -> Delta | None:
-        computed = request.computed + 1
-        if 0 < request.quiet_until <= computed < request.longest - 1 and (
-            token not in request.end_tokens
-        ):
+        computed, goes_on = request.computed + 1, token not in request.end_tokens
+        if request.quiet_until and computed < request.longest - 1 and goes_on:
             request.computed = computed
             request.tokens.append(token)
             self._publish(request)
@@ -269,7 +267,7 @@ class Scheduler:
         if delta.finish_reason is not None:
             self._finish(request)
         elif row.sample and request.slot >= 0:
-            request.quiet_until = min(request.longest - 1, request.settle_at)
+            request.be_quiet()
         return delta if delta.token_ids or delta.prompt_logprobs else None
 
     def _publish(self, request: Request, confirmed: bool = False) -> None:
@@ -285,7 +283,7 @@ class Scheduler:
             request.request_id, request.tokens, request.computed, valid
         )
         if request.quiet_until:
-            request.quiet_until = min(request.longest - 1, request.settle_at)
+            request.be_quiet()
 
     def _finish(self, request: Request, confirmed: bool = False, discard: bool = False) -> None:
         if request.state is State.RUNNING:

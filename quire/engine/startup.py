@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ from quire.engine.weights import (
     kv_cache_scales,
     open_weights,
 )
+from quire.garbage import uncollected
 from quire.hardware.machine import detect
 from quire.kernels import native
 from quire.kernels.reference import ops as reference_ops
@@ -172,22 +173,10 @@ def _facts(options: Options, files: ModelFiles, source: WeightSource | None) -> 
 
 def start_engine(options: Options, progress: Progress | None = None) -> Engine:
     """Do all of start-up. Raises QuireError with what, why and fix."""
-    with _without_collection():
+    gc.collect()  # what an engine before may have left
+    # Nearly all that a start makes stays, and would be looked through again and again.
+    with uncollected():
         return _start_engine(options, progress)
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Python's collector of garbage pauses, once it has freed what an engine before may have left:
-    nearly all that a start makes stays, and it would look through that again and again."""
-    gc.collect()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _start_engine(options: Options, progress: Progress | None) -> Engine:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quire.layers.beside import beside
+from quire.layers.at_once import at_once
 from quire.layers.build import Build
 from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
@@ -108,15 +108,20 @@ class MoE:
 
     def _of(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, tokens: Any) -> torch.Tensor:
         """`tokens`: x as the experts take it (Experts.normed)."""
-        own = self.shared
-        shared = None if own is None else beside(x_TH, lambda: own(x_TH))
+        if (shared := self.shared) is None:
+            y_TH = self._routed(logits_TE, tokens)
+        else:
+            shared_TH, y_TH = at_once(
+                x_TH, lambda: shared(x_TH), lambda: self._routed(logits_TE, tokens)
+            )
+            y_TH += shared_TH
+        return self.build.group.all_reduce(y_TH)
+
+    def _routed(self, logits_TE: torch.Tensor, tokens: Any) -> torch.Tensor:
         weights_TK, ids_TK = self.choose(logits_TE)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
-        y_TH = self.experts(tokens, weights_TK, ids_TK)
-        if shared is not None:
-            y_TH += shared()
-        return self.build.group.all_reduce(y_TH)
+        return self.experts(tokens, weights_TK, ids_TK)
 
     def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights float32 [T, K] and expert ids [T, K], the most probable first."""

@@ -124,6 +124,8 @@ class DeviceRunner:
         self.state = DeviceState.allocate(*sizes, self.device, 2 * sampled + drafted)
         self._stateful = bool(build.states)
         self._verifying = plan.speculation is not None
+        # A token and its drafts are rows of one request where no state forbids that.
+        self._kernels.own_requests = not self._verifying
         self._diffs = Diffs(self.state.layout)
         least = LEAST_RUNS if plan.runner == "graph" else 0
         self._packets = PacketRing(self.device, least=least)
@@ -376,7 +378,7 @@ class DeviceRunner:
         if self._graphs is None:
             return
         for place in self._packets.empty():
-            self._graphs.capture(Packet(place), partial(self._take, place))
+            self._graphs.capture(Packet(place), partial(self._bring, place))
 
     def _prepare(self, key: Key, compute: Callable[[], None]) -> None:
         if self._graphs is None or not self._shapes.gets_graph(key):
@@ -418,7 +420,7 @@ class DeviceRunner:
         for packet, count in self._packets.send(runs, self._replay_packet):
             apply_runs(self.state.arena, packet, count)
 
-    def _take(self, place: int) -> None:
+    def _bring(self, place: int) -> None:
         apply_runs(self.state.arena, *self._packets.small(place))
 
     def _replay_packet(self, place: int) -> bool:

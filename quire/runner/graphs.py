@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -11,6 +10,7 @@ from ctypes import py_object, pythonapi
 import torch
 
 from quire.errors import QuireError
+from quire.garbage import uncollected
 
 log = logging.getLogger("quire.runner")
 
@@ -67,22 +67,20 @@ class Graphs:
         """Capture on the current stream, which is this object's."""
         # Another engine's graphs must not be destroyed by a collection in the middle: CUDA may
         # forbid that while this thread captures.
-        collecting, ended = gc.isenabled(), False
-        gc.disable()
-        try:
-            # Other threads may use the device meanwhile. torch.cuda.graph() would collect
-            # garbage and wait for the device each time.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        ended = False
+        with uncollected():
             try:
-                compute()
+                # Other threads may use the device meanwhile. torch.cuda.graph() would collect
+                # garbage and wait for the device each time.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    compute()
+                finally:
+                    graph.capture_end()
+                    ended = True
             finally:
-                graph.capture_end()
-                ended = True
-        finally:
-            if collecting:
-                gc.enable()
-            if not ended:
-                self._abandon(graph)
+                if not ended:
+                    self._abandon(graph)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Leave a capture that could not be begun or ended, so that others can follow.

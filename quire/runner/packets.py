@@ -80,7 +80,7 @@ class PacketRing:
         """The places of all packets, each without runs until the next is asked for: what is
         launched of it meanwhile changes nothing."""
         for _ in self._hosts:
-            place = self._take_place()
+            place = self._next_place()
             self._fill(place, [])
             yield place
             self._reading(place)
@@ -91,7 +91,7 @@ class PacketRing:
         return [(offset + start, values[start : start + self._room]) for start in starts]
 
     def _send(self, runs: list[Run], take: Take) -> Iterator[tuple[torch.Tensor, int]]:
-        place = self._take_place()
+        place = self._next_place()
         size = self._fill(place, runs)
         if len(runs) <= self._least and size <= SMALL and take(place):
             self._reading(place)
@@ -100,7 +100,7 @@ class PacketRing:
         self._reading(place)
         yield packet, max(len(runs), self._least)
 
-    def _take_place(self) -> int:
+    def _next_place(self) -> int:
         place, self._next = self._next, (self._next + 1) % len(self._hosts)
         read = self._read[place]
         if read is not None:

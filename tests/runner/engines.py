@@ -215,7 +215,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 40},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    # Heads as wide as the kernel for short contexts wants them.
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "head_dim": 16,

@@ -156,6 +156,7 @@ def test_a_tiny_model_on_the_gpu_runner_equals_the_cpu_runner(write_model: Write
     expected = run(engine(model, "cpu", kernels="reference", **SMALL), adds)
     made = engine(model, "cuda", warm=False, speculative_config=NGRAM, **SMALL)
     assert made.core.depth == 1
+    assert not made.build.kernels.own_requests  # drafts are rows beside their request's
     found = run(guesses(made, knowing(adds, expected, 0.3)), adds)
     for name, want in expected.items():
         assert found[name].tokens == want.tokens

@@ -42,13 +42,15 @@ class TritonKernels(DenseWeights):
     (quire/kernels/reference/ops.py).
 
     `deterministic`: a row's bits depend on nothing but the row. `scratch` is the attention
-    kernels' memory; who allocates caches sets it.
+    kernels' memory; who allocates caches sets it. `own_requests`: no two rows of a step for
+    decoding are of one request, of which one would read what the other writes.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, deterministic: bool):
         super().__init__(dtype, device)
         self.deterministic = deterministic
         self.scratch: Scratch | None = None
+        self.own_requests = True
         self.compressed = CompressedKernels(deterministic)
 
     rms_norm = staticmethod(rms_norm)
@@ -157,8 +159,8 @@ class TritonKernels(DenseWeights):
         *,
         new: NewTokens | None = None,
     ) -> torch.Tensor:
-        """As many tokens as requests: every request has one, and the kernel for decoding serves
-        them; so a step of other kinds must have more tokens than requests, padding included."""
+        """As many tokens as rows of tables: each has one, and the kernel for decoding serves them;
+        so a step of other kinds must have more tokens than rows, padding included."""
         assert self.scratch is not None
         return paged_attention(
             q, k_cache, v_cache, block_tables, query_start, context_len, scale, window, softcap,
@@ -170,6 +172,9 @@ class TritonKernels(DenseWeights):
         self, new: NewTokens, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: Any
     ) -> torch.Tensor:
         heads = check_rotary(new.qkv, new.cos_sin, k_cache, v_cache, new.fixed)
+        if not self.own_requests:
+            q = new.written(rotary_cache, k_cache, v_cache)
+            return self.attention(q, k_cache, v_cache, *others)
         q = new.qkv[:, : heads * head_size_of(k_cache.shape[3], k_cache.dtype)]
         return self.attention(q, k_cache, v_cache, *others, new=new)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.reference.compressed.sparse_attention import AT_ONCE
-from quire.layers.beside import beside
+from quire.layers.at_once import at_once
 from quire.layers.build import Build
 from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
@@ -60,19 +60,23 @@ class Attention:
         c, tokens, table, kernels = self.config, places.tokens, self.rope(), self.compressed
         latent_TR, key_TD = torch.split(self.latent(x_TH), [c.query_rank, c.head_size], dim=1)
         latent_TR = self.query_norm(latent_TR)
-        chosen = None
-        if (compressor := self.compressor) is not None:
-            chosen = beside(x_TH, lambda: self._compress(compressor, x_TH, latent_TR, places))
-        q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
         window, norm = places.paged(self.window), self.key_norm
-        q_THD = kernels.rotate_and_insert(
-            q_THD, key_TD, norm.weight, norm.eps, table, tokens, places.slots(self.window), window
-        )
+
+        def queries() -> torch.Tensor:
+            q_THD = self.queries(latent_TR).view(len(x_TH), -1, c.head_size)
+            slots = places.slots(self.window)
+            return kernels.rotate_and_insert(
+                q_THD, key_TD, norm.weight, norm.eps, table, tokens, slots, window
+            )
+
         seen = (tokens, self.sinks.values, c.head_size**-0.5, table, window, c.window)
-        if compressor is None or chosen is None:
-            mixed_THD = kernels.sparse_attention(q_THD, *seen)
+        if (compressor := self.compressor) is None:
+            mixed_THD = kernels.sparse_attention(queries(), *seen)
         else:
-            entries, chosen_TE = places.paged(compressor.entries), chosen()
+            chosen_TE, q_THD = at_once(
+                x_TH, lambda: self._compress(compressor, x_TH, latent_TR, places), queries
+            )
+            entries = places.paged(compressor.entries)
             mixed_THD = kernels.sparse_attention(q_THD, *seen, entries, self.layer.ratio, chosen_TE)
         return self.out(self.mix(mixed_THD.flatten(1)))
 

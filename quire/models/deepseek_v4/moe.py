@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.layers.beside import beside
+from quire.layers.at_once import at_once
 from quire.layers.build import Build
 from quire.layers.experts import Experts, SeparateExperts, StackedExperts
 from quire.layers.linear import Linear
@@ -50,12 +50,16 @@ class MoE:
         build.add_width(2 * slots * config.hidden + 6 * config.experts + kept)
 
     def __call__(self, x_TH: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
-        shared = beside(x_TH, lambda: self.shared(x_TH))
+        shared_TH, y_TH = at_once(
+            x_TH, lambda: self.shared(x_TH), lambda: self._routed(x_TH, tokens_T)
+        )
+        return self.build.group.all_reduce(y_TH + shared_TH)
+
+    def _routed(self, x_TH: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
         weights_TK, ids_TK = self.route(x_TH, tokens_T)
         if self.build.on_experts is not None:
             self.build.on_experts(ids_TK)
-        y_TH = self.experts(x_TH, weights_TK, ids_TK)
-        return self.build.group.all_reduce(y_TH + shared())
+        return self.experts(x_TH, weights_TK, ids_TK)
 
     def route(
         self, x_TH: torch.Tensor, tokens_T: torch.Tensor

@@ -221,3 +221,20 @@ def test_what_does_not_fit_together_is_refused(device: torch.device) -> None:
     new = replace(requests.new, cos_sin=torch.ones(POSITIONS, 3, device=device))
     with pytest.raises(ValueError, match="cannot rotate"):
         kernels.rotary_attention(new, *requests.caches, *requests.options)
+
+
+@pytest.mark.parametrize("contexts", [[40, 41], [41, 40]])
+def test_a_draft_sees_the_token_before_it(contexts: list[int], device: torch.device) -> None:
+    """Rows of one request, of which one's key is the other's to see, are served by two kernels."""
+    requests = Requests(Case(Shape(1, 1, 64), 64, "qk", contexts), device)
+    requests.tables[1:] = requests.tables[1 + contexts.index(41)]
+    places = requests.lengths[1:].long() - 1
+    blocks = requests.tables[1:].long().gather(1, places[:, None] // 16)[:, 0]
+    requests.new.slots[1:] = blocks * 16 + places % 16
+    requests.cache[blocks, :, places % 16] = torch.nan
+    wanted, cache = requests.expected()
+    assert wanted[1:].isfinite().all()
+    kernels = TritonKernels(torch.bfloat16, device, False)
+    kernels.scratch, kernels.own_requests = scratch_of(requests.case.shape, device), False
+    out = kernels.rotary_attention(requests.new, *requests.caches, *requests.options)
+    check(out, requests, wanted, cache)

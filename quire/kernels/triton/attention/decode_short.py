@@ -21,8 +21,9 @@ for before it asks for the next tile.
 Where it can (serves_new), the kernel also does what rotary_cache does: head norms, rotation and the
 write to the cache, which would be a launch of its own for little work. Every program makes its
 query head and the new key of its KV head ready while its first tiles are on their way, and its
-first state is that of the new key and value. So nobody reads what is written: in the cache, keys
-end before the new one. Of a KV head, the programs of its first query head write their columns.
+first state is that of the new key and value. So nobody reads what is written, as long as rows are
+of different requests: in the cache, keys end before the new one. Of a KV head, the programs of its
+first query head write their columns.
 
 On an H100, one layer in a chain of them, contexts of 290 tokens: 4.7 us for one request and 5.4 for
 two, where states that are handed on take 7.4 and 8.5 (benchmarks/gpu/short_attention.py).

@@ -31,6 +31,7 @@ def apply_runs_kernel(arena_ptr, packet_ptr, BLOCK: tl.constexpr, PDL: tl.conste
 def apply_runs(arena: torch.Tensor, packet: torch.Tensor, num_runs: int) -> None:
     """Copy the first `num_runs` runs of `packet` int32 (PacketRing.send) into `arena` int32.
 
-    The runs of a packet must not overlap. The grid is `num_runs`, so this is not for CUDA graphs.
+    The runs of a packet must not overlap. The grid is `num_runs`: a CUDA graph has packets of one
+    number of runs.
     """
     launch(apply_runs_kernel, (num_runs,), arena.device, arena, packet, BLOCK=1024, num_warps=4)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from quire.layers.beside import MOST_TOKENS, beside
+from quire.layers.at_once import MOST_TOKENS, at_once
 
 
 def layer(x_TH: torch.Tensor, weight_HH: torch.Tensor) -> torch.Tensor:
-    own = beside(x_TH, lambda: torch.relu(x_TH @ weight_HH) @ weight_HH)
-    rest_TH = x_TH
-    for _ in range(3):
-        rest_TH = torch.relu(rest_TH @ weight_HH)
-    return rest_TH + own()
+    def rest() -> torch.Tensor:
+        rest_TH = x_TH
+        for _ in range(3):
+            rest_TH = torch.relu(rest_TH @ weight_HH)
+        return rest_TH
+
+    part_TH, rest_TH = at_once(x_TH, lambda: torch.relu(x_TH @ weight_HH) @ weight_HH, rest)
+    return rest_TH + part_TH
 
 
 def wanted(x_TH: torch.Tensor, weight_HH: torch.Tensor) -> torch.Tensor:
@@ -21,16 +26,12 @@ def wanted(x_TH: torch.Tensor, weight_HH: torch.Tensor) -> torch.Tensor:
     return torch.relu(torch.relu(once @ weight_HH) @ weight_HH) + once @ weight_HH
 
 
-def test_without_a_graph_the_part_is_computed_at_once() -> None:
-    seen = []
-
-    def part() -> torch.Tensor:
-        seen.append("part")
-        return x_TH + 1
-
-    x_TH = torch.ones(2, 4)
-    result = beside(x_TH, part)
-    assert seen == ["part"] and torch.equal(result(), x_TH + 1) and seen == ["part"]
+def test_without_a_graph_the_rest_comes_first() -> None:
+    seen: list[str] = []
+    assert at_once(
+        torch.ones(2, 4), lambda: len(seen) or seen.append("part"), lambda: seen.append("rest")
+    ) == (1, None)
+    assert seen == ["rest"]
 
 
 @pytest.mark.gpu
@@ -80,9 +81,8 @@ def test_kernels_that_begin_early_wait_for_both_branches() -> None:
     def compute(short: int, long: int) -> torch.Tensor:
         y_TH = rms_norm(x_TH, weight_H, 1e-6)
         for _ in range(20):
-            other = beside(y_TH, lambda y_TH=y_TH: normed(y_TH, short))
-            rest_TH = rms_norm(normed(y_TH, long), weight_H, 1e-6)
-            y_TH = add_rms_norm(rest_TH, other(), weight_H, 1e-6)
+            parts = at_once(y_TH, partial(normed, y_TH, short), partial(normed, y_TH, long))
+            y_TH = add_rms_norm(*parts, weight_H, 1e-6)
         return y_TH
 
     graphs = Graphs(device)
@@ -95,3 +95,30 @@ def test_kernels_that_begin_early_wait_for_both_branches() -> None:
             wanted_TH = compute(*sizes)
             assert graphs.replay(sizes)
             assert torch.equal(out_TH, wanted_TH)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_within_a_branch_leaves_others_alone() -> None:
+    from quire.runner.graphs import Graphs
+
+    device = torch.device("cuda")
+    graphs, x_TH = Graphs(device), torch.ones(4, 64, device=device)
+    pool = graphs._pool
+
+    def fails() -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise MemoryError("in a branch")
+        return x_TH + 1
+
+    for parts in ((fails, lambda: x_TH * 2), (lambda: x_TH * 2, fails)):
+        graphs.capture(parts, lambda parts=parts: at_once(x_TH, *parts))
+        assert "in a branch" in graphs.failed[parts]
+    out_TH = torch.empty_like(x_TH)
+
+    def compute() -> None:
+        one, other = at_once(x_TH, lambda: x_TH + 1, lambda: x_TH * 2)
+        out_TH.copy_(one + other)
+
+    graphs.capture("good", compute)
+    assert graphs._pool == pool and graphs.replay("good")
+    assert torch.equal(out_TH, torch.full_like(x_TH, 4))

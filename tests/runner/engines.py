@@ -215,8 +215,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 40},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
-    # Heads as wide as the kernel for short contexts wants them.
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "head_dim": 16,

@@ -52,8 +52,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("t", "e", "k", "h", "i"),
-    [(0, 4, 2, 32, 32), (1, 4, 3, 32, 64), (40, 2, 2, 96, 32), (9, 32, 8, 32, 32)],
+    ("t", "e", "k", "h", "i"), [(0, 4, 2, 32, 32), (1, 4, 3, 32, 64), (40, 2, 2, 96, 32)]
 )
 def test_experts_equal_reference(
     t: int, e: int, k: int, h: int, i: int, format: str, deterministic: bool, device: torch.device
@@ -65,13 +64,16 @@ def test_experts_equal_reference(
     close(found, reference(*given, "silu", **biases))
 
 
-@pytest.mark.parametrize("t", [9, 40])
-@pytest.mark.parametrize(("gate_up", "down"), [("nvfp4", "int4"), ("fp8_block", "mxfp4")])
-def test_sorted_pairs_of_formats_that_are_not_alike(
-    gate_up: str, down: str, t: int, device: torch.device
+@pytest.mark.parametrize(
+    ("gate_up", "down"),
+    [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "int4"), ("fp8_block", "mxfp4")],
+)
+def test_sorted_pairs_of_few_tokens_an_expert(
+    gate_up: str, down: str, device: torch.device
 ) -> None:
-    given, biases = inputs(gate_up, t, 16, 8, 128, 128, device)
-    other, _ = inputs(down, t, 16, 8, 128, 128, device)
+    """In blocks of eight where both formats are served so; formats need not be alike."""
+    given, biases = inputs(gate_up, 9, 32, 8, 96, 64, device)
+    other, _ = inputs(down, 9, 32, 8, 96, 64, device)
     given = (*given[:4], other[4])
     found = quantized_experts(*packed(given), "silu", **biases, deterministic=False)
     close(found, reference(*given, "silu", **biases))

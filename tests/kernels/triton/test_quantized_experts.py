@@ -24,15 +24,22 @@ pytestmark = [
 
 
 def inputs(
-    format: str, t: int, e: int, k: int, h: int, i: int, device: torch.device
+    format: str,
+    t: int,
+    e: int,
+    k: int,
+    h: int,
+    i: int,
+    device: torch.device,
+    down: str | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """x, weights, ids, gate_up, down, and the biases."""
+    """x, weights, ids, gate_up, down (in a format of its own if one is given), and the biases."""
     given = (
         random(1, t, h).to(device, torch.bfloat16),
         random(2, t, k).softmax(-1).to(device),
         random_ids(3, t, e, k).to(device),
         quantized_inputs.quantized_experts(format, e, 2 * i, h, device, 4),
-        quantized_inputs.quantized_experts(format, e, h, i, device, 40),
+        quantized_inputs.quantized_experts(down or format, e, h, i, device, 40),
     )
     biases = {"gate_up_bias": random(6, e, 2 * i), "down_bias": random(7, e, h)}
     return given, {name: b.to(device) for name, b in biases.items()}
@@ -72,9 +79,7 @@ def test_sorted_pairs_of_few_tokens_an_expert(
     gate_up: str, down: str, device: torch.device
 ) -> None:
     """In blocks of eight where both formats are served so; formats need not be alike."""
-    given, biases = inputs(gate_up, 9, 32, 8, 96, 64, device)
-    other, _ = inputs(down, 9, 32, 8, 96, 64, device)
-    given = (*given[:4], other[4])
+    given, biases = inputs(gate_up, 9, 32, 8, 96, 64, device, down)
     found = quantized_experts(*packed(given), "silu", **biases, deterministic=False)
     close(found, reference(*given, "silu", **biases))
 
@@ -107,9 +112,7 @@ def test_single_pairs_by_the_matrix_instruction(
     gate_up: str, down: str, device: torch.device
 ) -> None:
     """E4m3 as GPUs without an instruction for it have to; and formats that are not alike."""
-    given, biases = inputs(gate_up, 2, 4, 3, 288, 320, device)
-    other, _ = inputs(down, 2, 4, 3, 288, 320, device)
-    given = (*given[:4], other[4])
+    given, biases = inputs(gate_up, 2, 4, 3, 288, 320, device, down)
     wanted = reference(*given, "silu", **biases)
     for sms in (132, 1):  # few rows for the GPU, and many
         tiles = small_tiles(gate_up, down, 3, 2 * 3 * 640, sms)
